@@ -1,0 +1,1 @@
+"""Helpers behind the numbered notebooks: load, noise, sample, measure attention sinks, report."""

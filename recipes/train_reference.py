@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib import data
 from lib.diffusion import forward_noise
 from lib.runtime import generator
 from recipes import corpus, tokenizer
@@ -85,7 +86,7 @@ def windows_in_order(recipe: Recipe, tok: PreTrainedTokenizerFast, articles: lis
     epoch = 0
     while True:
         texts = corpus.training_documents(articles, seed=recipe.seed, epoch=epoch)
-        yield from corpus.pack(tokenizer.encode_documents(tok, texts), length=recipe.length)
+        yield from data.pack(data.encode_documents(tok, texts), length=recipe.length)
         epoch += 1
 
 
@@ -187,7 +188,7 @@ def train(objective: str, recipe: Recipe, *, out: Path, work: Path, compile_netw
     state = {"step": 0, "seconds": 0.0, "log": []}
     if state_file.exists():
         state = load_state(state_file, model, optimizers)
-    held_out = tokenizer.article_windows(tok, corpus.split_articles(articles, "evaluation"), length=recipe.length)
+    held_out = data.article_windows(tok, corpus.split_articles(articles, "evaluation"), length=recipe.length)
     held_out = held_out[: recipe.eval_windows].to(device)
     stream = windows_in_order(recipe, tok, articles)
     for _ in range(state["step"] * recipe.batch_windows):

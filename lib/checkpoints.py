@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ def parse(text: str) -> ModelSource:
     """
     source, _, revision = text.partition("@")
     return ModelSource(source, revision or None)
+
+
+def named_sources(models: Mapping[str, ModelSource], extra: Iterable[str] = ()) -> dict[str, ModelSource]:
+    """Return the models of the settings and further ones written on one line, which are named by the last part of their source.
+
+    Raises:
+        InputError: two models would have the same name.
+    """
+    named = dict(models)
+    for text in extra:
+        source = parse(text)
+        name = source.source.rstrip("/").rsplit("/", 1)[-1].lower()
+        if name in named:
+            raise InputError(f"models must have different names, got {name!r} twice: set models.NAME.source for one of them")
+        named[name] = source
+    return named
 
 
 def is_local(source: ModelSource) -> bool:

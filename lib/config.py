@@ -107,6 +107,8 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
     if raw.get("profile") != profile:
         raise InputError(f"configs/{profile}.yaml must say profile: {profile}, got {raw.get('profile')!r}: restore the file")
     for key, value in (overrides or {}).items():
+        if key == "profile":
+            raise InputError(f"profile must be chosen by name, got an override profile={value}: run that profile instead")
         _override_(raw, key, _parse_scalar(value, key) if isinstance(value, str) else value)
     if seed is not None:
         raw["seed"] = seed

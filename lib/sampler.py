@@ -97,9 +97,9 @@ def sample(
     block = block_length or new_tokens
     _check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     _check_generator(generator, needed=temperature > 0 or remasking == "random")
-    batch, start = prompt.shape
+    start = prompt.shape[1]
     mask_id = model.mask_token_id
-    ids = torch.full((batch, start + new_tokens), mask_id, dtype=torch.long, device=model.device)
+    ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
     prompt_positions = ids != mask_id
     per_block = steps // (new_tokens // block)
@@ -113,16 +113,21 @@ def sample(
         tokens, confidence = _predict(
             model, ids, where, prompt_positions, cfg_scale=cfg_scale, temperature=temperature, remasking=remasking, generator=generator
         )
-        committed = torch.zeros_like(where)
-        for row in range(batch):
-            best = confidence[row].topk(int(counts[row, step % per_block])).indices
-            committed[row, best] = True
+        committed = _most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
             is_masked = ids == mask_id
             ratio = float(is_masked[:, start:].float().mean())
             on_step(DenoisingStep(step, ids.clone(), is_masked, committed.clone(), ratio))
         ids = torch.where(committed, tokens, ids)
     return ids
+
+
+def _most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts[row]` most confident positions of each row."""
+    marked = torch.zeros_like(confidence, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        marked[row, confidence[row].topk(count).indices] = True
+    return marked
 
 
 def _predict(

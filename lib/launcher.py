@@ -1,0 +1,188 @@
+"""The command line behind `./run_all.sh`: read it, enter the environment, hand over to `lib.batch`.
+
+At the top only the standard library is imported: a wrong word is answered before the environment is made.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lib import environment
+
+PROFILES = ("quick", "full", "paper")
+USAGE = """./run_all.sh [quick|full|paper] [options]      run the notebooks, then build the report
+       ./run_all.sh lab [JupyterLab's options]    open JupyterLab on notebooks/ in the same environment
+       ./run_all.sh --environment                 make the environment, print its variables for eval in a shell"""
+EPILOG = """A notebook whose inputs are unchanged and whose outputs are whole is skipped. Executed copies go to runs/PROFILE/,
+figures to figures/PROFILE/, tables and the report (report.html) to results/PROFILE/. Exit code: 0 done, 1 a notebook failed,
+2 bad input."""
+
+
+class UsageError(ValueError):
+    """A word on the command line cannot be used: the message says the rule, what was got, and the remedy."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises its complaints instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: ./run_all.sh --help lists what is known")
+
+
+def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argparse.Namespace:
+    """Read and check the command line as far as that needs no installed package.
+
+    Args:
+        arguments: the words after `./run_all.sh`.
+        root: the repository, whose notebooks are known.
+
+    Returns:
+        `profile`, `notebooks` (paths by number), `seed`, `overrides`, `fresh`, `list`.
+
+    Raises:
+        UsageError: a word that cannot be used.
+    """
+    parser = _Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("profile", nargs="?", default="quick", help="quick (default), full or paper: see configs/")
+    parser.add_argument("--notebooks", metavar="01,04", help="only these; default: all that exist")
+    parser.add_argument("--seed", metavar="N", help="seed of every random stream; default: the profile's")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace one setting; repeatable")
+    parser.add_argument("--fresh", action="store_true", help="run also what is up to date")
+    parser.add_argument("--list", action="store_true", help="show each notebook and whether it would run")
+    chosen = parser.parse_args(arguments)
+    if chosen.profile not in PROFILES:
+        raise UsageError(
+            f"profile must be one of {', '.join(PROFILES)}, got {chosen.profile!r}: {_nearest(chosen.profile, PROFILES)}"
+        )
+    known = {path.name[:2]: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    chosen.notebooks = _select(chosen.notebooks, known)
+    chosen.seed = _read_seed(chosen.seed)
+    chosen.overrides = dict(_read_setting(text) for text in chosen.set)
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out one command line.
+
+    Args:
+        arguments: the words after `./run_all.sh`; those of the process when None.
+
+    Returns:
+        Exit code: 0 done, 1 a notebook failed, 2 bad input, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words == ["--environment"]:
+            return environment.main([])
+        if words[:1] == ["lab"]:
+            _lab(words)
+        chosen = parse(words)
+        if chosen.list and not _inside() and environment.ready() is None:
+            return _list_names(chosen)
+        _enter(words)
+        return _carry_out(chosen)
+    except (UsageError, environment.NoEnvironmentError) as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted: what was finished stays, run again to go on", 130)
+
+
+def _carry_out(chosen: argparse.Namespace) -> int:
+    """Do the work, inside the environment."""
+    from lib import batch
+    from lib.config import InputError
+    from lib.execution import NotebookError
+
+    try:
+        jobs = batch.prepare(chosen.profile, notebooks=chosen.notebooks, seed=chosen.seed, overrides=chosen.overrides)
+        if chosen.list:
+            batch.show(jobs, say=_say)
+        else:
+            batch.run(jobs, say=_say, fresh=chosen.fresh)
+    except InputError as error:
+        return _complain(error, 2)
+    except NotebookError as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _list_names(chosen: argparse.Namespace) -> int:
+    """List the notebooks without making an environment for it."""
+    for number, path in chosen.notebooks.items():
+        _say(f"{number}  {path.stem[3:]:<22} would run    no environment yet")
+    return 0
+
+
+def _inside() -> bool:
+    """Tell whether this process already runs in the environment."""
+    return os.environ.get("SINKS_PYTHON") == sys.executable or os.environ.get("SINKS_ENTERED") == str(os.getpid())
+
+
+def _enter(words: Sequence[str]) -> None:
+    """Go on in an environment that satisfies the lock, with the variables that a run needs."""
+    os.environ.update(environment.settings())
+    if _inside():
+        return
+    python = str(environment.ensure())
+    # The process keeps its number through exec: that tells the second pass that it is the second.
+    os.environ |= {"SINKS_PYTHON": python, "SINKS_ENTERED": str(os.getpid())}
+    os.chdir(environment.ROOT)
+    os.execv(python, [python, "-m", "lib.launcher", *words])
+
+
+def _lab(words: Sequence[str]) -> NoReturn:
+    """Open JupyterLab on the notebooks; kernels inherit the variables of a run."""
+    _enter(words)
+    notebooks = environment.ROOT / "notebooks"
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}", *words[1:]])
+
+
+def _select(text: str | None, known: dict[str, Path]) -> dict[str, Path]:
+    """Pick notebooks by number; every known one without a wish."""
+    if not known:
+        raise UsageError("notebooks/ must hold numbered notebooks, got none: clone the repository again")
+    numbers = sorted({word.strip().zfill(2) for word in text.split(",")}) if text is not None else list(known)
+    for number in numbers:
+        if number not in known:
+            raise UsageError(
+                f"--notebooks must name numbers among {', '.join(known)}, got {number!r}: ./run_all.sh --list shows them"
+            )
+    return {number: known[number] for number in numbers}
+
+
+def _read_seed(text: str | None) -> int | None:
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise UsageError(f"--seed must be a whole number from 0, got {text!r}: give one such as --seed 1")
+    return None if text is None else int(text)
+
+
+def _read_setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UsageError(f"--set must be KEY=VALUE, got {text!r}: write it like --set sink_traces.prompts=4")
+    if key in ("profile", "seed"):
+        raise UsageError(f"--set must name a setting below the run's own, got {key!r}: use ./run_all.sh PROFILE --seed N")
+    return key, value
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "choose one of them"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _complain(problem: object, code: int) -> int:
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Traces of sinks along a generation: against separate forward passes, and on traces made by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lib import attention, models, traces
+from lib.trace_figures import frontier_by_step, heads_at_mark, layers_by_step, position_by_step
+from lib.trace_tables import concentration, first_position_share, mass_by_state, rates_table, top_sinks_table, wander
+from tests import tiny
+
+PROMPTS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+SETTINGS = {"positions": 16, "steps": 6}
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    model = tiny.model(tmp_path_factory.mktemp("ar"), causal=True)
+    return model, traces.trace(model, PROMPTS, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    model = tiny.model(tmp_path_factory.mktemp("dlm"), causal=False)
+    return model, traces.trace(model, PROMPTS, **SETTINGS)
+
+
+def test_a_denoising_trace_holds_the_masses_of_what_the_network_read(diffusion):
+    model, trace = diffusion
+    for step in (0, 3, 5):
+        mass = attention.sink_mass(model, trace.ids[:, step])
+        torch.testing.assert_close(trace.mass[:, step], mass.mean(dim=(0, 2)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(trace.layer_mass[:, step], mass.mean(2).transpose(0, 1), atol=1e-5, rtol=0)
+    half = attention.sink_mass(model, trace.ids[:, trace.mark_steps[1]])
+    torch.testing.assert_close(trace.head_mass[:, 1], half.transpose(0, 1), atol=1e-5, rtol=0)
+
+
+def test_denoising_starts_all_masked_and_unmasks_for_good(diffusion):
+    _, trace = diffusion
+    assert trace.is_masked[:, 0, 4:].all() and not trace.is_masked[:, :, :4].any()
+    assert (trace.is_masked.int().diff(dim=1) <= 0).all()
+    assert (trace.ids[trace.is_masked] == tiny.MASK).all()
+
+
+def test_a_prefix_trace_equals_one_pass_a_prefix(causal):
+    model, trace = causal
+    assert trace.keys.tolist() == [6, 8, 10, 12, 14, 16]
+    for step, keys in enumerate(trace.keys.tolist()):
+        mass = attention.sink_mass(model, trace.ids[:, step, :keys]).mean(dim=(0, 2))
+        torch.testing.assert_close(trace.mass[:, step, :keys], mass, atol=1e-5, rtol=0)
+        assert (trace.mass[:, step, keys:] == 0).all()
+
+
+def test_gu_rate_of_a_trace_counts_layers_and_heads_by_hand(causal):
+    model, trace = causal
+    sums = attention.sink_mass(model, trace.ids[:, 2, :10])
+    by_hand = torch.tensor([[float(sums[layer, 1, head, 0] / 10 > 0.3) for head in range(4)] for layer in range(2)]).mean()
+    assert trace.gu_rate[1, 2] == by_hand
+    best = max(
+        sum(float(sums[layer, 1, head, key] / (10 - key) > 0.3) for layer in range(2) for head in range(4)) / 8 for key in range(10)
+    )
+    assert trace.gu_best[1, 2] == pytest.approx(best)
+
+
+def test_the_frontier_is_the_first_mask_or_the_end_of_the_prefix(causal, diffusion):
+    _, trace = diffusion
+    for prompt in range(3):
+        for step in range(6):
+            masked = trace.is_masked[prompt, step].nonzero()
+            assert trace.frontier[prompt, step] == (masked[0] if len(masked) else 16)
+    assert causal[1].frontier[0].tolist() == causal[1].keys.tolist()
+
+
+def test_relative_to_frontier_moves_with_it_and_leaves_out_absent_keys():
+    mass = torch.arange(12.0).view(1, 2, 6).repeat(2, 1, 1)
+    mass[1] += 100.0
+    frontier = torch.tensor([[1, 2], [3, 2]])
+    out = traces.relative_to_frontier(mass, frontier, keys=torch.tensor([4, 6]), reach=2)
+    # step 0: offsets -2..1 are positions -1 0 1 2 and 1 2 3 4, of which -1 and 4 do not exist
+    assert out[0].tolist() == [101.0, (0 + 102) / 2, (1 + 103) / 2, 2.0]
+    assert out[1].tolist() == [(6 + 106) / 2, (7 + 107) / 2, (8 + 108) / 2, (9 + 109) / 2]
+
+
+def test_uniform_mass_is_that_of_a_network_without_preference(tmp_path):
+    network = tiny.network(causal=True)
+    for layer in network.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    network.save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    mass = attention.sink_mass(model, PROMPTS.view(1, -1))[0, 0, 0]
+    torch.testing.assert_close(mass, traces.uniform_mass(12, is_causal=True), atol=1e-5, rtol=0)
+    assert traces.uniform_mass(12, is_causal=False).tolist() == [1.0] * 12
+
+
+def test_attention_maps_have_rows_that_sum_to_one_and_columns_that_are_the_masses(causal, diffusion):
+    model, trace = diffusion
+    maps = traces.attention_maps(model, trace, prompt=1, steps=[0, 5])
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.sum(1), trace.mass[1, [0, 5]], atol=1e-5, rtol=0)
+    model, trace = causal
+    first = traces.attention_maps(model, trace, prompt=0, steps=[0])[0]
+    assert (first[:, 6:] == 0).all() and (first[6:] == 0).all() and (first.triu(1) == 0).all()
+
+
+def test_statistics_of_a_trace_made_by_hand(diffusion):
+    mass = torch.ones(3, 6, 16)
+    mass[0, :, 0] = 5.0  # never moves, at the first position
+    mass[1, torch.arange(6), torch.tensor([2, 2, 2, 7, 7, 3])] = 5.0
+    mass[2, :, 9] = 5.0
+    trace = dataclasses.replace(diffusion[1], mass=mass)
+    assert first_position_share(trace).tolist() == [1.0, 0.0, 0.0]
+    assert wander(trace).tolist() == [0.0, 0.5, 0.0]
+    torch.testing.assert_close(concentration(trace, k=1), torch.full((3,), 5.0 / 20.0))
+
+
+def test_concentration_of_a_causal_model_is_that_of_the_full_text(causal):
+    _, trace = causal
+    expected = trace.mass[:, -1].sort(descending=True).values[:, :5].sum(-1) / trace.mass[:, -1].sum(-1)
+    torch.testing.assert_close(concentration(trace, k=5), expected)
+
+
+def test_mass_by_state_is_the_mean_over_masks_and_written_tokens(diffusion):
+    _, trace = diffusion
+    table = mass_by_state(trace)
+    step = trace.mark_steps[1]
+    written = [trace.mass[p, step, i] for p in range(3) for i in range(16) if not trace.is_masked[p, step, i]]
+    assert table.loc[1, "written"] == pytest.approx(float(torch.stack(written).mean()))
+    beside = [
+        trace.mass[p, step, i]
+        for p in range(3)
+        for i in range(16)
+        if trace.is_masked[p, step, i]
+        and (not trace.is_masked[p, step, i - 1] or (i < 15 and not trace.is_masked[p, step, i + 1]))
+    ]
+    assert table.loc[1, "mask beside written"] == pytest.approx(float(torch.stack(beside).mean()))
+
+
+def test_tables_and_figures_cover_every_model(causal, diffusion):
+    both = [dataclasses.replace(diffusion[1], name="dlm"), dataclasses.replace(causal[1], name="ar")]
+    table = top_sinks_table(both, {"dlm": tiny.words(), "ar": tiny.words()}, k=3, seed=0)
+    assert table["model"].tolist() == ["dlm"] * 3 + ["ar"] * 3
+    assert table["keys"].tolist() == [16] * 3 + [10, 12, 14]
+    assert (table["top-3 share, %, low"] <= table["top-3 share, %"]).all()
+    assert set(rates_table(both, k=3, seed=0)["model"]) == {"dlm", "ar"}
+    drawn = [position_by_step(both)[1], frontier_by_step(both, reach=8)[1], layers_by_step(both)[1], heads_at_mark(both)[1]]
+    assert all(set(data["model"]) == {"dlm", "ar"} for data in drawn)
+    cell = drawn[0].query("model == 'ar' and step == 2")
+    assert cell["3"].item() == pytest.approx(float(both[1].mass[0, 2, 3]))
+    assert cell["12"].isna().item()

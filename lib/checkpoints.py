@@ -37,6 +37,8 @@ def parse(text: str) -> ModelSource:
     >>> parse("GSAI-ML/LLaDA-8B-Base@0f2787f")
     ModelSource(source='GSAI-ML/LLaDA-8B-Base', revision='0f2787f')
     """
+    if is_local(ModelSource(text)):  # a folder's name may hold an @
+        return ModelSource(text)
     source, _, revision = text.partition("@")
     return ModelSource(source, revision or None)
 

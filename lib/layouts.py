@@ -5,11 +5,12 @@ from typing import Any, cast
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from lib import checkpoints
 from lib.config import InputError
 
+Family = LlamaForCausalLM | Qwen2ForCausalLM
 # LLaDA's names inside a block -> Llama's. The block's ff_out and the head share a name and differ by prefix.
 LLADA_BLOCK = {
     "q_proj": "self_attn.q_proj",
@@ -23,6 +24,33 @@ LLADA_BLOCK = {
     "ff_norm": "post_attention_layernorm",
 }
 LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+
+
+def configuration(raw: dict[str, Any], folder: Path) -> tuple[type[Family], PretrainedConfig]:
+    """Return the network class and the configuration that a config.json asks for.
+
+    Raises:
+        InputError: another `model_type`, an option that the class cannot express, or an incomplete or damaged configuration.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in checkpoints.MODEL_TYPES:  # a GGUF file tells its architecture only after conversion
+        raise InputError(
+            f"model_type must be one of {', '.join(checkpoints.MODEL_TYPES)}, got {model_type!r} in {folder}: use another checkpoint"
+        )
+    try:
+        if model_type in checkpoints.LLADA_TYPES:
+            return LlamaForCausalLM, llada_config(raw)
+        if model_type == "Dream":
+            return Qwen2ForCausalLM, dream_config(raw)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM, config
+    except InputError:
+        raise
+    except Exception as error:  # a missing key, or whatever transformers raises for a value it cannot use
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise InputError(
+            f"{folder / 'config.json'} must hold a complete configuration, got {reason}: download it again"
+        ) from error
 
 
 def llada_config(raw: dict[str, Any]) -> LlamaConfig:

@@ -13,15 +13,12 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 from transformers.utils import logging as transformers_logging
@@ -223,22 +220,17 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     if gguf is not None:
         folder = _converted_gguf(gguf)
     raw = read_json(folder / "config.json")
-    model_type = raw["model_type"]
-    if model_type in LLADA_TYPES:
-        network = _assemble(LlamaForCausalLM, layouts.llada_config(raw), layouts.llada_weights(folder), dtype)
+    family, config = layouts.configuration(raw, folder)
+    if raw["model_type"] in LLADA_TYPES:
+        network = _assemble(family, config, layouts.llada_weights(folder), dtype)
         return network, _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
-    if model_type == "Dream":
-        network = _assemble(Qwen2ForCausalLM, layouts.dream_config(raw), layouts.all_weights(folder), dtype)
-        return network, _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    family = LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM
     network = _assemble(family, config, layouts.all_weights(folder), dtype)
+    if raw["model_type"] == "Dream":
+        return network, _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
     return network, _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
 
 
-def _assemble(
-    family: type[LlamaForCausalLM] | type[Qwen2ForCausalLM], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
+def _assemble(family: type[layouts.Family], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in family(config).state_dict().items()}
@@ -279,9 +271,13 @@ def _converted_gguf(gguf: Path) -> Path:
     target = gguf.parent / f"{gguf.stem}-float32"
     if not (target / "done").exists():
         where: dict[str, Any] = {"gguf_file": gguf.name}
-        with open(os.devnull, "w") as hole, redirect_stderr(hole):  # transformers' conversion bar cannot be turned off
-            network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-            AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
+        try:
+            with open(os.devnull, "w") as hole, redirect_stderr(hole):  # transformers' conversion bar cannot be turned off
+                network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+                AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
+        except Exception as error:  # the reader of the format raises many kinds for a cut or unknown file
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise InputError(f"{gguf} must be a whole GGUF file of a Llama or Qwen2, got {reason}: download it again") from error
         tied = network.config.tie_word_embeddings
         weights = {name: value.contiguous() for name, value in network.state_dict().items() if not (tied and name == "lm_head.weight")}
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

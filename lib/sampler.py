@@ -116,8 +116,7 @@ def sample(
         committed = _most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
             is_masked = ids == mask_id
-            ratio = float(is_masked[:, start:].float().mean())
-            on_step(DenoisingStep(step, ids.clone(), is_masked, committed.clone(), ratio))
+            on_step(DenoisingStep(step, ids.clone(), is_masked, committed.clone(), float(is_masked[:, start:].float().mean())))
         ids = torch.where(committed, tokens, ids)
     return ids
 

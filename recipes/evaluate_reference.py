@@ -18,7 +18,7 @@ from recipes.train_reference import Recipe
 
 REFERENCE = ROOT / "models" / "reference"
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
-DRAWS = 32
+DRAWS = 16
 
 
 def held_out_loss(model: LanguageModel) -> diffusion.Estimate:

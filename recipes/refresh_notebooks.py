@@ -1,0 +1,126 @@
+"""Execute the notebooks in place with their defaults and strip what changes from run to run.
+
+Run `python -m recipes.refresh_notebooks`, or with numbers (`01 04`) for some of them. Run twice on one machine, it gives the same
+bytes, so that a difference in a commit is a difference in results.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from tqdm.auto import tqdm
+
+from lib import config, environment, provenance
+
+KEPT_METADATA = ("tags",)
+LANGUAGE = {"name": "python"}
+
+
+def execute(path: Path) -> Any:
+    """Run a notebook in its folder, as JupyterLab and nbval do.
+
+    Args:
+        path: the notebook.
+
+    Returns:
+        The executed notebook node.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        kernel_name=notebook.metadata.kernelspec.name,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    )
+    client.execute()
+    return notebook
+
+
+def strip_(notebook: Any) -> None:
+    """Take out of a notebook, in place, what has no meaning for a reader: times, versions, ids, messages on stderr.
+
+    Args:
+        notebook: an executed notebook node; outputs, counts and tags stay.
+    """
+    kernel = notebook.metadata.get("kernelspec", {})
+    display = {"display_name": "Python 3", "language": "python", "name": kernel.get("name", "python3")}
+    notebook.metadata = nbformat.from_dict({"kernelspec": display, "language_info": LANGUAGE})
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{index + 1:02d}"
+        cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata})
+        if cell.cell_type == "code":
+            cell.outputs = [_stripped(output) for output in _joined(cell.outputs) if output.get("name") != "stderr"]
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Join neighbouring pieces of one stream: where a stream is cut depends on timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if last is not None and output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def _stripped(output: Any) -> Any:
+    if "metadata" in output:
+        output.metadata = nbformat.from_dict({})
+    return output
+
+
+def refresh(path: Path) -> bool:
+    """Execute a notebook and put the result in its place in one step.
+
+    Args:
+        path: the notebook.
+
+    Returns:
+        Whether the file changed.
+    """
+    before = path.read_bytes()
+    notebook = execute(path)
+    strip_(notebook)
+    nbformat.validate(notebook)
+    after = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
+    if after != before:
+        provenance.write_bytes(path, after)
+    return after != before
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Refresh the notebooks named on the command line, or all.
+
+    Args:
+        arguments: numbers; those of the process when None.
+
+    Returns:
+        Exit code.
+    """
+    known = config.notebooks()
+    parser = argparse.ArgumentParser(prog="python -m recipes.refresh_notebooks", description=__doc__)
+    parser.add_argument("numbers", nargs="*", help="such as 01 04; default: all")
+    chosen = parser.parse_args(arguments).numbers or list(known)
+    for number in chosen:
+        if number not in known:
+            parser.error(f"numbers must be among {', '.join(known)}, got {number!r}")
+    # In force for the kernels, which inherit them.
+    os.environ.update(environment.settings())
+    for number in tqdm(chosen, unit="notebook"):
+        changed = refresh(known[number])
+        tqdm.write(f"{known[number].name}: {'changed' if changed else 'unchanged'}", file=sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Profiles and overrides: what is accepted, and what is refused with one clear line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib import config
+from lib.config import PROFILES, ROOT, InputError, ModelSource
+
+
+def keys(value: object, prefix: str = "") -> set[str]:
+    """Dotted names of all settings; the models of a profile may differ."""
+    if not isinstance(value, dict) or prefix == "models.":
+        return {prefix}
+    return {name for key, item in value.items() for name in keys(item, f"{prefix}{key}.")}
+
+
+def raw(profile: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / f"{profile}.yaml").read_text())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_loads_and_is_complete(profile: str) -> None:
+    loaded = config.load(profile)
+    assert loaded.profile == profile
+    assert keys(raw(profile)) == keys(raw("quick"))
+    assert keys(config.to_dict(loaded)) == keys(raw("quick")) | {"models."}
+
+
+def test_quick_uses_the_embedded_models() -> None:
+    models = config.load("quick").models
+    assert models["dlm"] == ModelSource("models/reference/dlm")
+    assert models["ar"] == ModelSource("models/reference/ar")
+
+
+def test_every_hub_id_of_a_profile_has_a_full_commit() -> None:
+    for source in config.load("paper").models.values():
+        if not source.source.startswith(("models/", "wheel:")):
+            assert len(source.revision or "") == 40
+
+
+def test_settings_cannot_be_changed() -> None:
+    loaded = config.load("quick")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.seed = 3  # pyright: ignore
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.sink_traces.prompts = 3  # pyright: ignore
+
+
+def test_overrides_do_not_leak_into_the_next_load() -> None:
+    first = config.load("quick")
+    config.load("quick", seed=9, overrides={"sink_traces.prompts": 3, "models.dlm.source": "elsewhere"})
+    assert config.load("quick") == first
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("sink_traces.prompts", "3", 3),
+        ("sink_traces.temperature", "0.5", 0.5),
+        ("sink_traces.temperature", "1", 1.0),
+        ("sink_traces.temperature", "1.0e-3", 1e-3),
+        ("sink_traces.block_length", "null", None),
+        ("sink_traces.block_length", "56", 56),
+        ("sink_traces.extra_models", "[a, b/c@d]", ("a", "b/c@d")),
+    ],
+)
+def test_an_override_may_be_text_from_the_command_line(key: str, text: str, value: object) -> None:
+    got = getattr(config.load("quick", overrides={key: text}).sink_traces, key.split(".")[1])
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_an_override_may_be_a_value() -> None:
+    loaded = config.load("quick", overrides={"seed": 4, "sink_traces.extra_models": ["x"]})
+    assert (loaded.seed, loaded.sink_traces.extra_models) == (4, ("x",))
+
+
+def test_seed_has_the_last_word() -> None:
+    assert config.load("quick", seed=7, overrides={"seed": 4}).seed == 7
+
+
+def test_a_model_may_be_added_or_moved() -> None:
+    loaded = config.load("quick", overrides={"models.mine.source": "some/folder", "models.dlm.revision": "abc"})
+    assert loaded.models["mine"] == ModelSource("some/folder")
+    assert loaded.models["dlm"] == ModelSource("models/reference/dlm", "abc")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"sink_traces.promts": 4}, ["sink_traces.promts", "did you mean 'prompts'"]),
+        ({"sink_trace.prompts": 4}, ["sink_trace", "did you mean 'sink_traces'"]),
+        ({"sed": 4}, ["'sed'", "did you mean 'seed'"]),
+        ({"sink_traces.prompts.more": 4}, ["more dots"]),
+        ({"seed.x": 4}, ["more dots"]),
+        ({"models.mine.sorce": "x"}, ["models.mine.sorce", "did you mean 'source'"]),
+        ({"sink_traces.prompts": "many"}, ["sink_traces.prompts must be a whole number", "'many'"]),
+        ({"sink_traces.prompts": 2.5}, ["whole number", "2.5"]),
+        ({"sink_traces.prompts": "true"}, ["whole number", "True"]),
+        ({"sink_traces.prompts": None}, ["whole number", "None"]),
+        ({"sink_traces.temperature": "hot"}, ["sink_traces.temperature must be a number", "'hot'"]),
+        ({"sink_traces.temperature": "1e-3"}, ["must be a number", "'1e-3'"]),
+        ({"sink_traces.extra_models": "one"}, ["list or group", "'one'"]),
+        ({"device": 3}, ["device must be text"]),
+        ({"device": "tpu"}, ["device must be one of auto, cpu, cuda", "'tpu'"]),
+        ({"dtype": "float16"}, ["dtype must be one of"]),
+        ({"sink_traces": 3}, ["sink_traces must be a group", "3"]),
+        ({"models.dlm": "somewhere"}, ["models.dlm must be a group"]),
+        ({"models": {"dlm": {}}}, ["no models.dlm.source"]),
+        ({"sink_traces.prompts": 0}, ["[1, 1024]", "got 0"]),
+        ({"sink_traces.temperature": -0.1}, ["[0.0, 10.0]", "-0.1"]),
+        ({"sink_traces.temperature": float("nan")}, ["[0.0, 10.0]", "nan"]),
+        ({"seed": -1}, ["seed must be in [0,", "-1"]),
+        ({"sink_traces.steps": 113}, ["steps must be at most positions - prompt_tokens", "113 steps for 112"]),
+        ({"sink_traces.block_length": 30}, ["block_length must divide"]),
+        ({"sink_traces.block_length": 16, "sink_traces.steps": 50}, ["number of blocks must divide steps"]),
+        (
+            {"sink_traces.top_k": 20, "sink_traces.positions": 20, "sink_traces.prompt_tokens": 8, "sink_traces.steps": 4},
+            ["below"],
+        ),
+        ({"seed": "[1"}, ["must be YAML", "'[1'"]),
+        ({"profile": "full"}, ["profile"]),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(overrides: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        config.load("quick", overrides=overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"quick, full, paper, got 'quik': did you mean 'quick'"):
+        config.load("quik")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "readable YAML"),
+        ("- 1", "must hold settings by name, got list"),
+        ("profile: full", "must say profile: quick"),
+        ("profile: quick\nseed: 0", "got no device"),
+        (None, "readable YAML"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    if content is not None:
+        (tmp_path / "configs" / "quick.yaml").write_text(content)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        config.load("quick")
+    assert "\n" not in str(caught.value)
+
+
+def test_output_goes_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path))
+    assert config.output_root() == tmp_path.resolve()
+    monkeypatch.delenv("SINKS_OUTPUT")
+    assert config.output_root() == ROOT
+
+
+def test_notebooks_are_found_by_number(tmp_path: Path) -> None:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name in ("02_b.ipynb", "01_a.ipynb", "x.ipynb", "1_c.ipynb", "03_d.txt"):
+        (folder / name).touch()
+    assert config.notebooks(tmp_path) == {"01": folder / "01_a.ipynb", "02": folder / "02_b.ipynb"}
+    assert list(config.notebooks(tmp_path)) == ["01", "02"]

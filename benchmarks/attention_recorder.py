@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def build(*, layers: int, width: int, heads: int, mlp: int, positions: int, caus
     )
     config.is_causal = causal
     torch.manual_seed(0)
-    network = LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+    network = LlamaForCausalLM(config).eval().requires_grad_(False)
+    cast(Any, network).to(device)
     return LanguageModel(
         name="random",
         source=ModelSource("random"),
@@ -103,8 +105,7 @@ def peak_bytes(function: Callable[[], None], *, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         function()
     assert measured.profiler is not None
-    results = measured.profiler.kineto_results
-    assert results is not None
+    results = cast(Any, measured.profiler.kineto_results)
     changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
     live = peak = 0
     for _, change in changes:

@@ -174,7 +174,7 @@ def record(
         raise InputError(f"query_chunk must be at least 1, got {query_chunk}: use the default")
     real = None if attention_mask is None else attention_mask.bool()
     recorder = MassRecorder(query_chunk, tuple(marks) if marks else None, real, keep_map)
-    before = model.network.config._attn_implementation
+    before = model.network.config._attn_implementation or "sdpa"
     model.network.set_attn_implementation(NAME)
     token = _ACTIVE.set(recorder)
     try:

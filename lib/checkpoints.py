@@ -219,7 +219,7 @@ def _fetch_hub(source: ModelSource) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnavailableError(
-            f"{source.source}@{source.revision} must be in the local cache or reachable, got: {reason}: connect, log in, or download it"
+            f"{source.source}@{source.revision} must be cached or reachable, got: {reason}: connect, log in, or download it"
         ) from error
 
 

@@ -136,9 +136,7 @@ def claims_table(claims: Iterable[Claim]) -> Table:
     Returns:
         A table with statement, model, estimate with interval, unit, n, verdict, rule and note.
     """
-    rows = [
-        (c.statement, c.model, interval_text(c.estimate, c.interval), c.unit, c.n, c.verdict, c.rule, c.note) for c in claims
-    ]
+    rows = [(c.statement, c.model, interval_text(c.estimate, c.interval), c.unit, c.n, c.verdict, c.rule, c.note) for c in claims]
     return display_table(pd.DataFrame(rows, columns=pd.Index(CLAIM_COLUMNS)), caption="Claims and verdicts")
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Int
@@ -57,8 +58,9 @@ def format_article(row: dict[str, str], *, description_last: bool) -> str:
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenise documents as BOS, text, EOS."""
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in rows]
+    rows = cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
+    start, end = cast(int, tokenizer.bos_token_id), cast(int, tokenizer.eos_token_id)
+    return [[start, *row, end] for row in rows]
 
 
 def pack(documents: Iterable[list[int]], *, length: int) -> Iterator[list[int]]:

@@ -173,7 +173,9 @@ def masked_log_likelihood(
     if model.mask_token_id is None:
         raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
     if not bool(maskable.any()) or draws < 1:
-        raise InputError(f"a likelihood must have tokens to score and draws >= 1, got {int(maskable.sum())} and {draws}: give some")
+        raise InputError(
+            f"a likelihood must have tokens to score and draws >= 1, got {int(maskable.sum())} and {draws}: give some"
+        )
     masks = exact_count_masks(maskable.cpu(), draws, generator=generator, count_rule=count_rule)
     ids = input_ids.to(model.device)
     weight = maskable.sum().item() / masks.sum(1)
@@ -203,7 +205,7 @@ def nelbo(
     Returns:
         The bound: lower is better; not comparable with the authors' unweighted pseudo-perplexity.
 
-    Source: MDLM / LLaDA's bound E_t[1/t sum CE], with t replaced by the exact count k / length (equal in expectation, less noise).
+    Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """
     everything = torch.ones(windows.shape[1], dtype=torch.bool)
     values = []

@@ -35,7 +35,7 @@ def configuration(raw: dict[str, Any], folder: Path) -> tuple[type[Family], Pret
     model_type = raw.get("model_type")
     if model_type not in checkpoints.MODEL_TYPES:  # a GGUF file tells its architecture only after conversion
         raise InputError(
-            f"model_type must be one of {', '.join(checkpoints.MODEL_TYPES)}, got {model_type!r} in {folder}: use another checkpoint"
+            f"model_type must be one of {', '.join(checkpoints.MODEL_TYPES)}, got {model_type!r} in {folder}: use another"
         )
     try:
         if model_type in checkpoints.LLADA_TYPES:

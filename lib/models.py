@@ -127,7 +127,7 @@ def load(
         source = checkpoints.parse(str(source))
     folder = checkpoints.resolve(source)
     network, tokenizer, shift = _read(folder, dtype)
-    network.eval().requires_grad_(False).to(torch.device(device))
+    torch.nn.Module.to(network.eval().requires_grad_(False), torch.device(device))
     is_causal = bool(getattr(network.config, "is_causal", True))
     return LanguageModel(
         name=name or source.source.rstrip("/").rsplit("/", 1)[-1],
@@ -167,6 +167,19 @@ def load_available(
     return loaded, missing
 
 
+def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer.
+
+    Raises:
+        InputError: the checkpoint came without one, so it cannot be given text.
+    """
+    if model.tokenizer is None:
+        raise InputError(
+            f"a model that reads text must bring its tokenizer, got none beside {model.name}: add its files to the folder"
+        )
+    return model.tokenizer
+
+
 def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
     """Return the table of prunable linear layers by block and role.
 
@@ -174,7 +187,7 @@ def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
         InputError: nothing to prune under the expected names.
     """
     found = []
-    for block, layer in enumerate(network.get_decoder().layers):
+    for block, layer in enumerate(cast(Any, network.get_decoder()).layers):
         for role, path in ROLES.items():
             module = cast(torch.nn.Linear, layer.get_submodule(path))
             found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
@@ -206,7 +219,8 @@ def logits_at(
     hidden = network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     if model.logit_shift:
         hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-    return model.network.get_output_embeddings()(hidden[where]).float()
+    head = cast(torch.nn.Linear, model.network.get_output_embeddings())
+    return head(hidden[where]).float()
 
 
 def network_body(model: LanguageModel) -> Callable[..., Any]:
@@ -230,17 +244,21 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     return network, _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
 
 
-def _assemble(family: type[layouts.Family], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def _assemble(
+    family: type[layouts.Family], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
     """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in family(config).state_dict().items()}
+        expected = {name: tuple(value.shape) for name, value in family(cast(Any, config)).state_dict().items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
         expected.pop("lm_head.weight", None)
     got = {name: tuple(value.shape) for name, value in weights.items()}
     for name in sorted(expected.keys() ^ got.keys()):
         problem = "no tensor" if name in expected else "a surplus tensor"
-        raise InputError(f"weights must match config.json, got {problem} {name}: the checkpoint is incomplete or of another layout")
+        raise InputError(
+            f"weights must match config.json, got {problem} {name}: the checkpoint is incomplete or of another layout"
+        )
     for name, shape in got.items():
         if shape != expected[name]:
             raise InputError(f"{name} must have shape {expected[name]} as config.json says, got {shape}: mismatched files")
@@ -279,7 +297,9 @@ def _converted_gguf(gguf: Path) -> Path:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise InputError(f"{gguf} must be a whole GGUF file of a Llama or Qwen2, got {reason}: download it again") from error
         tied = network.config.tie_word_embeddings
-        weights = {name: value.contiguous() for name, value in network.state_dict().items() if not (tied and name == "lm_head.weight")}
+        weights = {
+            name: value.contiguous() for name, value in network.state_dict().items() if not (tied and name == "lm_head.weight")
+        }
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         config = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
         (target / "config.json").write_text(json.dumps(config, indent=2))

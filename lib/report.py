@@ -238,9 +238,7 @@ class Run:
         return "  |  ".join(parts + ([f"set {changed}"] if changed else []))
 
 
-def start(
-    name: str, *, profile: str = "quick", seed: int | None = None, overrides: Mapping[str, object] | None = None
-) -> Run:
+def start(name: str, *, profile: str = "quick", seed: int | None = None, overrides: Mapping[str, object] | None = None) -> Run:
     """Check the settings and begin the record of a notebook.
 
     Args:

@@ -147,9 +147,7 @@ def interval_text(estimate: float | None, interval: Sequence[float | None] | Non
         return "-"
     if interval is None:
         return significant(estimate)
-    low, high = (
-        "unbounded" if end is None or end in (float("inf"), float("-inf")) else significant(end) for end in interval
-    )
+    low, high = ("unbounded" if end is None or end in (float("inf"), float("-inf")) else significant(end) for end in interval)
     return f"{significant(estimate)} [{low}, {high}]"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -98,7 +98,7 @@ def sample(
     _check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     _check_generator(generator, needed=temperature > 0 or remasking == "random")
     start = prompt.shape[1]
-    mask_id = model.mask_token_id
+    mask_id = cast(int, model.mask_token_id)
     ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
     prompt_positions = ids != mask_id
@@ -111,7 +111,14 @@ def sample(
             counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
         where = (ids == mask_id) & in_block
         tokens, confidence = _predict(
-            model, ids, where, prompt_positions, cfg_scale=cfg_scale, temperature=temperature, remasking=remasking, generator=generator
+            model,
+            ids,
+            where,
+            prompt_positions,
+            cfg_scale=cfg_scale,
+            temperature=temperature,
+            remasking=remasking,
+            generator=generator,
         )
         committed = _most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:

@@ -69,7 +69,7 @@ def leave_one_out_threshold(mass: Float[Tensor, "*batch key"], *, epsilon: float
 def mean_std_threshold(mass: Float[Tensor, "*batch key"], *, num_std: float = RELEASE_STD) -> Float[Tensor, "*batch 1"]:
     """Return mean + `num_std` population standard deviations over the keys.
 
-    Source: the authors' release. At most 1 / (1 + num_std^2) of the keys can lie above (Cantelli), none when there are 5 or fewer.
+    Source: the authors' release. At most 1 / (1 + num_std^2) of the keys can lie above (Cantelli); none of five.
     """
     return mass.mean(-1, keepdim=True) + num_std * mass.std(-1, keepdim=True, correction=0)
 
@@ -201,5 +201,6 @@ def shares(kinds: Sequence[str], weights: Sequence[float] | None = None) -> dict
     weights = [1.0] * len(kinds) if weights is None else weights
     total = sum(weights)
     return {
-        kind: 100.0 * sum(weight for got, weight in zip(kinds, weights, strict=True) if got == kind) / total for kind in TOKEN_KINDS
+        kind: 100.0 * sum(weight for got, weight in zip(kinds, weights, strict=True) if got == kind) / total
+        for kind in TOKEN_KINDS
     }

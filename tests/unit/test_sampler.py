@@ -1,5 +1,7 @@
 """The samplers: schedules, traces, randomness."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,7 +89,7 @@ def test_the_callback_gets_copies(model: LanguageModel) -> None:
         step.input_ids.fill_(0)
         step.is_committed.fill_(False)
 
-    options = {"new_tokens": 6, "steps": 3}
+    options: dict[str, Any] = {"new_tokens": 6, "steps": 3}
     assert torch.equal(
         sampler.sample(model, tiny.ids(1, 4), **options, on_step=spoil), sampler.sample(model, tiny.ids(1, 4), **options)
     )
@@ -158,7 +160,7 @@ def test_continue_text_equals_greedy_generation_of_transformers(causal: Language
     prompt = tiny.ids(3, 5)
     got = sampler.continue_text(causal, prompt, new_tokens=9)
     with torch.inference_mode():
-        expected = causal.network.generate(
+        expected = cast(Any, causal.network).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0
         )
     # min_new_tokens suppresses the end token, which the greedy text of this network does not reach

@@ -1,6 +1,7 @@
 """Traces of sinks along a generation: against separate forward passes, and on traces made by hand."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lib.trace_tables import concentration, first_position_share, mass_by_state,
 from tests import tiny
 
 PROMPTS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
-SETTINGS = {"positions": 16, "steps": 6}
+SETTINGS: dict[str, Any] = {"positions": 16, "steps": 6}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def test_gu_rate_of_a_trace_counts_layers_and_heads_by_hand(causal):
     by_hand = torch.tensor([[float(sums[layer, 1, head, 0] / 10 > 0.3) for head in range(4)] for layer in range(2)]).mean()
     assert trace.gu_rate[1, 2] == by_hand
     best = max(
-        sum(float(sums[layer, 1, head, key] / (10 - key) > 0.3) for layer in range(2) for head in range(4)) / 8 for key in range(10)
+        sum(float(sums[layer, 1, head, key] / (10 - key) > 0.3) for layer in range(2) for head in range(4)) / 8
+        for key in range(10)
     )
     assert trace.gu_best[1, 2] == pytest.approx(best)
 

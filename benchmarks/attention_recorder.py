@@ -48,8 +48,8 @@ def build(*, layers: int, width: int, heads: int, mlp: int, positions: int, caus
         num_key_value_heads=heads,
         max_position_embeddings=positions,
         use_cache=False,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     config.is_causal = causal
     torch.manual_seed(0)
     network = LlamaForCausalLM(config).eval().requires_grad_(False)

@@ -174,9 +174,7 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
         InputError: the checkpoint came without one, so it cannot be given text.
     """
     if model.tokenizer is None:
-        raise InputError(
-            f"a model that reads text must bring its tokenizer, got none beside {model.name}: add its files to the folder"
-        )
+        raise InputError(f"a model that reads text must bring its tokenizer, got none with {model.name}: add its files")
     return model.tokenizer
 
 

@@ -128,7 +128,7 @@ def rates_table(traces: Sequence[SinkTrace], *, k: int, seed: int) -> pd.DataFra
 
     Returns:
         Gu's sink rate of the first and of the best key (at the last step), Rulli's count per head (mean over steps), how often
-        the first position dominates, how often the dominant sink is away from its usual place, and the top-k share at full length.
+        the first position dominates, how often the dominant sink is not at its usual place, and the top-k share at full length.
     """
     rows = []
     for trace in traces:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,9 @@ def build_model(recipe: Recipe, tok: PreTrainedTokenizerFast, *, objective: str)
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         use_cache=False,
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id,
+        bos_token_id=cast(int, tok.bos_token_id),
+        eos_token_id=cast(int, tok.eos_token_id),
+        pad_token_id=cast(int, tok.pad_token_id),
     )
     # Materialised attention: at this length its backward pass took a third of SDPA's time on the CPU.
     config._attn_implementation = "eager"

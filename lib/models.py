@@ -1,19 +1,15 @@
 """Load any supported checkpoint into plain transformers classes: no remote code, safetensors or GGUF only."""
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -230,7 +226,7 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     """Return (network, tokenizer, logit shift of a bidirectional network) for any layout."""
     gguf = gguf_file(folder)
     if gguf is not None:
-        folder = _converted_gguf(gguf)
+        folder = layouts.converted_gguf(gguf)
     raw = read_json(folder / "config.json")
     family, config = layouts.configuration(raw, folder)
     if raw["model_type"] in LLADA_TYPES:
@@ -280,29 +276,6 @@ def _quiet_loading() -> Iterator[None]:
 def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
     return family.from_pretrained(folder) if (folder / needed).exists() else None
-
-
-def _converted_gguf(gguf: Path) -> Path:
-    """Return a folder with the GGUF's weights as float32 safetensors, converting once (7-35 s for 135 M weights)."""
-    target = gguf.parent / f"{gguf.stem}-float32"
-    if not (target / "done").exists():
-        where: dict[str, Any] = {"gguf_file": gguf.name}
-        try:
-            with open(os.devnull, "w") as hole, redirect_stderr(hole):  # transformers' conversion bar cannot be turned off
-                network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-                AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
-        except Exception as error:  # the reader of the format raises many kinds for a cut or unknown file
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise InputError(f"{gguf} must be a whole GGUF file of a Llama or Qwen2, got {reason}: download it again") from error
-        tied = network.config.tie_word_embeddings
-        weights = {
-            name: value.contiguous() for name, value in network.state_dict().items() if not (tied and name == "lm_head.weight")
-        }
-        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-        config = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
-        (target / "config.json").write_text(json.dumps(config, indent=2))
-        (target / "done").write_text("written whole\n")
-    return target
 
 
 def _mask_token_id(

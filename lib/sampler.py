@@ -97,8 +97,7 @@ def sample(
     block = block_length or new_tokens
     _check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     _check_generator(generator, needed=temperature > 0 or remasking == "random")
-    start = prompt.shape[1]
-    mask_id = cast(int, model.mask_token_id)
+    start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
     prompt_positions = ids != mask_id
@@ -110,21 +109,15 @@ def sample(
         if step % per_block == 0:
             counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
         where = (ids == mask_id) & in_block
-        tokens, confidence = _predict(
-            model,
-            ids,
-            where,
-            prompt_positions,
-            cfg_scale=cfg_scale,
-            temperature=temperature,
-            remasking=remasking,
-            generator=generator,
-        )
+        logits = _guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
+        chosen = choose_tokens(logits, temperature=temperature, generator=generator)
+        confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
+        confidence[where] = _confidence(logits, chosen, remasking=remasking, generator=generator)
         committed = _most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
-            is_masked = ids == mask_id
-            on_step(DenoisingStep(step, ids.clone(), is_masked, committed.clone(), float(is_masked[:, start:].float().mean())))
-        ids = torch.where(committed, tokens, ids)
+            ratio = float((ids == mask_id)[:, start:].float().mean())
+            on_step(DenoisingStep(step, ids.clone(), ids == mask_id, committed.clone(), ratio))
+        ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids
 
 
@@ -136,35 +129,25 @@ def _most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
     return marked
 
 
-def _predict(
-    model: LanguageModel,
-    ids: Tensor,
-    where: Tensor,
-    prompt_positions: Tensor,
-    *,
-    cfg_scale: float,
-    temperature: float,
-    remasking: Remasking,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Return predicted tokens and their confidence, both `[batch, position]`; confidence is -inf outside `where`."""
-    if cfg_scale > 0:
-        unguided = ids.masked_fill(prompt_positions, model.mask_token_id or 0)
-        both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]))
-        conditional, unconditional = both.chunk(2)
-        logits = unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
-    else:
-        logits = logits_at(model, ids, where)
-    chosen = choose_tokens(logits, temperature=temperature, generator=generator)
+def _guided_logits(
+    model: LanguageModel, ids: Tensor, where: Tensor, prompt_positions: Tensor, *, cfg_scale: float
+) -> Float[Tensor, "selected vocab"]:
+    """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked."""
+    if cfg_scale <= 0:
+        return logits_at(model, ids, where)
+    unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
+    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
+
+
+def _confidence(
+    logits: Tensor, chosen: Tensor, *, remasking: Remasking, generator: torch.Generator | None
+) -> Float[Tensor, "selected"]:
+    """Return how early each prediction deserves to be kept: its float64 probability, or a random number."""
     if remasking == "random":
-        score = torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(ids.device)
-    else:
-        score = logits.double().softmax(-1).gather(1, chosen[:, None])[:, 0]
-    tokens = ids.clone()
-    tokens[where] = chosen
-    confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-    confidence[where] = score
-    return tokens, confidence
+        return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
+    return logits.double().softmax(-1).gather(1, chosen[:, None])[:, 0]
 
 
 def _check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:

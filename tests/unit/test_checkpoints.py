@@ -68,7 +68,7 @@ def test_a_hub_id_needs_a_revision() -> None:
 def test_revision_main_is_accepted_by_name_and_offline_is_unavailable() -> None:
     source = ModelSource("no-such-organisation/no-such-model", "main")
     checkpoints.check(source)
-    with pytest.raises(UnavailableError, match="no-such-organisation/no-such-model@main must be in the local cache") as caught:
+    with pytest.raises(UnavailableError, match="no-such-organisation/no-such-model@main must be cached or reachable") as caught:
         models.load(source)
     assert "\n" not in str(caught.value)
 

@@ -219,6 +219,8 @@ def test_the_masks_of_a_window_do_not_depend_on_the_other_windows() -> None:
     diffusion.nelbo(whole, windows, draws=3, seed=0)
     diffusion.nelbo(part, windows[:2], draws=3, seed=0)
     assert torch.equal(torch.cat(whole.network.calls.inputs)[:6], torch.cat(part.network.calls.inputs))  # pyright: ignore
+    masks = (torch.cat(whole.network.calls.inputs) == STUB_MASK).view(4, 3, 8)  # pyright: ignore
+    assert not torch.equal(masks[0], masks[1])
     other = stub(uniform)
     diffusion.nelbo(other, windows, draws=3, seed=1)
     assert not torch.equal(torch.cat(whole.network.calls.inputs), torch.cat(other.network.calls.inputs))  # pyright: ignore

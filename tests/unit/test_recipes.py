@@ -122,17 +122,21 @@ def test_the_trained_pair_loads_and_differs_in_objective_and_direction_only(tmp_
 @pytest.mark.usefixtures("offline_corpus")
 def test_both_objectives_see_the_same_windows_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {"dlm": [], "ar": []}
+    streams: list[int] = []
     keep = train_reference.weighted_loss
 
     def watch(model, network, ids, *, objective, rng):
         if torch.is_grad_enabled():
             seen[objective].append(ids.clone())
+            streams.append(rng.initial_seed())
         return keep(model, network, ids, objective=objective, rng=rng)
 
     monkeypatch.setattr(train_reference, "weighted_loss", watch)
     for objective in seen:
         run(objective, tmp_path, recipe=dataclasses.replace(TOY, tokens=3 * 4 * 32))
     assert len(seen["dlm"]) == 3
+    assert streams[:3] == streams[3:]
+    assert len(set(streams)) == 3  # fresh masks at every step
     assert torch.equal(torch.stack(seen["dlm"]), torch.stack(seen["ar"]))
 
 

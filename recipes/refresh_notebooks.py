@@ -1,4 +1,4 @@
-"""Execute the notebooks in place with their defaults and strip what changes from run to run.
+"""Execute the notebooks in place with their defaults, strip what changes from run to run, update the README's verdicts.
 
 Run `python -m recipes.refresh_notebooks`, or with numbers (`01 04`) for some of them. Run twice on one machine, it gives the same
 bytes, so that a difference in a commit is a difference in results.
@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm.auto import tqdm
 
-from lib import config, environment, provenance
+from lib import config, environment, provenance, readme
 
 KEPT_METADATA = ("tags",)
 LANGUAGE = {"name": "python"}
@@ -119,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in tqdm(chosen, unit="notebook"):
         changed = refresh(known[number])
         tqdm.write(f"{known[number].name}: {'changed' if changed else 'unchanged'}", file=sys.stdout)
+    if readme.update_readme(config.ROOT / "README.md"):
+        tqdm.write("README.md: verdicts changed", file=sys.stdout)
     return 0
 
 

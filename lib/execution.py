@@ -16,10 +16,19 @@ from lib import provenance
 
 INJECTED = "injected-parameters"
 MARKER = "papermill-error-cell-tag"
+REFUSALS = ("InputError", "UnavailableError")
 
 
 class NotebookError(RuntimeError):
-    """A notebook failed: the message names it, the cell, the error and the executed copy."""
+    """A notebook failed: the message names it, the cell, the error and the executed copy.
+
+    Attributes:
+        is_input: the notebook itself refused what it was given (an `InputError`), as opposed to breaking.
+    """
+
+    def __init__(self, message: str, *, is_input: bool = False) -> None:
+        super().__init__(message)
+        self.is_input = is_input
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ def execute(job: Job) -> Outcome:
         if partial.exists():
             os.replace(partial, failed)
             where = f"open {_relative(failed, job)}"
-        raise NotebookError(f"notebook {job.number} ({job.name}) failed {problem}: {where}")
+        message = f"notebook {job.number} ({job.name}) failed {problem}: {where}"
+        raise NotebookError(message, is_input=any(f" with {name}: " in problem for name in REFUSALS))
     for path, mark in _snapshot(job).items():
         # A file of this notebook that it did not write again belongs to other settings.
         if before.get(path) == mark:

@@ -106,7 +106,7 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     except InputError as error:
         return _complain(error, 2)
     except NotebookError as error:
-        return _complain(error, 1)
+        return _complain(error, 2 if error.is_input else 1)
     return 0
 
 

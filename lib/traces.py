@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib import attention, sampler, sinks
+from lib.config import InputError
 from lib.models import LanguageModel, network_body
 from lib.sampler import DenoisingStep
 
@@ -115,8 +116,17 @@ def trace(
     Returns:
         The trace; both kinds of model have the same number of steps and end at the same length.
 
+    Raises:
+        InputError: the text would be longer than the model can read, or not longer than the prompt.
+
     Source: paper Figure 2 and section 3.1 (there on LLaDA, Dream, LLaMA-3.1 and Qwen-2.5).
     """
+    longest = getattr(model.network.config, "max_position_embeddings", positions)
+    if not prompts.shape[1] < positions <= longest:
+        raise InputError(
+            f"positions must be above the prompt's {prompts.shape[1]} and at most {longest} for {model.name}, got {positions}: "
+            "change sink_traces.positions"
+        )
     if model.is_causal:
         return _trace_prefixes(model, prompts, positions=positions, steps=steps, temperature=temperature, generator=generator)
     return _trace_denoising(

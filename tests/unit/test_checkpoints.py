@@ -164,3 +164,12 @@ def test_a_cut_gguf_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="whole GGUF file") as caught:
         models.load(tmp_path / "x.gguf")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_a_notebook_starts(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path / "mute")
+    with pytest.raises(InputError, match="must bring its tokenizer"):
+        checkpoints.check_tokenizer(ModelSource(str(folder)))
+    tiny.words().save_pretrained(folder)
+    checkpoints.check_tokenizer(ModelSource(str(folder)))
+    checkpoints.check_tokenizer(ModelSource("hub/model", "main"))

@@ -314,3 +314,15 @@ def test_scripts_need_nothing_that_an_old_bash_lacks(name: str) -> None:
     text = path.read_text()
     for newer in ("declare -A", "mapfile", "readarray", "&>>", "|&", ",,}", "^^}", "curl", "jq "):
         assert newer not in text
+
+
+def test_a_notebook_that_refuses_its_settings_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = tmp_path / "notebooks" / "01_refuses.ipynb"
+    notebook.parent.mkdir()
+    write_notebook(notebook, "from lib.config import InputError\nraise InputError('prompts must be few, got many: lower them')")
+    job = execution.Job("01", notebook, "quick", 0, {}, "print", tmp_path)
+    with pytest.raises(execution.NotebookError, match="InputError: prompts must be few") as caught:
+        execution.execute(job)
+    assert caught.value.is_input
+    assert not execution.NotebookError("anything else").is_input

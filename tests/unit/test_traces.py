@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lib import attention, models, traces
+from lib.config import InputError
 from lib.trace_figures import frontier_by_step, heads_at_mark, layers_by_step, position_by_step
 from lib.trace_tables import concentration, first_position_share, mass_by_state, rates_table, top_sinks_table, wander
 from tests import tiny
@@ -150,3 +151,9 @@ def test_tables_and_figures_cover_every_model(causal, diffusion):
     cell = drawn[0].query("model == 'ar' and step == 2")
     assert cell["3"].item() == pytest.approx(float(both[1].mass[0, 2, 3]))
     assert cell["12"].isna().item()
+
+
+def test_a_text_longer_than_the_model_can_read_is_refused(causal, diffusion):
+    for model in (causal[0], diffusion[0]):
+        with pytest.raises(InputError, match="at most 64"):
+            traces.trace(model, PROMPTS, positions=65, steps=6)

@@ -12,6 +12,7 @@ from lib.config import InputError
 from lib.models import LanguageModel, logits_at
 
 Remasking = Literal["low_confidence", "random"]
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _confidence(
     """Return how early each prediction deserves to be kept: its float64 probability, or a random number."""
     if remasking == "random":
         return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
-    return logits.double().softmax(-1).gather(1, chosen[:, None])[:, 0]
+    # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
+    parts = zip(logits.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])
 
 
 def _check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:

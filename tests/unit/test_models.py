@@ -277,3 +277,20 @@ def test_a_reference_folder_describes_itself(tmp_path: Path) -> None:
     described = loaded.describe()
     assert (described["name"], described["kind"]) == ("ar", "autoregressive")
     assert json.dumps(described)
+
+
+def test_dreams_tokenizer_loads_without_its_remote_class(tmp_path: Path) -> None:
+    folder = tmp_path / "dream"
+    shutil.copytree(tiny.DREAM, folder, ignore=shutil.ignore_patterns("expected*"))
+    letters = {chr(ord("a") + index): index for index in range(26)}
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    remote = {"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(remote))
+    tokenizer = models.tokenizer_of(models.load(folder))
+    assert tokenizer("cab")["input_ids"] == [2, 0, 1] and tokenizer.decode([2, 0, 1]) == "cab"
+
+
+def test_a_model_without_a_tokenizer_says_so_when_it_is_given_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must bring its tokenizer"):
+        models.tokenizer_of(tiny.model(tmp_path / "mute"))

@@ -73,6 +73,71 @@ class SinkTraces:
 
 
 @dataclass(frozen=True)
+class VarianceAnalysis:
+    """Settings of notebook 02."""
+
+    prompts: int = field(metadata=between(2, 1024))
+    seeds: int = field(metadata=between(1, 64))
+    prompt_tokens: int = field(metadata=between(1, 4096))
+    positions: int = field(metadata=between(8, 8192))
+    tokens_per_step: int = field(metadata=between(1, 64))
+    temperature: float = field(metadata=between(0.0, 10.0))
+    top_k: int = field(metadata=between(1, 64))
+    mask_ratios: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    factor_prompts: int = field(metadata=between(2, 1024))
+    block_lengths: tuple[int, ...] = field(metadata=between(1, 8192))
+    other_tokens_per_step: tuple[int, ...] = field(metadata=between(1, 64))
+    other_prompt_tokens: tuple[int, ...] = field(metadata=between(1, 4096))
+    windows: int = field(metadata=between(2, 4096))
+    draws: int = field(metadata=between(2, 4096))
+    blocked_keys: tuple[int, ...] = field(metadata=between(1, 1024))
+    sums: int = field(metadata=between(2, 200))
+    digest_thresholds: tuple[float, ...] = field(metadata=between(0.0, 0.999))
+    digest_steps: int = field(metadata=between(2, 1024))
+    answering_models: tuple[str, ...]
+    extra_models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = "variance_analysis."
+        for name in ("tokens_per_step", "other_tokens_per_step"):
+            self._divides(getattr(self, name), self.positions - self.prompt_tokens, where + name)
+        for length in self.block_lengths:
+            self._divides(length, self.positions - self.prompt_tokens, where + "block_lengths")
+            self._divides(self.tokens_per_step, length, where + "tokens_per_step (for every block length)")
+        for prompt in self.other_prompt_tokens:
+            self._divides(self.tokens_per_step, self.positions - prompt, where + "tokens_per_step (for every prompt length)")
+        _require(
+            self.temperature > 0 or self.seeds == 1,
+            "variance_analysis.seeds must be 1 at temperature 0",
+            str(self.seeds),
+            "greedy generations with different seeds are equal",
+        )
+        _require(
+            self.top_k < self.prompt_tokens, "variance_analysis.top_k must be below prompt_tokens", str(self.top_k), "lower it"
+        )
+        _require(
+            self.factor_prompts <= self.prompts,
+            "variance_analysis.factor_prompts must be at most prompts",
+            str(self.factor_prompts),
+            "lower it",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the main generations."""
+        return (self.positions - self.prompt_tokens) // self.tokens_per_step
+
+    def _divides(self, parts: int | tuple[int, ...], whole: int, name: str) -> None:
+        for part in (parts,) if isinstance(parts, int) else parts:
+            _require(
+                whole > 0 and whole % part == 0,
+                f"{name} must divide the {whole} tokens to generate",
+                str(part),
+                "choose a divisor",
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
@@ -82,6 +147,7 @@ class Config:
     dtype: str = field(metadata=one_of("auto", "float32", "bfloat16"))
     models: dict[str, ModelSource]
     sink_traces: SinkTraces
+    variance_analysis: VarianceAnalysis
 
 
 def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, object] | None = None) -> Config:
@@ -222,6 +288,10 @@ def _convert(hint: typing.Any, value: object, where: str) -> object:
 
 def _check_range(value: object, metadata: Mapping[str, typing.Any], where: str) -> None:
     if value is None or not metadata:
+        return
+    if isinstance(value, tuple):
+        for item in value:
+            _check_range(item, metadata, f"every value of {where}")
         return
     if "choices" in metadata and value not in metadata["choices"]:
         raise InputError(f"{where} must be one of {', '.join(metadata['choices'])}, got {value!r}: choose one of them")

@@ -174,6 +174,7 @@ def continue_text(
     *,
     new_tokens: int,
     temperature: float = 0.0,
+    use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch position"]:
     """Continue prompts of equal length token by token with an autoregressive model.
@@ -183,6 +184,7 @@ def continue_text(
         prompt: prompts of equal length.
         new_tokens: tokens to generate; generation does not stop at an end token, so that lengths stay equal.
         temperature: 0 is greedy.
+        use_cache: False reads the whole text again for every token, as blocking keys needs.
         generator: CPU generator of the sampling stream; needed for a temperature above 0.
 
     Returns:
@@ -197,8 +199,8 @@ def continue_text(
     ids, past = prompt.to(model.device), None
     for _ in range(new_tokens):
         step_input = ids if past is None else ids[:, -1:]
-        output = model.network(input_ids=step_input, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
+        output = model.network(input_ids=step_input, past_key_values=past, use_cache=use_cache, logits_to_keep=1)
+        past = output.past_key_values if use_cache else None
         logits = output.logits[:, -1].float()
         if temperature > 0:
             logits = logits / temperature

@@ -150,6 +150,41 @@ def gu_sink_rate(
     return ((column_sums / seen_by > epsilon) & (positions < keys)).float()
 
 
+def first_token_score(column_sums: Float[Tensor, "*batch key"], *, queries: int) -> Float[Tensor, "*batch"]:
+    """Return the mean attention that the first token receives, in [0, 1].
+
+    Args:
+        column_sums: attention summed over queries (not rescaled).
+        queries: how many queries were summed.
+
+    Source: BOS sink score of a head, (1/T) sum_t alpha_{t, 0} (arXiv 2601.06787); a layer's is the mean over its heads.
+
+    >>> float(first_token_score(torch.tensor([3.0, 1.0]), queries=4))
+    0.75
+    """
+    return column_sums[..., 0] / queries
+
+
+def value_norm_ratio(norms: Float[Tensor, "*batch key"], marked: Bool[Tensor, "*batch key"]) -> Float[Tensor, "*batch"]:
+    """Return the mean norm of the value vectors of sinks over that of the other keys: below 1 when sinks carry little.
+
+    Args:
+        norms: norm of each key's value vector in one head.
+        marked: that head's sinks.
+
+    Returns:
+        A ratio; NaN where there are no sinks, or nothing else; infinite where only sinks carry values.
+
+    Source: value norms of sinks as in One Token Is Enough (arXiv 2601.19657), which averages them over heads.
+
+    >>> float(value_norm_ratio(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([True, False, False])))
+    0.25
+    """
+    inside = torch.where(marked, norms, 0.0).sum(-1) / marked.sum(-1)
+    outside = torch.where(marked, 0.0, norms).sum(-1) / (~marked).sum(-1)
+    return inside / outside
+
+
 def dominant_position(mass: Float[Tensor, "*batch key"]) -> Int[Tensor, "*batch"]:
     """Return the position with the largest mass (the earliest of equals)."""
     return top_k_positions(mass, k=1)[..., 0]

@@ -11,7 +11,8 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from lib import figures
-from lib.traces import MARKS, SinkTrace, relative_to_frontier
+from lib.trace_views import relative_to_frontier
+from lib.traces import MARKS, SinkTrace
 
 MASS_LABEL = "sink mass (1 = mean over keys)"
 # One colour scale for every panel. Cut at 8, so that the weaker sinks of small models stay visible beside a mass of 50.

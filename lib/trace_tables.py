@@ -13,7 +13,8 @@ from lib import sinks
 from lib.claims import bootstrap_mean
 from lib.figures import token_label
 from lib.runtime import generator
-from lib.traces import MARKS, SinkTrace, uniform_mass
+from lib.trace_views import uniform_mass
+from lib.traces import MARKS, SinkTrace
 
 NO_VALUE = float("nan")  # the paper gives no number
 

@@ -1,7 +1,8 @@
 """Follow attention sinks along a generation: diffusion models step by step, autoregressive ones by growing prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,10 +10,29 @@ from torch import Tensor
 
 from lib import attention, sampler, sinks
 from lib.config import InputError
-from lib.models import LanguageModel, network_body
+from lib.models import LanguageModel
 from lib.sampler import DenoisingStep
 
 MARKS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """What single layers and heads do at every step.
+
+    Attributes:
+        rulli_sets: sinks by Rulli's rule (leave-one-out mean + 3).
+        sets: sinks by the released rule (mean + 2 standard deviations).
+        favourites: keys that are some query's argmax in the attention averaged over the layer's heads.
+        first_score: mean attention that the first token receives, averaged over heads.
+        value_norm: norm of the value vectors at the mark steps, per key-value head.
+    """
+
+    rulli_sets: Bool[Tensor, "prompt step layer head position"]
+    sets: Bool[Tensor, "prompt step layer head position"]
+    favourites: Bool[Tensor, "prompt step layer position"]
+    first_score: Float[Tensor, "prompt step layer"]
+    value_norm: Float[Tensor, "prompt mark layer kv_head position"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,8 @@ class SinkTrace:
         gu_rate: share of layers and heads in which the first key is a sink by Gu's rule.
         gu_best: largest such share that any key reaches.
         rulli: mean number of sinks in a layer and head by Rulli's rule.
+        texts: prompt and all generated tokens.
+        heads: single layers and heads, when asked for.
     """
 
     name: str
@@ -47,6 +69,8 @@ class SinkTrace:
     gu_rate: Float[Tensor, "prompt step"]
     gu_best: Float[Tensor, "prompt step"]
     rulli: Float[Tensor, "prompt step"]
+    texts: Int[Tensor, "prompt position"]
+    heads: HeadTrace | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -100,6 +124,8 @@ def trace(
     steps: int,
     block_length: int | None = None,
     temperature: float = 0.0,
+    remasking: sampler.Remasking = "low_confidence",
+    heads: bool = False,
     generator: torch.Generator | None = None,
 ) -> SinkTrace:
     """Generate from the prompts and record the masses on the way.
@@ -111,7 +137,9 @@ def trace(
         steps: denoising steps, or prefix lengths.
         block_length: semi-autoregressive block of a diffusion model; None is one block.
         temperature: 0 is greedy.
-        generator: CPU generator of the sampling stream, for a temperature above 0.
+        remasking: which predictions a diffusion model keeps first.
+        heads: also keep what single layers and heads do (two bytes for each head, step and position).
+        generator: CPU generator of the sampling stream, for a temperature above 0 or random remasking.
 
     Returns:
         The trace; both kinds of model have the same number of steps and end at the same length.
@@ -121,102 +149,102 @@ def trace(
 
     Source: paper Figure 2 and section 3.1 (there on LLaDA, Dream, LLaMA-3.1 and Qwen-2.5).
     """
-    longest = getattr(model.network.config, "max_position_embeddings", positions)
-    if not prompts.shape[1] < positions <= longest:
-        raise InputError(
-            f"positions must be above the prompt's {prompts.shape[1]} and at most {longest} for {model.name}, got {positions}: "
-            "change sink_traces.positions"
-        )
+    check_length(model, prompt_tokens=prompts.shape[1], positions=positions)
     if model.is_causal:
-        return _trace_prefixes(model, prompts, positions=positions, steps=steps, temperature=temperature, generator=generator)
-    return _trace_denoising(
+        texts = sampler.continue_text(
+            model, prompts, new_tokens=positions - prompts.shape[1], temperature=temperature, generator=generator
+        )
+        return _trace_prefixes(model, texts, prompt_tokens=prompts.shape[1], steps=steps, heads=heads)
+    sample = partial(
+        sampler.sample,
         model,
         prompts,
-        positions=positions,
+        new_tokens=positions - prompts.shape[1],
         steps=steps,
         block_length=block_length,
         temperature=temperature,
+        remasking=remasking,
         generator=generator,
     )
+    return _trace_denoising(model, prompts, sample, steps=steps, heads=heads)
+
+
+def check_length(model: LanguageModel, *, prompt_tokens: int, positions: int) -> None:
+    """Raise `InputError` when a text of `positions` tokens is too long for the model, or not longer than its prompt."""
+    longest = getattr(model.network.config, "max_position_embeddings", positions)
+    if not prompt_tokens < positions <= longest:
+        raise InputError(
+            f"positions must be above the prompt's {prompt_tokens} and at most {longest} for {model.name}, got {positions}: "
+            "change positions"
+        )
 
 
 def _trace_denoising(
-    model: LanguageModel,
-    prompts: Tensor,
-    *,
-    positions: int,
-    steps: int,
-    block_length: int | None,
-    temperature: float,
-    generator: torch.Generator | None,
+    model: LanguageModel, prompts: Tensor, sample: Callable[..., Tensor], *, steps: int, heads: bool
 ) -> SinkTrace:
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
     kept: list[_StepStatistics] = []
-    ids, masked, heads = [], [], []
-    with attention.record(model) as recorder:
+    ids, masked, at_marks, parts, value_norms = [], [], [], [], []
+    with attention.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
-            sums = recorder.pop()[:, : len(prompts), :, 0].cpu()
-            kept.append(_reduce(sums.transpose(0, 1), keys=[positions] * len(prompts), is_causal=False))
+            sums = recorder.pop()[:, : len(prompts), :, 0].transpose(0, 1).cpu()
+            keys = [sums.shape[-1]] * len(prompts)
+            kept.append(_reduce(sums, keys=keys, is_causal=False))
             ids.append(step.input_ids.cpu())
             masked.append(step.is_masked.cpu())
             if step.step in marks:
-                heads.append(sums.transpose(0, 1))
+                at_marks.append(sums)
+            if heads:
+                favourites = recorder.pop_argmax()[:, : len(prompts), 0].transpose(0, 1).cpu()
+                parts.append(_reduce_heads(sums, favourites, keys=keys))
+                norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
+                value_norms.extend([norms] if step.step in marks else [])
 
-        sampler.sample(
-            model,
-            prompts,
-            new_tokens=positions - prompts.shape[1],
-            steps=steps,
-            block_length=block_length,
-            temperature=temperature,
-            generator=generator,
-            on_step=on_step,
-        )
+        texts = sample(on_step=on_step)
     return SinkTrace(
         name=model.name,
         prompt_tokens=prompts.shape[1],
         ids=torch.stack(ids, 1),
         is_masked=torch.stack(masked, 1),
-        keys=torch.full((steps,), positions),
+        keys=torch.full((steps,), texts.shape[1]),
         mark_steps=marks,
-        head_mass=torch.stack(heads, 1),
+        head_mass=torch.stack(at_marks, 1),
+        texts=texts.cpu(),
+        heads=HeadTrace(**_joined(parts, dim=1), value_norm=torch.stack(value_norms, 1)) if heads else None,
         **_stacked(kept, dim=1),
     )
 
 
 def _trace_prefixes(
-    model: LanguageModel,
-    prompts: Tensor,
-    *,
-    positions: int,
-    steps: int,
-    temperature: float,
-    generator: torch.Generator | None,
+    model: LanguageModel, texts: Int[Tensor, "prompt position"], *, prompt_tokens: int, steps: int, heads: bool
 ) -> SinkTrace:
-    """Continue the prompts, then read the masses of every prefix from one pass a prompt."""
-    lengths = prefix_lengths(prompt_tokens=prompts.shape[1], positions=positions, steps=steps)
+    """Read the masses of every prefix from one pass a text."""
+    lengths = prefix_lengths(prompt_tokens=prompt_tokens, positions=texts.shape[1], steps=steps)
     marks = mark_steps(steps)
-    texts = sampler.continue_text(
-        model, prompts, new_tokens=positions - prompts.shape[1], temperature=temperature, generator=generator
-    )
-    kept, heads = [], []
+    kept, at_marks, parts, value_norms = [], [], [], []
     for text in texts:  # one at a time: all prefixes of all heads of one text are already 10^8 numbers for a large model
-        sums = attention.prefix_masses(model, text[None], lengths=lengths)[:, 0].cpu()
-        by_step = sums.permute(2, 0, 1, 3)
+        recorder = attention.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
+        by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
         kept.append(_reduce(by_step, keys=lengths, is_causal=True))
-        heads.append(by_step[list(marks)])
+        at_marks.append(by_step[list(marks)])
+        if heads:
+            parts.append(_reduce_heads(by_step, recorder.pop_argmax()[:, 0].transpose(0, 1).cpu(), keys=lengths))
+            # a causal model's values do not change when the text grows
+            value_norms.append(recorder.pop_value_norms()[:, 0].cpu().expand(len(marks), -1, -1, -1))
     ids = texts.cpu()[:, None].expand(-1, steps, -1)
     return SinkTrace(
         name=model.name,
-        prompt_tokens=prompts.shape[1],
+        prompt_tokens=prompt_tokens,
         ids=ids,
         is_masked=torch.zeros(ids.shape, dtype=torch.bool),
         keys=torch.tensor(lengths),
         mark_steps=marks,
-        head_mass=torch.stack(heads),
+        head_mass=torch.stack(at_marks),
+        texts=texts.cpu(),
+        heads=HeadTrace(**_joined(parts, dim=0), value_norm=torch.stack(value_norms)) if heads else None,
         **_stacked(kept, dim=0),
     )
 
@@ -241,60 +269,26 @@ def _stacked(parts: list[_StepStatistics], *, dim: int) -> dict[str, Tensor]:
     return {name: torch.stack([getattr(part, name) for part in parts], dim) for name in names}
 
 
-@torch.inference_mode()
-def attention_maps(
-    model: LanguageModel, trace: SinkTrace, *, prompt: int, steps: Sequence[int]
-) -> Float[Tensor, "frame query key"]:
-    """Return the attention matrices of one prompt at some steps, averaged over layers and heads.
+def _reduce_heads(
+    sums: Float[Tensor, "row layer head position"], favourites: Bool[Tensor, "row layer position"], *, keys: Sequence[int]
+) -> dict[str, Tensor]:
+    """Mark the sinks of each head; row r has `keys[r]` keys, and as many queries."""
+    size = sums.shape[-1]
 
-    Args:
-        model: the model that made the trace.
-        trace: its trace.
-        prompt: which prompt.
-        steps: which steps; one forward pass each.
+    def mark(rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a rule to the keys that exist."""
+        rows = [torch.nn.functional.pad(rule(row[..., :n]), (0, size - n)) for row, n in zip(sums, keys, strict=True)]
+        return torch.stack(rows)
 
-    Source: the authors' sink_dynamics animation.
-    """
-    frames = []
-    with attention.record(model, keep_map=True) as recorder:
-        for step in steps:
-            ids = trace.ids[prompt, step, : int(trace.keys[step])][None].to(model.device)
-            network_body(model)(input_ids=ids, use_cache=False)
-            frames.append(recorder.pop_map()[0].cpu())
-    size = trace.ids.shape[-1]
-    return torch.stack([torch.nn.functional.pad(frame, (0, size - frame.shape[1], 0, size - frame.shape[0])) for frame in frames])
+    scores = [sinks.first_token_score(row, queries=n).mean(-1) for row, n in zip(sums, keys, strict=True)]
+    return {
+        "rulli_sets": mark(sinks.sinks_leave_one_out),
+        "sets": mark(sinks.sinks_mean_std),
+        "favourites": favourites,
+        "first_score": torch.stack(scores),
+    }
 
 
-def relative_to_frontier(
-    mass: Float[Tensor, "prompt step position"], frontier: Int[Tensor, "prompt step"], *, keys: Int[Tensor, "step"], reach: int
-) -> Float[Tensor, "step offset"]:
-    """Average masses over prompts at equal distance from the frontier.
-
-    Args:
-        mass: masses of a trace.
-        frontier: first position that is not yet written, per prompt and step.
-        keys: keys that exist at each step.
-        reach: offsets from -reach to reach - 1 are returned; offset 0 is the frontier itself.
-
-    Returns:
-        Mean mass by step and offset; NaN where no prompt has a key at that offset.
-    """
-    offsets = torch.arange(-reach, reach)
-    positions = frontier[..., None] + offsets
-    exists = (positions >= 0) & (positions < keys[None, :, None])
-    taken = mass.gather(2, positions.clamp(0, mass.shape[-1] - 1))
-    return torch.where(exists, taken, float("nan")).nanmean(0)
-
-
-def uniform_mass(keys: int, *, is_causal: bool) -> Float[Tensor, "key"]:
-    """Return the masses that attention without any preference gives: 1 each, or a harmonic sum under the causal mask.
-
-    The first key of a causal model gets the most even then, since every query sees it: the baseline for concentration.
-
-    >>> uniform_mass(2, is_causal=True).tolist()
-    [1.5, 0.5]
-    """
-    if not is_causal:
-        return torch.ones(keys)
-    rows = torch.tril(torch.ones(keys, keys, dtype=torch.float64))
-    return (rows / rows.sum(1, keepdim=True)).sum(0).float()
+def _joined(parts: list[dict[str, Tensor]], *, dim: int) -> dict[str, Tensor]:
+    """Stack the entries of equal name."""
+    return {name: torch.stack([part[name] for part in parts], dim) for name in parts[0]} if parts else {}

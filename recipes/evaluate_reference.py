@@ -4,12 +4,11 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 
-from lib import data, diffusion, models, sampler
+from lib import data, diffusion, evaluation, models
 from lib.canvas import png_bytes
 from lib.config import ROOT
 from lib.models import LanguageModel, tokenizer_of
@@ -17,7 +16,6 @@ from lib.provenance import write_bytes, write_text
 from recipes.train_reference import Recipe
 
 REFERENCE = ROOT / "models" / "reference"
-ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
 DRAWS = 16
 CARD = ROOT / "recipes" / "model_card.md"
 
@@ -28,40 +26,12 @@ def held_out_loss(model: LanguageModel) -> diffusion.Estimate:
     return diffusion.next_token_nll(model, windows) if model.is_causal else diffusion.nelbo(model, windows, draws=DRAWS, seed=0)
 
 
-def answer_sums(model: LanguageModel, rows: list[dict[str, str]]) -> list[str]:
-    """Let the model answer `23 - 60 =`: greedily, one token per step, cut at the end of the document."""
-    tok = tokenizer_of(model)
-    prompts = [cast(list[int], tok(row["question"])["input_ids"]) for row in rows]
-    answers = [""] * len(rows)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        picked = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-        batch = torch.tensor([prompts[index] for index in picked])
-        if model.is_causal:
-            ids = sampler.continue_text(model, batch, new_tokens=ANSWER_TOKENS)
-        else:
-            ids = sampler.sample(model, batch, new_tokens=ANSWER_TOKENS, steps=ANSWER_TOKENS)
-        for index, row in zip(picked, ids[:, length:].tolist(), strict=True):
-            end = row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row)
-            answers[index] = cast(str, tok.decode(row[:end])).strip()
-    return answers
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share."""
-    z = 1.959964
-    share = correct / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
-    return centre - half, centre + half
-
-
 def measure(model: LanguageModel) -> dict[str, Any]:
     """Return what the card reports about one model."""
     loss = held_out_loss(model)
     rows = data.read_rows("sums_test")
-    answers = answer_sums(model, rows)
-    correct = sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True))
-    low, high = wilson_interval(correct, len(rows))
+    correct = sum(evaluation.is_correct(evaluation.answer_sums(model, rows), rows))
+    low, high = evaluation.share_interval(correct, len(rows))
     commonest = max(sum(row["answer"] == answer for row in rows) for answer in {row["answer"] for row in rows})
     return {
         "held_out_nats_per_token": round(loss.mean, 4),

@@ -9,16 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"__init__", "config", "runtime", "provenance", "environment", "wheels"},
-    {"data", "checkpoints", "layouts", "models", "attention", "sinks"},
+    {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
+    | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},
     {"calibration", "pruning", "sparsegpt", "quantization", "structured"},
-    {"evaluation", "timing", "search", "traces"},
+    {"evaluation", "timing", "search", "traces", "trace_views", "trace_statistics"} | {"noise_match", "sink_effect"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
+    | {"variance_tables", "effect_tables", "variance_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-PURE = ("sinks", "pruning", "sparsegpt", "quantization")
-PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.config"}
+PURE = ("sinks", "variance", "stability", "planted", "pruning", "sparsegpt", "quantization")
+PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.config", "lib.sinks"}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
 MAY_PRINT = ("launcher",)

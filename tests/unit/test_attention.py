@@ -166,7 +166,7 @@ def test_two_passes_do_not_mix(model: LanguageModel) -> None:
 
 def test_the_map_is_eager_attention_averaged_over_layers_and_heads(model: LanguageModel) -> None:
     ids = tiny.ids(2, 11)
-    with torch.inference_mode(), attention.record(model, keep_map=True, query_chunk=4) as recorder:
+    with torch.inference_mode(), attention.record(model, keep=("map",), query_chunk=4) as recorder:
         network_body(model)(input_ids=ids)
         got = recorder.pop_map()
     torch.testing.assert_close(got, eager_maps(model, ids).mean(dim=(0, 2)), atol=1e-6, rtol=0)
@@ -175,7 +175,7 @@ def test_the_map_is_eager_attention_averaged_over_layers_and_heads(model: Langua
 def test_prefix_masses_equal_separate_passes(tmp_path: Path) -> None:
     model = tiny.model(tmp_path, causal=True)
     ids, lengths = tiny.ids(2, 17), [1, 4, 5, 17]
-    got = attention.prefix_masses(model, ids, lengths=lengths)
+    got = attention.read_prefixes(model, ids, lengths=lengths).pop()
     for index, length in enumerate(lengths):
         alone = attention.sink_mass(model, ids[:, :length])
         torch.testing.assert_close(got[:, :, :, index, :length], alone, atol=ATOL, rtol=0)
@@ -184,7 +184,7 @@ def test_prefix_masses_equal_separate_passes(tmp_path: Path) -> None:
 
 def test_prefix_masses_of_a_bidirectional_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must come from a causal model"):
-        attention.prefix_masses(tiny.model(tmp_path, causal=False), tiny.ids(1, 8), lengths=[4])
+        attention.read_prefixes(tiny.model(tmp_path, causal=False), tiny.ids(1, 8), lengths=[4])
 
 
 @pytest.mark.parametrize("marks", [[4, 4], [5, 3], [9]])

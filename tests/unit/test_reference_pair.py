@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from lib import checkpoints, models
+from lib import checkpoints, evaluation, models
 from lib.config import ROOT
-from recipes import evaluate_reference
 
 PAIR = [ROOT / "models" / "reference" / name for name in ("dlm", "ar")]
 each_model = pytest.mark.parametrize("folder", PAIR, ids=lambda folder: folder.name)
@@ -44,12 +43,12 @@ def test_sums_are_answered_in_their_own_order_and_cut_at_the_end_of_the_document
         {"question": question, "answer": answer}
         for question, answer in (("56 + 91 =", "147"), ("5 - 2 =", "3"), ("23 - 60 =", "-37"))
     ]
-    assert evaluate_reference.answer_sums(models.load(PAIR[1]), rows) == ["147", "3", "-37"]
-    assert len(evaluate_reference.answer_sums(models.load(PAIR[0]), rows)) == 3
+    assert evaluation.answer_sums(models.load(PAIR[1]), rows) == ["147", "3", "-37"]
+    assert len(evaluation.answer_sums(models.load(PAIR[0]), rows)) == 3
 
 
 def test_wilson_interval_against_published_values():
     # Newcombe (1998), method 3: 81 of 263 and 15 of 148; then the bound at no success, z^2 / (n + z^2)
-    assert evaluate_reference.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert evaluate_reference.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert evaluate_reference.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert evaluation.share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert evaluation.share_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert evaluation.share_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib import attention, models, traces
+from lib import attention, models, trace_views, traces
 from lib.config import InputError
 from lib.trace_figures import frontier_by_step, heads_at_mark, layers_by_step, position_by_step
 from lib.trace_tables import concentration, first_position_share, mass_by_state, rates_table, top_sinks_table, wander
@@ -79,7 +79,7 @@ def test_relative_to_frontier_moves_with_it_and_leaves_out_absent_keys():
     mass = torch.arange(12.0).view(1, 2, 6).repeat(2, 1, 1)
     mass[1] += 100.0
     frontier = torch.tensor([[1, 2], [3, 2]])
-    out = traces.relative_to_frontier(mass, frontier, keys=torch.tensor([4, 6]), reach=2)
+    out = trace_views.relative_to_frontier(mass, frontier, keys=torch.tensor([4, 6]), reach=2)
     # step 0: offsets -2..1 are positions -1 0 1 2 and 1 2 3 4, of which -1 and 4 do not exist
     assert out[0].tolist() == [101.0, (0 + 102) / 2, (1 + 103) / 2, 2.0]
     assert out[1].tolist() == [(6 + 106) / 2, (7 + 107) / 2, (8 + 108) / 2, (9 + 109) / 2]
@@ -92,17 +92,17 @@ def test_uniform_mass_is_that_of_a_network_without_preference(tmp_path):
     network.save_pretrained(tmp_path)
     model = models.load(tmp_path)
     mass = attention.sink_mass(model, PROMPTS.view(1, -1))[0, 0, 0]
-    torch.testing.assert_close(mass, traces.uniform_mass(12, is_causal=True), atol=1e-5, rtol=0)
-    assert traces.uniform_mass(12, is_causal=False).tolist() == [1.0] * 12
+    torch.testing.assert_close(mass, trace_views.uniform_mass(12, is_causal=True), atol=1e-5, rtol=0)
+    assert trace_views.uniform_mass(12, is_causal=False).tolist() == [1.0] * 12
 
 
 def test_attention_maps_have_rows_that_sum_to_one_and_columns_that_are_the_masses(causal, diffusion):
     model, trace = diffusion
-    maps = traces.attention_maps(model, trace, prompt=1, steps=[0, 5])
+    maps = trace_views.attention_maps(model, trace, prompt=1, steps=[0, 5])
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(maps.sum(1), trace.mass[1, [0, 5]], atol=1e-5, rtol=0)
     model, trace = causal
-    first = traces.attention_maps(model, trace, prompt=0, steps=[0])[0]
+    first = trace_views.attention_maps(model, trace, prompt=0, steps=[0])[0]
     assert (first[:, 6:] == 0).all() and (first[6:] == 0).all() and (first.triu(1) == 0).all()
 
 

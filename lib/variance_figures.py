@@ -1,0 +1,198 @@
+"""Figures of notebook 02: each returns the figure and the table of what is drawn."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import figures
+from lib import trace_statistics as ts
+from lib.figures import Style
+from lib.sink_effect import NOTHING
+from lib.traces import SinkTrace
+
+KINDS: Mapping[str, tuple[str, str]] = MappingProxyType({
+    "overlap": ("-", "sink sets"), "steps shuffled": ("--", "steps shuffled"), "positions shuffled": (":", "positions shuffled"),
+})  # fmt: skip
+PAIRS: Mapping[str, Style] = MappingProxyType({
+    "generation, noised": Style("#D55E00", "o"), "noised, noised": Style("#777777", "v"),
+    "generation, noised with prompt kept": Style("#0072B2", "s"), "noised, noised with prompt kept": Style("#BBBBBB", "^"),
+})  # fmt: skip
+BLOCKED: Mapping[str, Style] = MappingProxyType({
+    "sinks": Style("#D55E00", "o"), "large non-sinks": Style("#0072B2", "s"), "random keys": Style("#777777", "x"),
+})  # fmt: skip
+READINGS: Mapping[str, Style] = MappingProxyType({
+    "literal": Style("#CC79A7", "D"), "only former sinks": Style("#009E73", "^"),
+})  # fmt: skip
+SHOWN_PATHS = 6
+
+
+def variance_by_layer(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw spatial and temporal variance over the depth, a line a model with its interval.
+
+    Args:
+        table: from `variance_tables.layers_table`.
+    """
+    figure, axes = figures.subplots(1, 2, height=3.8)
+    styles = figures.model_styles(table["model"].unique())
+    units = {"spatial variance": "mass squared, mean mass = 1", "temporal variance": "share of length, squared"}
+    for ax, (quantity, unit) in zip(axes, units.items(), strict=True):
+        for name, rows in table[table["quantity"] == quantity].groupby("model", sort=False):
+            figures.band(ax, rows["depth"], rows["mean"], rows["low"], rows["high"], style=styles[str(name)], label=str(name))
+        ax.set(xlabel="depth (0 = first layer, 1 = last)", ylabel=f"{quantity} ({unit})", title=quantity)
+        ax.set_yscale("log" if quantity == "spatial variance" else "symlog", **_linear_below(quantity))
+    axes[0].legend()
+    return figure, table
+
+
+def _linear_below(quantity: str) -> dict[str, float]:
+    """Give the temporal axis, whose values may be 0, a linear part below a centroid that moves by 1 % of the length."""
+    return {"linthresh": 1e-4} if quantity == "temporal variance" else {}
+
+
+def centroid_paths(traces: Sequence[SinkTrace], *, prompts: int) -> tuple[Figure, pd.DataFrame]:
+    """Draw the path of the sink centroid for some prompts, a panel a model, with the median over all.
+
+    Args:
+        traces: one per model.
+        prompts: number of prompts; only the first seed of each is drawn.
+    """
+    figure, axes = figures.subplots(1, len(traces), height=3.8, sharey=True, squeeze=False)
+    styles = figures.model_styles(trace.name for trace in traces)
+    tables = []
+    for ax, trace in zip(axes[0], traces, strict=True):
+        paths = (ts.centroids(trace)[:prompts] / trace.mass.shape[-1]).numpy()
+        passed = np.linspace(0, 100, paths.shape[1])
+        for path in paths[:SHOWN_PATHS]:
+            ax.plot(passed, path, color=styles[trace.name].color, linewidth=0.8, alpha=0.55)
+        ax.plot(passed, np.nanmedian(paths, axis=0), color="black", linewidth=2)
+        ax.set(xlabel="share of the steps passed (%)", title=trace.name, ylim=(-0.03, 1))
+        wide = pd.DataFrame(paths.T, columns=[f"prompt {index + 1}" for index in range(len(paths))])
+        tables.append(pd.concat([pd.DataFrame({"model": trace.name, "step": range(len(wide))}), wide], axis=1))
+    axes[0, 0].set_ylabel("sink centroid (share of the length)")
+    return figure, pd.concat(tables, ignore_index=True)
+
+
+def overlap_by_distance(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw overlap of sink sets against step distance with both nulls, a panel a level.
+
+    Args:
+        table: from `variance_tables.overlap_table`.
+    """
+    levels = list(ts.LEVELS)
+    figure, axes = figures.subplots(1, len(levels), height=4.0, sharey=True)
+    styles = figures.model_styles(table["model"].unique())
+    for ax, level in zip(axes, levels, strict=True):
+        for (name, kind), rows in table[table["level"] == level].groupby(["model", "kind"], sort=False):
+            if kind in KINDS:
+                style, (line, _) = styles[str(name)], KINDS[str(kind)]
+                marker = style.marker if kind == "overlap" else ""
+                ax.plot(rows["step distance"], rows["mean"], color=style.color, linestyle=line, marker=marker, markersize=4)
+                if kind == "overlap":
+                    ax.fill_between(rows["step distance"], rows["low"], rows["high"], color=style.color, alpha=0.18, linewidth=0)
+        ax.set(xlabel="step distance", title=level, ylim=(0, 1.02), xscale="log")
+        ax.set_xticks(sorted(table["step distance"].unique()), [str(d) for d in sorted(table["step distance"].unique())])
+        ax.minorticks_off()
+        ax.tick_params(axis="x", labelsize=7.5)
+    axes[0].set_ylabel("Jaccard overlap of sink sets")
+    _legend_of_lines(axes[-1], styles)
+    return figure, table
+
+
+def _legend_of_lines(ax: Axes, styles: Mapping[str, Style]) -> None:
+    """Explain colours (models) and line styles (kinds) once, beside the last panel."""
+    for name, style in styles.items():
+        ax.plot([], [], color=style.color, marker=style.marker, markersize=4, label=name)
+    for line, label in KINDS.values():
+        ax.plot([], [], color="black", linestyle=line, label=label)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw value norm against sink mass, a panel a model.
+
+    Args:
+        points: from `variance_tables.value_norm_points`, models joined.
+    """
+    names = list(points["model"].unique())
+    figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        rows = points[points["model"] == name]
+        for is_sink, color, label in ((False, "#999999", "other keys"), (True, "#D55E00", "sinks (Rulli)")):
+            part = rows[rows["is a sink"] == is_sink]
+            ax.scatter(part["sink mass"], part["relative value norm"], s=5, alpha=0.35, color=color, linewidth=0, label=label)
+        ax.axhline(1.0, color="black", linewidth=0.8)
+        ax.set(xscale="log", xlabel="sink mass in the head (mean 1)", title=name)
+        ax.set_xlim(left=1e-2)
+    axes[0, 0].set_ylabel("value norm / mean of the head")
+    axes[0, -1].legend(markerscale=3)
+    return figure, points
+
+
+def noise_agreement(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw the rank correlation of masses between generation and random masks along denoising, a panel a model.
+
+    Args:
+        table: from `variance_tables.noise_table`, models joined.
+    """
+    masses = table[table["what"] == "mass"]
+    names = list(masses["model"].unique())
+    figure, axes = figures.subplots(1, len(names), height=3.8, width=min(9.0, 6.0 * len(names)), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        for pair, rows in masses[masses["model"] == name].groupby("pair", sort=False):
+            style = PAIRS[str(pair)]
+            figures.band(ax, rows["mask ratio"], rows["mean"], rows["low"], rows["high"], style=style, label=str(pair))
+        figures.mask_ratio_axis(ax)
+        ax.set(title=name, ylim=(min(0.0, float(masses["low"].min())), 1.0))
+    axes[0, 0].set_ylabel("rank correlation of sink masses")
+    axes[0, -1].legend(loc="best")
+    return figure, masses
+
+
+def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw the increase of the loss against the number of blocked keys, a panel a model.
+
+    Args:
+        table: from `effect_tables.effects_table`.
+    """
+    names = list(table["model"].unique())
+    figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        for blocked, style in BLOCKED.items():
+            rows = table[(table["model"] == name) & table["blocked"].isin([blocked, NOTHING])]
+            ax.plot(rows["keys asked"], rows["increase"], color=style.color, linewidth=1.2)
+            figures.errorbar_points(
+                ax, rows["keys asked"], rows["increase"], rows["low"], rows["high"], style=style, label=blocked
+            )
+        ax.axhline(0.0, color="black", linewidth=0.8)
+        ax.set(xlabel="keys blocked in every head", title=name, xticks=sorted(table["keys asked"].unique()))
+        ax.set_yscale("symlog", linthresh=0.05)
+    axes[0, 0].set_ylabel("increase of the loss (nats per token)")
+    axes[0, 0].legend(loc="upper left")
+    return figure, table
+
+
+def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw the increase of the loss against the threshold of the digest's rule, a panel a model.
+
+    Args:
+        table: from `effect_tables.effects_table` with `amount_name="threshold"`.
+    """
+    names = list(table["model"].unique())
+    figure, axes = figures.subplots(1, len(names), height=3.6, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        for reading, style in READINGS.items():
+            rows = table[(table["model"] == name) & (table["blocked"] == reading)]
+            ax.plot(rows["threshold"], rows["increase"], color=style.color, linewidth=1.2)
+            figures.errorbar_points(
+                ax, rows["threshold"], rows["increase"], rows["low"], rows["high"], style=style, label=reading
+            )
+        ax.axhline(0.0, color="black", linewidth=0.8)
+        ax.set(xlabel="blocked above this frequency variance", title=name, xticks=sorted(table["threshold"].unique()[1:]))
+        ax.set_yscale("symlog", linthresh=0.05)
+    axes[0, 0].set_ylabel("increase of the loss (nats per token)")
+    axes[0, 0].legend(loc="best")
+    return figure, table

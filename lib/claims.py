@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from lib.results import VERDICTS, interval_text
 from lib.tables import Table, display_table
 
 Interval = tuple[float, float]
+Direction = Literal["above", "below"]
 KEY = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")
 CLAIM_COLUMNS = ("claim", "model", "estimate [95 % interval]", "unit", "n", "verdict", "rule", "note")
 
@@ -66,7 +67,7 @@ def check_claim(claim: Claim) -> Claim:
     return claim
 
 
-def verdict(interval: Sequence[float], *, threshold: float, direction: Literal["above", "below"]) -> str:
+def verdict(interval: Sequence[float], *, threshold: float, direction: Direction) -> str:
     """Decide a claim of the form "the quantity is above (below) the threshold" from its interval.
 
     Args:
@@ -125,6 +126,28 @@ def bootstrap_mean(
     low, high = np.quantile(data[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     # Equal values may differ from their own mean in the last bit, and an interval has to hold its estimate.
     return mean, min(float(low), mean), max(float(high), mean)
+
+
+def mean_verdict(
+    values: Iterable[float], *, threshold: float, direction: Direction, generator: torch.Generator
+) -> dict[str, Any]:
+    """Estimate a mean and judge it: the parts of `Run.claim` that follow from numbers.
+
+    Args:
+        values: one per prompt (seed, window); those that are not finite had nothing to measure and are left out.
+        threshold: border that the claim names.
+        direction: which side the claim is on, as in `verdict`.
+        generator: CPU generator of the bootstrap stream.
+
+    Returns:
+        `estimate`, `interval`, `n` and `verdict`; without any value the claim is inconclusive.
+    """
+    kept = [float(value) for value in values if math.isfinite(value)]
+    if not kept:
+        return {"estimate": None, "interval": None, "n": 0, "verdict": "inconclusive"}
+    estimate, low, high = bootstrap_mean(kept, generator=generator)
+    judged = verdict((low, high), threshold=threshold, direction=direction)
+    return {"estimate": estimate, "interval": (low, high), "n": len(kept), "verdict": judged}
 
 
 def claims_table(claims: Iterable[Claim]) -> Table:

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from lib import animation, canvas, config, provenance, runtime
-from lib.claims import Claim, bootstrap_mean, check_claim, claims_table, verdict
+from lib.claims import Claim, bootstrap_mean, check_claim, claims_table, mean_verdict, verdict
 from lib.config import InputError
 from lib.results import MODEL_FIELDS, SCHEMA_VERSION, notebook_title, remove_outdated
 from lib.tables import Table, csv_text, display_table, plain, text_columns
 
-__all__ = ["Claim", "Run", "bootstrap_mean", "start", "verdict"]
+__all__ = ["Claim", "Run", "bootstrap_mean", "mean_verdict", "start", "verdict"]
 
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 NOTEBOOK_NAME = re.compile(r"[0-9]{2}(_[a-z0-9]+)+")

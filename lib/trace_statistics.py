@@ -96,9 +96,13 @@ def spatial_growing(trace: SinkTrace) -> Float[Tensor, "row"]:
     return variance.spatial_variance(trace.mass, keys=trace.keys)
 
 
-def spatial_without_preference(trace: SinkTrace) -> float:
-    """Return the spatial variance at full length of attention that is uniform over what the model's mask allows."""
-    return float(uniform_mass(trace.mass.shape[-1], is_causal=trace.is_causal).var(correction=0))
+def variance_without_preference(positions: int, *, is_causal: bool) -> float:
+    """Return the spatial variance of attention that is uniform over what the mask allows.
+
+    >>> variance_without_preference(8, is_causal=False)
+    0.0
+    """
+    return float(uniform_mass(positions, is_causal=is_causal).var(correction=0))
 
 
 def temporal(trace: SinkTrace) -> Float[Tensor, "row"]:
@@ -163,6 +167,31 @@ def value_norm_ratio(trace: SinkTrace) -> Float[Tensor, "row"]:
     n = int(trace.keys[trace.mark_steps[1]])
     norms = norms.repeat_interleave(sets.shape[2] // norms.shape[2], dim=2)
     return sinks.value_norm_ratio(norms[..., :n], sets[..., :n]).flatten(1).nanmean(1)
+
+
+def measures_of(attention_probs: Float[Tensor, "step query key"]) -> dict[str, float]:
+    """Return every measure of attention that was made up, its largest key taken as the sink of each step.
+
+    Args:
+        attention_probs: one matrix a step, rows that sum to 1.
+
+    Returns:
+        Values by name, positions in tokens.
+    """
+    mass = attention_probs.sum(1)
+    sets = variance.in_top_k(mass, k=1)
+    path = variance.centroid(mass, sets)
+    return {
+        "spatial variance": float(variance.spatial_variance(mass)),
+        "temporal variance": float(variance.temporal_variance(path)),
+        "position variance": float(variance.position_variance(sinks.top_k_positions(mass, k=1)).total),
+        "frequency variance": float(variance.sink_frequency_variance(sets)),
+        "argmax form": float(variance.sink_frequency_variance(variance.is_argmax(attention_probs))),
+        "lifetime": float(stability.mean_lifetime(sets)),
+        "drift": float(stability.drift(path)[0]),
+        "overlap, 1 step": float(stability.overlap_by_distance(sets, [1])),
+        "overlap, 2 steps": float(stability.overlap_by_distance(sets, [2])),
+    }
 
 
 def overlap(

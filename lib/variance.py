@@ -65,7 +65,7 @@ def spatial_variance(
         keys: keys that exist at each step; all of them when None.
 
     Returns:
-        Variance in squared units of the mass; with a fixed number of keys from 0 (all alike) to keys - 1 (one receives everything).
+        Variance in squared units of the mass; with a fixed number of keys from 0 (all alike) to keys - 1 (one gets everything).
 
     Source: paper section 3.1, sigma^2_spatial; there on masses summed over layers and heads.
 

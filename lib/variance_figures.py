@@ -28,6 +28,7 @@ READINGS: Mapping[str, Style] = MappingProxyType({
     "literal": Style("#CC79A7", "D"), "only former sinks": Style("#009E73", "^"),
 })  # fmt: skip
 SHOWN_PATHS = 6
+HARMLESS = 0.05  # nats per token, the border of the claims: 5 % more perplexity
 
 
 def variance_by_layer(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -38,11 +39,14 @@ def variance_by_layer(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     figure, axes = figures.subplots(1, 2, height=3.8)
     styles = figures.model_styles(table["model"].unique())
-    units = {"spatial variance": "mass squared, mean mass = 1", "temporal variance": "share of length, squared"}
-    for ax, (quantity, unit) in zip(axes, units.items(), strict=True):
+    labels = {
+        "spatial variance": "variance over positions (mass squared)",
+        "temporal variance": "variance of the centroid (length squared)",
+    }
+    for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
         for name, rows in table[table["quantity"] == quantity].groupby("model", sort=False):
             figures.band(ax, rows["depth"], rows["mean"], rows["low"], rows["high"], style=styles[str(name)], label=str(name))
-        ax.set(xlabel="depth (0 = first layer, 1 = last)", ylabel=f"{quantity} ({unit})", title=quantity)
+        ax.set(xlabel="depth (0 = first layer, 1 = last)", ylabel=label, title=quantity)
         ax.set_yscale("log" if quantity == "spatial variance" else "symlog", **_linear_below(quantity))
     axes[0].legend()
     return figure, table
@@ -156,7 +160,7 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the increase of the loss against the number of blocked keys, a panel a model.
 
     Args:
-        table: from `effect_tables.effects_table`.
+        table: from `effect_tables.effects_table`. The dashed line is the border of "harmless" in the claims.
     """
     names = list(table["model"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
@@ -168,11 +172,23 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 ax, rows["keys asked"], rows["increase"], rows["low"], rows["high"], style=style, label=blocked
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
+        ax.axhline(HARMLESS, color="black", linewidth=0.8, linestyle=(0, (5, 4)))
         ax.set(xlabel="keys blocked in every head", title=name, xticks=sorted(table["keys asked"].unique()))
-        ax.set_yscale("symlog", linthresh=0.05)
+        _loss_axis(ax)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
-    axes[0, 0].legend(loc="upper left")
+    axes[0, -1].plot([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="border of harmless")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table
+
+
+def _loss_axis(ax: Axes) -> None:
+    """Make the axis of loss increases logarithmic, with a linear part around 0 for those that noise can reverse."""
+    ax.set_yscale("symlog", linthresh=HARMLESS)
+    ticks = [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
+    low, high = ax.get_ylim()
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(low, high)
 
 
 def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -192,7 +208,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.set(xlabel="blocked above this frequency variance", title=name, xticks=sorted(table["threshold"].unique()[1:]))
-        ax.set_yscale("symlog", linthresh=0.05)
+        _loss_axis(ax)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
-    axes[0, 0].legend(loc="best")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table

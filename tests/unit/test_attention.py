@@ -172,6 +172,77 @@ def test_the_map_is_eager_attention_averaged_over_layers_and_heads(model: Langua
     torch.testing.assert_close(got, eager_maps(model, ids).mean(dim=(0, 2)), atol=1e-6, rtol=0)
 
 
+def favourites_by_hand(maps: Tensor, *, queries: list[int]) -> Tensor:
+    """Which keys are the favourite of one of the queries in the mean over heads, from `[layer, batch, head, query, key]`."""
+    marked = torch.zeros(maps.shape[0], maps.shape[1], maps.shape[-1], dtype=torch.bool)
+    for layer in range(maps.shape[0]):
+        for row in range(maps.shape[1]):
+            for query in queries:
+                mean = [sum(head[key] for head in maps[layer, row, :, query].tolist()) for key in range(maps.shape[-1])]
+                marked[layer, row, mean.index(max(mean))] = True
+    return marked
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_favourites_are_the_argmax_keys_of_the_queries_before_each_mark(model: LanguageModel, chunk: int) -> None:
+    ids, marks = tiny.ids(3, 14), [1, 6, 7, 14]
+    with torch.inference_mode(), attention.record(model, keep=("argmax",), marks=marks, query_chunk=chunk) as recorder:
+        network_body(model)(input_ids=ids)
+        got = recorder.pop_argmax()
+        with pytest.raises(InputError, match="favourites must be recorded"):
+            recorder.pop_argmax()
+    maps = eager_maps(model, ids)
+    expected = torch.stack([favourites_by_hand(maps, queries=list(range(mark))) for mark in marks], 2)
+    assert torch.equal(got, expected)
+    assert (got[:, :, 1:].sum(-1) > got[:, :, :-1].sum(-1)).any()
+    # a head's own favourites are others than those of the mean over heads
+    assert not torch.equal(favourites_by_hand(maps[:, :, :1], queries=list(range(14))), expected[:, :, -1])
+
+
+@pytest.mark.parametrize("chunk", [3, 128])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_favourite_and_is_none(model: LanguageModel, side: str, chunk: int) -> None:
+    """A left padding query of a causal model sees nothing at all; its row is NaN and must not vote for key 0."""
+    ids, mask = tiny.ids(2, 13), torch.ones(2, 13, dtype=torch.long)
+    padding = slice(0, 4) if side == "left" else slice(9, 13)
+    mask[1, padding] = 0
+    with (
+        torch.inference_mode(),
+        attention.record(model, keep=("argmax",), attention_mask=mask, query_chunk=chunk) as recorder,
+    ):
+        network_body(model)(input_ids=ids, attention_mask=mask)
+        got = recorder.pop_argmax()[:, :, 0]
+    real = mask[1].bool()
+    alone = eager_maps(model, ids[1:, real])
+    assert torch.equal(got[:, 1, real], favourites_by_hand(alone, queries=list(range(9)))[:, 0])
+    assert not got[:, 1, ~real].any()
+    assert torch.equal(got[:, :1], favourites_by_hand(eager_maps(model, ids[:1]), queries=list(range(13))))
+
+
+def test_value_norms_are_those_of_the_projected_hidden_states(model: LanguageModel) -> None:
+    ids = tiny.ids(2, 9)
+    with torch.inference_mode(), attention.record(model, keep=("value_norm",), marks=[4, 9]) as recorder:
+        states = network_body(model)(input_ids=ids, output_hidden_states=True).hidden_states
+        got = recorder.pop_value_norms()
+        with pytest.raises(InputError, match="value norms must be recorded"):
+            recorder.pop_value_norms()
+    assert got.shape == (2, 2, 2, 9)
+    for index, layer in enumerate(network_body(model).layers):  # pyright: ignore
+        weight = layer.self_attn.v_proj.weight.double()
+        entering = layer.input_layernorm(states[index]).double()
+        for head in range(2):
+            values = entering @ weight[8 * head : 8 * head + 8].T
+            torch.testing.assert_close(got[index, :, head].double(), values.pow(2).sum(-1).sqrt(), atol=ATOL, rtol=0)
+
+
+def test_nothing_is_kept_unasked(model: LanguageModel) -> None:
+    with torch.inference_mode(), attention.record(model) as recorder:
+        network_body(model)(input_ids=tiny.ids(1, 5))
+        for pop in (recorder.pop_map, recorder.pop_argmax, recorder.pop_value_norms):
+            with pytest.raises(InputError, match="must be recorded before they are read"):
+                pop()
+
+
 def test_prefix_masses_equal_separate_passes(tmp_path: Path) -> None:
     model = tiny.model(tmp_path, causal=True)
     ids, lengths = tiny.ids(2, 17), [1, 4, 5, 17]
@@ -180,6 +251,18 @@ def test_prefix_masses_equal_separate_passes(tmp_path: Path) -> None:
         alone = attention.sink_mass(model, ids[:, :length])
         torch.testing.assert_close(got[:, :, :, index, :length], alone, atol=ATOL, rtol=0)
         assert (got[:, :, :, index, length:] == 0).all()
+
+
+def test_prefix_favourites_and_values_equal_separate_passes(tmp_path: Path) -> None:
+    model = tiny.model(tmp_path, causal=True)
+    ids, lengths = tiny.ids(2, 15), [1, 5, 6, 15]
+    recorder = attention.read_prefixes(model, ids, lengths=lengths, keep=("argmax", "value_norm"))
+    favourites, norms = recorder.pop_argmax(), recorder.pop_value_norms()
+    for index, length in enumerate(lengths):
+        alone = attention.read_prefixes(model, ids[:, :length], lengths=[length], keep=("argmax", "value_norm"))
+        assert torch.equal(favourites[:, :, index, :length], alone.pop_argmax()[:, :, 0])
+        assert not favourites[:, :, index, length:].any()
+        torch.testing.assert_close(norms[..., :length], alone.pop_value_norms(), atol=ATOL, rtol=0)
 
 
 def test_prefix_masses_of_a_bidirectional_model_are_refused(tmp_path: Path) -> None:

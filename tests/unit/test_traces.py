@@ -8,9 +8,12 @@ import torch
 
 from lib import attention, models, trace_views, traces
 from lib.config import InputError
+from lib.models import network_body
+from lib.runtime import generator
 from lib.trace_figures import frontier_by_step, heads_at_mark, layers_by_step, position_by_step
 from lib.trace_tables import concentration, first_position_share, mass_by_state, rates_table, top_sinks_table, wander
 from tests import tiny
+from tests.unit import slow_variance as slow
 
 PROMPTS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
 SETTINGS: dict[str, Any] = {"positions": 16, "steps": 6}
@@ -157,3 +160,117 @@ def test_a_text_longer_than_the_model_can_read_is_refused(causal, diffusion):
     for model in (causal[0], diffusion[0]):
         with pytest.raises(InputError, match="at most 64"):
             traces.trace(model, PROMPTS, positions=65, steps=6)
+
+
+# --- single layers and heads -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def causal_heads(causal):
+    return causal[0], traces.trace(causal[0], PROMPTS, **SETTINGS, heads=True)
+
+
+@pytest.fixture(scope="module")
+def diffusion_heads(diffusion):
+    return diffusion[0], traces.trace(diffusion[0], PROMPTS, **SETTINGS, heads=True)
+
+
+def maps_and_values(model, ids):
+    """Eager attention `[layer, head, query, key]` of one text, and the norms of its value vectors."""
+    model.network.set_attn_implementation("eager")
+    out = network_body(model)(input_ids=ids[None], output_attentions=True, output_hidden_states=True, use_cache=False)
+    model.network.set_attn_implementation("sdpa")
+    norms = []
+    for layer, states in zip(network_body(model).layers, out.hidden_states, strict=False):  # pyright: ignore
+        norms.append(layer.self_attn.v_proj(layer.input_layernorm(states[0])).view(len(ids), -1, 8).norm(dim=-1).T)
+    return torch.stack(out.attentions)[:, 0].detach(), torch.stack(norms).detach()
+
+
+def above_release(masses):
+    mean = slow.average(masses)
+    return [mass > mean + 2 * slow.variance(masses) ** 0.5 for mass in masses]
+
+
+@pytest.mark.parametrize("kind", ["causal_heads", "diffusion_heads"])
+def test_single_heads_of_every_step_equal_a_pass_of_their_own(kind, request):
+    """A diffusion model reads what it had at that step, an autoregressive one the prefix alone; later keys are no sinks."""
+    model, trace = request.getfixturevalue(kind)
+    heads, found = trace.heads, {"rulli_sets": 0, "sets": 0}
+    for prompt in range(3):
+        for step, keys in enumerate(trace.keys.tolist()):
+            maps, norms = maps_and_values(model, trace.ids[prompt, step, :keys])
+            for layer in range(2):
+                for head in range(4):
+                    rows = maps[layer, head].tolist()
+                    sums = [sum(row[key] for row in rows) for key in range(keys)]
+                    for name, expected in (("rulli_sets", slow.rulli_sinks(rows, 3.0)), ("sets", above_release(sums))):
+                        got = getattr(heads, name)[prompt, step, layer, head]
+                        assert got.tolist() == [*expected, *[False] * (16 - keys)]
+                        found[name] += sum(expected)
+                favourites = slow.argmax_sets([maps[layer].tolist()])[0]
+                assert set(heads.favourites[prompt, step, layer].nonzero()[:, 0].tolist()) == favourites
+                score = slow.average([slow.first_token_score(rows) for rows in maps[layer].tolist()])
+                assert float(heads.first_score[prompt, step, layer]) == pytest.approx(score, abs=1e-5)
+            if step in trace.mark_steps:
+                mark = trace.mark_steps.index(step)
+                torch.testing.assert_close(heads.value_norm[prompt, mark, :, :, :keys], norms, atol=1e-4, rtol=0)
+    assert found["rulli_sets"] > 30 and found["sets"] > 30  # there was something to compare
+
+
+@pytest.mark.parametrize("kind", ["causal", "diffusion"])
+def test_heads_are_kept_on_request_and_change_nothing_else(kind, request):
+    plain, full = request.getfixturevalue(kind)[1], request.getfixturevalue(f"{kind}_heads")[1]
+    assert plain.heads is None
+    for field in dataclasses.fields(plain):
+        one, other = getattr(plain, field.name), getattr(full, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else field.name == "heads" or one == other
+    assert full.heads.value_norm.shape == (3, 3, 2, 2, 16)
+
+
+# --- how a text is generated -------------------------------------------------------------------------------------------
+
+
+def test_the_finished_text_is_kept(causal, diffusion):
+    for _, trace in (causal, diffusion):
+        assert torch.equal(trace.texts[:, :4], PROMPTS)
+    model, trace = causal
+    assert torch.equal(trace.texts, trace.ids[:, -1])
+    # the last step of an autoregressive trace is a plain pass over the finished text
+    mass = attention.sink_mass(model, trace.texts)
+    torch.testing.assert_close(trace.mass[:, -1], mass.mean(dim=(0, 2)), atol=1e-5, rtol=0)
+    # the last step of a denoising trace still has masks, and what is written stays
+    _, trace = diffusion
+    written = ~trace.is_masked[:, -1]
+    assert torch.equal(trace.texts[written], trace.ids[:, -1][written])
+    assert not written.all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"remasking": "random"}, {"block_length": 4}], ids=lambda o: next(iter(o))
+)
+def test_a_setting_of_the_sampler_reaches_it_and_is_reproducible(diffusion, options):
+    model, greedy = diffusion
+    if "block_length" in options:
+        once = traces.trace(model, PROMPTS, **SETTINGS, **options)
+        # three blocks of two steps each: the second block starts when the first is written
+        assert not once.is_masked[:, 2, 4:8].any() and once.is_masked[:, 1, 8:].all()
+        assert greedy.is_masked[:, 2, 4:8].any()
+        return
+    first, again, other = (
+        traces.trace(model, PROMPTS, **SETTINGS, **options, generator=generator(seed, "sampling")) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.mass, again.mass) and torch.equal(first.texts, again.texts)
+    assert not torch.equal(first.is_masked, other.is_masked)
+    assert not torch.equal(first.is_masked, greedy.is_masked)
+    assert first.is_masked.sum(-1).tolist() == greedy.is_masked.sum(-1).tolist()  # as many a step, but other ones
+    with pytest.raises(InputError, match="must be given a generator"):
+        traces.trace(model, PROMPTS, **SETTINGS, **options)
+
+
+def test_sampled_continuations_are_reproducible(causal):
+    model, greedy = causal
+    first, again, other = (
+        traces.trace(model, PROMPTS, **SETTINGS, temperature=1.0, generator=generator(seed, "sampling")) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.texts, again.texts)
+    assert not torch.equal(first.texts, other.texts) and not torch.equal(first.texts, greedy.texts)

@@ -188,11 +188,11 @@ def _fixed_effect(
     def block(layer: int, mass: Tensor) -> Tensor | None:
         """Block the same keys whatever the masses are."""
         chosen = blocked[layer].expand(mass.shape)
-        removed.append(float((mass * chosen).sum() / mass.sum()))
+        removed.append(((mass * chosen).sum((1, 2)) / mass.sum((1, 2))).cpu())
         return chosen if bool(blocked[layer].any()) else None
 
     for index, (window, blocked) in enumerate(zip(windows, sets, strict=True)):  # noqa: B007 (block reads it)
         with attention.blocking(model, block):
             losses.append(text_loss(model, window[None], draws=draws, seed=seed + index))
     keys = float(torch.stack(list(sets)).float().sum(-1).mean())
-    return Effect(model.name, label[0], label[1], torch.cat(losses), (), keys, sum(removed) / len(removed))
+    return Effect(model.name, label[0], label[1], torch.cat(losses), (), keys, float(torch.cat(removed).mean()))

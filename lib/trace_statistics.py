@@ -78,7 +78,7 @@ def described_centroids(trace: SinkTrace) -> Float[Tensor, "row step"]:
     return variance.centroid(trace.mass, mark_steps_by(rule, trace.mass, trace.keys))
 
 
-def at_full_length(mass: Float[Tensor, "row step *inner key"], *, is_causal: bool) -> Float[Tensor, "row step *inner key"]:
+def at_full_length(mass: Float[Tensor, "row step key"], *, is_causal: bool) -> Float[Tensor, "row full_step key"]:
     """Return the steps at which all keys exist: every step of a diffusion model, the last of an autoregressive one.
 
     On a finished text an autoregressive model's masses do not depend on the step, so its last step is its trajectory.

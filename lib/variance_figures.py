@@ -72,7 +72,7 @@ def centroid_paths(traces: Sequence[SinkTrace], *, prompts: int) -> tuple[Figure
         passed = np.linspace(0, 100, paths.shape[1])
         for path in paths[:SHOWN_PATHS]:
             ax.plot(passed, path, color=styles[trace.name].color, linewidth=0.8, alpha=0.55)
-        ax.plot(passed, np.nanmedian(paths, axis=0), color="black", linewidth=2)
+        ax.plot(passed, pd.DataFrame(paths).median().to_numpy(), color="black", linewidth=2)
         ax.set(xlabel="share of the steps passed (%)", title=trace.name, ylim=(-0.03, 1))
         wide = pd.DataFrame(paths.T, columns=[f"prompt {index + 1}" for index in range(len(paths))])
         tables.append(pd.concat([pd.DataFrame({"model": trace.name, "step": range(len(wide))}), wide], axis=1))
@@ -174,7 +174,7 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.axhline(HARMLESS, color="black", linewidth=0.8, linestyle=(0, (5, 4)))
         ax.set(xlabel="keys blocked in every head", title=name, xticks=sorted(table["keys asked"].unique()))
-        _loss_axis(ax)
+    _loss_axis(axes[0, 0])
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
     axes[0, -1].plot([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="border of harmless")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -182,7 +182,7 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _loss_axis(ax: Axes) -> None:
-    """Make the axis of loss increases logarithmic, with a linear part around 0 for those that noise can reverse."""
+    """Make the shared axis of loss increases logarithmic, with a linear part around 0; call it when all panels are drawn."""
     ax.set_yscale("symlog", linthresh=HARMLESS)
     ticks = [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
     low, high = ax.get_ylim()
@@ -198,6 +198,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: from `effect_tables.effects_table` with `amount_name="threshold"`.
     """
     names = list(table["model"].unique())
+    thresholds = sorted(table.loc[table["blocked"].isin(READINGS), "threshold"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.6, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         for reading, style in READINGS.items():
@@ -207,8 +208,8 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 ax, rows["threshold"], rows["increase"], rows["low"], rows["high"], style=style, label=reading
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
-        ax.set(xlabel="blocked above this frequency variance", title=name, xticks=sorted(table["threshold"].unique()[1:]))
-        _loss_axis(ax)
+        ax.set(xlabel="blocked above this frequency variance", title=name, xticks=thresholds)
+    _loss_axis(axes[0, 0])
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table

@@ -216,16 +216,16 @@ FACTOR_QUANTITIES: Mapping[str, Callable[[SinkTrace], Tensor]] = MappingProxyTyp
 })  # fmt: skip
 
 
-def factors_table(traces: Mapping[tuple[str, str], SinkTrace], *, prompts: int, seed: int) -> pd.DataFrame:
+def factors_table(traces: Mapping[tuple[str, str], SinkTrace], *, seed: int) -> pd.DataFrame:
     """Tabulate how the setting of a generation changes the variances of a diffusion model.
 
     Args:
         traces: by factor and its setting; all with the same prompts, one seed each.
-        prompts: number of prompts.
         seed: of the bootstrap.
 
     Returns:
-        One row a setting; the overlap is of aggregate sink sets a quarter of the steps apart.
+        One row a setting; the overlap is of aggregate sink sets a quarter of the steps apart. `n` counts the prompts that have
+        every value.
     """
     rows = []
     for (factor, setting), trace in traces.items():
@@ -233,10 +233,12 @@ def factors_table(traces: Mapping[tuple[str, str], SinkTrace], *, prompts: int, 
         values = {name: statistic(trace) for name, statistic in FACTOR_QUANTITIES.items()}
         distance = quarter(trace.mass.shape[1])
         values["overlap"] = stability.overlap_by_distance(ts.sink_sets(trace), [distance])[:, 0]
+        counts = []
         for name, found in values.items():
             shown = interval_of(found, seed=seed, stream=(factor, setting, name))
+            counts.append(shown["n"])
             row |= {name: shown["mean"], f"{name}, low": shown["low"], f"{name}, high": shown["high"]}
-        rows.append({**row, "n": prompts})
+        rows.append({**row, "n": min(counts)})
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"__init__", "config", "runtime", "provenance", "environment", "wheels"},
+    {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"},
     {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},

@@ -1,6 +1,7 @@
 """Profiles and overrides: what is accepted, and what is refused with one clear line."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,60 @@ def test_bad_settings_are_refused_in_one_line(overrides: dict[str, object], part
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+# The rules between the settings of notebook 02, apart from what the profile happens to say.
+VARIANCE = {
+    "prompts": 8, "seeds": 2, "prompt_tokens": 32, "positions": 128, "tokens_per_step": 2, "temperature": 1.0, "top_k": 5,
+    "mask_ratios": [0.9, 0.1], "factor_prompts": 4, "block_lengths": [32, 8], "other_tokens_per_step": [1, 4],
+    "other_prompt_tokens": [16, 64], "blocked_keys": [1, 5], "digest_thresholds": [0.5, 0.9],
+}  # fmt: skip
+
+
+def load_variance(changes: dict[str, object]) -> config.VarianceAnalysis:
+    overrides = {f"variance_analysis.{name}": value for name, value in {**VARIANCE, **changes}.items()}
+    return config.load("quick", overrides=overrides).variance_analysis
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_step": 5}, "tokens_per_step must divide the 96 tokens to generate, got 5"),
+        ({"other_tokens_per_step": [1, 5]}, "other_tokens_per_step must divide the 96 tokens to generate, got 5"),
+        ({"block_lengths": [32, 20]}, "block_lengths must divide the 96 tokens to generate, got 20"),
+        ({"block_lengths": [32, 3]}, "tokens_per_step (for every block length) must divide the 3 tokens to generate, got 2"),
+        ({"other_prompt_tokens": [16, 65]}, "tokens_per_step (for every prompt length) must divide the 63 tokens"),
+        ({"positions": 64}, "positions must be above every prompt, got 64"),
+        ({"prompt_tokens": 128}, "positions must be above every prompt, got 128"),
+        ({"other_prompt_tokens": [130, 16]}, "positions must be above every prompt, got 128"),
+        ({"temperature": 0.0}, "seeds must be 1 at temperature 0, got 2"),
+        ({"top_k": 32}, "top_k must be below prompt_tokens, got 32"),
+        ({"factor_prompts": 9}, "factor_prompts must be at most prompts, got 9"),
+        ({"mask_ratios": []}, "mask_ratios must hold a value, got none"),
+        ({"blocked_keys": []}, "blocked_keys must hold a value, got none"),
+        ({"digest_thresholds": []}, "digest_thresholds must hold a value, got none"),
+        ({"mask_ratios": [0.9, 1.0]}, "mask_ratios must be in [0.01, 0.99], got 1.0"),
+        ({"blocked_keys": [1, 0]}, "blocked_keys must be in [1, 1024], got 0"),
+        ({"digest_thresholds": [0.5, 1]}, "digest_thresholds must be in [0.0, 0.999], got 1.0"),
+        ({"block_lengths": [32, 8.0]}, "block_lengths must be a whole number, got 8.0"),
+        ({"mask_ratios": 0.5}, "mask_ratios must be a list or group, got 0.5"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"variance_analysis.{message}")) as caught:
+        load_variance(changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_at_the_border_are_accepted() -> None:
+    assert load_variance({}).steps == 48
+    assert load_variance({"tokens_per_step": 4}).steps == 24
+    loaded = load_variance({
+        "temperature": 0, "seeds": 1, "top_k": 31, "factor_prompts": 8, "block_lengths": [96, 2], "mask_ratios": "[0.01, 0.99]",
+        "other_prompt_tokens": [126], "other_tokens_per_step": [],
+    })  # fmt: skip
+    assert loaded.mask_ratios == (0.01, 0.99) and loaded.block_lengths == (96, 2)
+    assert loaded.other_tokens_per_step == () and loaded.temperature == 0.0
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:

@@ -245,7 +245,7 @@ EFFECTS = [
 
 
 def test_the_effects_table_pairs_texts_within_a_model() -> None:
-    table = effect_tables.effects_table(EFFECTS, seed=0, amount_name="threshold")
+    table: Any = effect_tables.effects_table(EFFECTS, seed=0, amount_name="threshold")
     assert table["increase"].tolist() == [0.0, 0.5, 0.0, 1.25]  # (1 + 0.5 + 1 - 0.5) / 4 and (0 + 1 + 0 + 4) / 4
     assert table["loss"].tolist() == [2.125, 2.625, 3.0, 4.25]
     assert table["threshold"].tolist() == [0, 1, 0, 1] and table["n"].tolist() == [4] * 4
@@ -257,7 +257,7 @@ def test_the_effects_table_pairs_texts_within_a_model() -> None:
 
 
 def test_the_answers_table_has_shares_with_wilson_intervals() -> None:
-    table = effect_tables.answers_table(EFFECTS, seed=0)
+    table: Any = effect_tables.answers_table(EFFECTS, seed=0)
     assert table["exact, %"].tolist() == [75.0, 25.0, 0.0, 100.0]
     for _, row in table.iterrows():
         low, high = evaluation.share_interval(round(cast(float, row["exact, %"]) / 25), 4)

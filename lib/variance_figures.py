@@ -85,7 +85,7 @@ def overlap_by_distance(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw overlap of sink sets against step distance with both nulls, a panel a level.
 
     Args:
-        table: from `variance_tables.overlap_table`.
+        table: from `agreement_tables.overlap_table`.
     """
     levels = list(ts.LEVELS)
     figure, axes = figures.subplots(1, len(levels), height=4.0, sharey=True)
@@ -142,17 +142,19 @@ def noise_agreement(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the rank correlation of masses between generation and random masks along denoising, a panel a model.
 
     Args:
-        table: from `variance_tables.noise_table`, models joined.
+        table: from `agreement_tables.noise_table`, models joined.
     """
-    masses = cast(pd.DataFrame, table[table["what"] == "mass"])
+    masses = table.dropna(subset="mask ratio")
     names = list(masses["model"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.8, width=min(9.0, 6.0 * len(names)), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         for pair, rows in masses[masses["model"] == name].groupby("pair", sort=False):
             style = PAIRS[str(pair)]
-            figures.band(ax, rows["mask ratio"], rows["mean"], rows["low"], rows["high"], style=style, label=str(pair))
+            figures.band(
+                ax, rows["mask ratio"], rows["mass"], rows["mass, low"], rows["mass, high"], style=style, label=str(pair)
+            )
         figures.mask_ratio_axis(ax)
-        ax.set(title=name, ylim=(min(0.0, float(masses["low"].min())), 1.0))
+        ax.set(title=name, ylim=(min(0.0, float(masses["mass, low"].to_numpy().min())), 1.0))
     axes[0, 0].set_ylabel("rank correlation of sink masses")
     axes[0, -1].legend(loc="best")
     return figure, masses

@@ -1,4 +1,4 @@
-"""Tables of notebook 02, each number a mean over prompts with its bootstrap interval."""
+"""Tables of variances (notebook 02), each number a mean over prompts with its bootstrap interval."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import noise_match, sinks, stability, variance
+from lib import sinks, stability, variance
 from lib import trace_statistics as ts
 from lib.claims import bootstrap_mean
-from lib.noise_match import NoiseMatch
 from lib.runtime import generator
 from lib.trace_statistics import Statistic, per_prompt
 from lib.traces import SinkTrace
@@ -117,101 +116,6 @@ def layers_table(traces: Sequence[SinkTrace], *, prompts: int, seed: int) -> pd.
     return pd.DataFrame(rows)
 
 
-def step_distances(steps: int) -> list[int]:
-    """Return the step distances at which overlap is measured: doubling, and a quarter and half of the trajectory.
-
-    >>> step_distances(48)
-    [1, 2, 4, 8, 12, 16, 24]
-    """
-    doubling = [2**power for power in range(steps.bit_length()) if 2**power <= steps // 2]
-    return sorted({*doubling, max(1, steps // 4), max(1, steps // 2)})
-
-
-def quarter(steps: int) -> int:
-    """Return the step distance that claims and tables speak about: a quarter of the trajectory.
-
-    >>> quarter(48)
-    12
-    """
-    return max(1, steps // 4)
-
-
-def overlaps(trace: SinkTrace, *, level: str, prompts: int, seed: int) -> dict[str, Float[Tensor, "prompt distance"]]:
-    """Return overlaps by step distance: real, with steps shuffled, with positions shuffled, and the real one beyond chance.
-
-    Args:
-        trace: one model's.
-        level: one of `trace_statistics.LEVELS`.
-        prompts: number of prompts.
-        seed: of the shuffles.
-    """
-    distances = step_distances(trace.mass.shape[1])
-    found = {}
-    for name, null in (("overlap", ""), ("steps shuffled", "steps"), ("positions shuffled", "positions")):
-        stream = generator(seed, "shuffle", null, trace.name, level)
-        rows = ts.overlap(trace, level=level, distances=distances, generator=stream, null=null)
-        found[name] = torch.stack([per_prompt(column, prompts=prompts) for column in rows.T], 1)
-    found["beyond chance"] = stability.beyond_chance(found["overlap"], found["positions shuffled"])
-    return found
-
-
-def overlap_table(
-    found: Mapping[tuple[str, str], Mapping[str, Float[Tensor, "prompt distance"]]], *, distances: Sequence[int], seed: int
-) -> pd.DataFrame:
-    """Tabulate overlaps, one row a model, level, step distance and kind.
-
-    Args:
-        found: what `overlaps` returned, by model and level.
-        distances: the step distances.
-        seed: of the bootstrap.
-    """
-    rows = [
-        {"model": model, "level": level, "kind": kind, "step distance": distance}
-        | interval_of(values[:, index], seed=seed, stream=(model, level, kind, str(distance)))
-        for (model, level), kinds in found.items()
-        for kind, values in kinds.items()
-        for index, distance in enumerate(distances)
-    ]
-    return pd.DataFrame(rows)
-
-
-def score_agreement(matched: NoiseMatch) -> dict[str, dict[str, Float[Tensor, "row"]]]:
-    """Compare the sink scores of the release, averaged over the mask ratios, and the sink sets, averaged after comparing.
-
-    Returns:
-        For each pair of `noise_match.pairs`: rank correlation of the scores, and Jaccard overlap of the sets.
-    """
-    agreement = {}
-    for name, (first, second) in noise_match.pairs(matched).items():
-        scores = [noise_match.release_score(mass, depth=matched.depth).mean(1) for mass in (first, second)]
-        sets = [noise_match.sink_sets(mass) for mass in (first, second)]
-        agreement[name] = {
-            "score": noise_match.rank_correlation(scores[0], scores[1]),
-            "sets": stability.jaccard(sets[0], sets[1]).nanmean(1),
-        }
-    return agreement
-
-
-def noise_table(matched: NoiseMatch, *, model: str, prompts: int, seed: int) -> pd.DataFrame:
-    """Tabulate how well masses agree, per mask ratio, and scores and sets over all ratios.
-
-    Returns:
-        One row a pair and mask ratio for `"mass"` (Spearman over positions), one a pair for `"score"` (Spearman) and `"sets"`
-        (Jaccard overlap), whose mask ratio is NaN.
-    """
-    rows = []
-    for pair, (first, second) in noise_match.pairs(matched).items():
-        correlation = noise_match.rank_correlation(first, second)
-        for level, ratio in enumerate(matched.mask_ratio):
-            shown = interval_of(per_prompt(correlation[:, level], prompts=prompts), seed=seed, stream=(model, pair, str(level)))
-            rows.append({"model": model, "pair": pair, "what": "mass", "mask ratio": ratio, **shown})
-    for pair, parts in score_agreement(matched).items():
-        for what, values in parts.items():
-            shown = interval_of(per_prompt(values, prompts=prompts), seed=seed, stream=(model, pair, what))
-            rows.append({"model": model, "pair": pair, "what": what, "mask ratio": NO_VALUE, **shown})
-    return pd.DataFrame(rows)
-
-
 FACTOR_QUANTITIES: Mapping[str, Callable[[SinkTrace], Tensor]] = MappingProxyType({
     "spatial variance": ts.spatial, "temporal variance": ts.temporal, "wander rate": ts.wander,
 })  # fmt: skip
@@ -232,7 +136,7 @@ def factors_table(traces: Mapping[tuple[str, str], SinkTrace], *, seed: int) -> 
     for (factor, setting), trace in traces.items():
         row: dict[str, object] = {"model": trace.name, "factor": factor, "setting": setting, "steps": trace.mass.shape[1]}
         values = {name: statistic(trace) for name, statistic in FACTOR_QUANTITIES.items()}
-        distance = quarter(trace.mass.shape[1])
+        distance = ts.quarter(trace.mass.shape[1])
         values["overlap"] = stability.overlap_by_distance(ts.sink_sets(trace), [distance])[:, 0]
         counts = []
         for name, found in values.items():

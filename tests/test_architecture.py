@@ -15,7 +15,7 @@ LAYERS = (
     {"calibration", "pruning", "sparsegpt", "quantization", "structured"},
     {"evaluation", "timing", "search", "traces", "trace_views", "trace_statistics"} | {"noise_match", "sink_effect"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
-    | {"variance_tables", "effect_tables", "variance_figures"}
+    | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -5,11 +5,13 @@ import math
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lib import stability
+from lib import agreement_tables as at
+from lib import noise_match, stability
 from lib import trace_statistics as ts
 from lib import variance_tables as vt
 from lib.config import InputError
@@ -319,12 +321,12 @@ def test_layers_have_their_own_variances() -> None:
     ("steps", "distances"), [(48, [1, 2, 4, 8, 12, 16, 24]), (8, [1, 2, 4]), (7, [1, 2, 3]), (2, [1]), (3, [1])]
 )
 def test_step_distances_double_up_to_half_of_the_steps(steps: int, distances: list[int]) -> None:
-    assert vt.step_distances(steps) == distances
-    assert vt.quarter(steps) in distances and vt.quarter(steps) == max(1, steps // 4)
+    assert at.step_distances(steps) == distances
+    assert ts.quarter(steps) in distances and ts.quarter(steps) == max(1, steps // 4)
 
 
 def test_overlaps_have_their_nulls_and_what_is_beyond_chance(trace: SinkTrace) -> None:
-    found = {(trace.name, level): vt.overlaps(trace, level=level, prompts=2, seed=3) for level in ts.LEVELS}
+    found = {(trace.name, level): at.overlaps(trace, level=level, prompts=2, seed=3) for level in ts.LEVELS}
     kinds = ["overlap", "steps shuffled", "positions shuffled", "beyond chance"]
     for level in ts.LEVELS:
         kind = found[trace.name, level]
@@ -333,7 +335,7 @@ def test_overlaps_have_their_nulls_and_what_is_beyond_chance(trace: SinkTrace) -
         close(kind["overlap"], [[mean([rows[p][d], rows[p + 2][d]]) for d in range(3)] for p in range(2)])
         corrected = (kind["overlap"] - kind["positions shuffled"]) / (1 - kind["positions shuffled"])
         torch.testing.assert_close(kind["beyond chance"], corrected, equal_nan=True)
-    table: Any = vt.overlap_table(found, distances=[1, 2, 4], seed=0)
+    table: Any = at.overlap_table(found, distances=[1, 2, 4], seed=0)
     wanted = [(level, kind, distance) for level in ts.LEVELS for kind in kinds for distance in (1, 2, 4)]
     assert list(zip(table["level"], table["kind"], table["step distance"], strict=True)) == wanted
     cell = table[(table["level"] == "head") & (table["kind"] == "overlap") & (table["step distance"] == 2)]
@@ -416,26 +418,26 @@ def matched() -> NoiseMatch:
     return NoiseMatch((1, 4), (0.75, 0.25), generation, noised, noised.flip(0) + 0.1 * generation, 8)
 
 
-def test_noise_tables_have_masses_by_ratio_and_scores_and_sets_over_all() -> None:
+def test_noise_tables_have_a_row_a_ratio_and_one_of_averages() -> None:
     both = matched()
-    table: Any = vt.noise_table(both, model="dlm", prompts=2, seed=0)
-    masses = table[table["what"] == "mass"]
-    assert masses["mask ratio"].tolist() == [0.75, 0.25] * 4 and len(table) == 4 * (2 + 2)
-    assert table[table["what"] != "mass"]["mask ratio"].isna().all()
-    rest = table[table["what"] != "mass"]
-    assert rest["what"].tolist() == ["score", "sets"] * 4
-    first = vt.noise_match.rank_correlation(both.generation, both.noised[0])
-    assert masses["mean"].tolist()[:2] == pytest.approx(first.mean(0).tolist(), abs=1e-6)
-    holds_its_mean(table)
-    # sets are compared ratio by ratio and then averaged, scores are averaged first
-    agreement = vt.score_agreement(both)["generation, noised"]
+    table: Any = at.noise_table(both, model="dlm", prompts=2, seed=0)
+    assert table["mask ratio"].fillna(-1).tolist() == [0.75, 0.25, -1.0] * 4
+    first = table[table["pair"] == "generation, noised"].reset_index(drop=True)
+    expected: dict[str, list[list[float]]] = {"mass": [], "score": [], "sets": []}
     for row in range(ROWS):
-        overlaps, scores = [], []
-        for level in range(2):
-            one, other = (mass[row, level].tolist() for mass in (both.generation, both.noised[0]))
-            overlaps.append(slow.jaccard(slow.kept(released(one, SIZE)), slow.kept(released(other, SIZE))))
-        for masses_of in (both.generation, both.noised[0]):
-            levels = [vt.noise_match.release_score(masses_of[row, level], depth=8) for level in range(2)]
-            scores.append((levels[0] + levels[1]) / 2)
-        close(agreement["sets"][row], mean(overlaps))  # pyright: ignore
-        assert float(agreement["score"][row]) == pytest.approx(float(vt.noise_match.rank_correlation(*scores)), abs=1e-6)
+        pairs = [(both.generation[row, level], both.noised[0, row, level]) for level in range(2)]
+        scored = [[noise_match.release_score(mass, depth=8) for mass in pair] for pair in pairs]
+        rank = noise_match.rank_correlation
+        # averaged over the ratios first, then compared
+        masses = rank(both.generation[row].mean(0), both.noised[0, row].mean(0))
+        scores = rank((scored[0][0] + scored[1][0]) / 2, (scored[0][1] + scored[1][1]) / 2)
+        kept = [[slow.kept(released(mass.tolist(), SIZE)) for mass in pair] for pair in pairs]
+        expected["mass"].append([*(float(rank(*pair)) for pair in pairs), float(masses)])
+        expected["score"].append([*(float(rank(*pair)) for pair in scored), float(scores)])
+        expected["sets"].append([slow.jaccard(*pair) for pair in kept])
+    for name, values in expected.items():
+        means = np.nanmean(np.array(values), axis=0)
+        assert first[name].tolist()[: len(means)] == pytest.approx(means.tolist(), abs=1e-6, nan_ok=True)
+        inside = first[name].notna()
+        assert (first[f"{name}, low"] <= first[name])[inside].all() and (first[name] <= first[f"{name}, high"])[inside].all()
+    assert first["sets"].isna().tolist() == [False, False, True]

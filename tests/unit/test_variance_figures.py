@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from lib import canvas, figures, variance_figures, variance_tables
+from lib import agreement_tables, canvas, figures, variance_figures, variance_tables
 from lib.sink_effect import NOTHING
 from lib.traces import SinkTrace, mark_steps
 from lib.variance_figures import BLOCKED, PAIRS, READINGS
@@ -179,21 +179,22 @@ def test_value_norms(names: list[str]) -> None:
 @pytest.mark.parametrize("bounded", [True, False], ids=["intervals", "one prompt"])
 def test_noise_agreement(names: list[str], bounded: bool) -> None:
     rows = [
-        {"model": name, "pair": pair, "what": what, "mask ratio": ratio if what == "mass" else nan}
-        | interval(-0.2 + ratio * (index + 1) / 5, bounded=bounded)
-        for name, (index, pair), what, ratio in product(names, enumerate(PAIRS), ("mass", "score"), (0.9, 0.5, 0.1))
+        {"model": name, "pair": pair, "mask ratio": ratio} | interval(-0.2 + (index + 1) / 5 * (ratio or 1), bounded=bounded)
+        for name, (index, pair), ratio in product(names, enumerate(PAIRS), (0.9, 0.5, 0.1, nan))
     ]
-    table: Any = pd.DataFrame(rows)
-    table[["low", "high"]] = np.sort(table[["low", "high"]].to_numpy(), axis=1)
+    table: Any = pd.DataFrame(rows).rename(columns={"mean": "mass", "low": "mass, low", "high": "mass, high"})
+    table[["mass, low", "mass, high"]] = np.sort(table[["mass, low", "mass, high"]].to_numpy(), axis=1)
     figure, data = variance_figures.noise_agreement(table)
     axes = drawn(figure)
-    assert set(data["what"]) == {"mass"} and len(data) == len(table) / 2
+    assert len(data) == len(table) * 3 / 4  # not the averages over ratios
     for ax, name in zip(axes, names, strict=True):
         assert ax.get_xlim() == (1, 0)
-        assert not bounded or ax.get_ylim()[0] <= table["low"].min()  # a negative correlation stays in sight
+        assert not bounded or ax.get_ylim()[0] <= float(
+            data["mass, low"].to_numpy().min()
+        )  # a negative correlation stays in sight
         for pair, style in PAIRS.items():
             mine = data[(data["model"] == name) & (data["pair"] == pair)]
-            np.testing.assert_allclose(lines(ax, style.color), [points(mine, "mask ratio", "mean")])
+            np.testing.assert_allclose(lines(ax, style.color), [points(mine, "mask ratio", "mass")])
 
 
 def effects(names: list[str], kinds: list[str], amounts: list[float], amount_name: str, *, bounded: bool) -> pd.DataFrame:
@@ -258,5 +259,5 @@ def test_the_tables_of_one_model_with_one_prompt_can_be_drawn() -> None:
     table: Any = variance_tables.layers_table([trace], prompts=1, seed=0)
     assert table["low"].isna().all() and table["n"].tolist() == [1, 1]
     drawn(variance_figures.variance_by_layer(table)[0])
-    found = {("dlm", level): variance_tables.overlaps(trace, level=level, prompts=1, seed=0) for level in ("aggregate", "layer")}
-    drawn(variance_figures.overlap_by_distance(variance_tables.overlap_table(found, distances=[1, 2], seed=0))[0])
+    found = {("dlm", level): agreement_tables.overlaps(trace, level=level, prompts=1, seed=0) for level in ("aggregate", "layer")}
+    drawn(variance_figures.overlap_by_distance(agreement_tables.overlap_table(found, distances=[1, 2], seed=0))[0])

@@ -178,21 +178,21 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.axhline(HARMLESS, color="black", linewidth=0.8, linestyle=(0, (5, 4)))
         ax.set(xlabel="keys blocked in every head", title=name, xticks=sorted(table["keys asked"].unique()))
-    _loss_axis(axes[0, 0])
+    _loss_axis(axes[0, 0], table)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
     axes[0, -1].plot([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="border of harmless")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table
 
 
-def _loss_axis(ax: Axes) -> None:
+def _loss_axis(ax: Axes, table: pd.DataFrame) -> None:
     """Make the shared axis of loss increases logarithmic, with a linear part around 0; call it when all panels are drawn."""
     ax.set_yscale("symlog", linthresh=HARMLESS)
     ticks = [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
-    low, high = ax.get_ylim()
+    top = ax.get_ylim()[1]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.set_ylim(low, high)
+    ax.set_ylim(1.3 * float(table[["increase", "low"]].fillna(0.0).to_numpy().min()) - 0.005, top)
 
 
 def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -213,7 +213,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.set(xlabel="blocked above this frequency variance", title=name, xticks=thresholds)
-    _loss_axis(axes[0, 0])
+    _loss_axis(axes[0, 0], table)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table

@@ -189,9 +189,7 @@ def test_noise_agreement(names: list[str], bounded: bool) -> None:
     assert len(data) == len(table) * 3 / 4  # not the averages over ratios
     for ax, name in zip(axes, names, strict=True):
         assert ax.get_xlim() == (1, 0)
-        assert not bounded or ax.get_ylim()[0] <= float(
-            data["mass, low"].to_numpy().min()
-        )  # a negative correlation stays in sight
+        assert not bounded or ax.get_ylim()[0] <= float(data["mass, low"].to_numpy().min())  # even a negative one
         for pair, style in PAIRS.items():
             mine = data[(data["model"] == name) & (data["pair"] == pair)]
             np.testing.assert_allclose(lines(ax, style.color), [points(mine, "mask ratio", "mass")])

@@ -81,7 +81,8 @@ class MassRecorder:
                     maps.append(torch.nn.functional.pad(probs.mean(1), (0, key.shape[2] - probs.shape[-1])))
                 start = stop
             kept.append(running.clone())
-            favourites.append(favourite > 0)
+            if "argmax" in self.keep:
+                favourites.append(favourite > 0)
         self._sums.append(torch.stack(kept, dim=2))
         if "argmax" in self.keep:
             self._favourites.append(torch.stack(favourites, dim=1))

@@ -100,9 +100,11 @@ def overlap_by_distance(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 if kind == "overlap":
                     ax.fill_between(rows["step distance"], rows["low"], rows["high"], color=style.color, alpha=0.18, linewidth=0)
         ax.set(xlabel="step distance", title=level, ylim=(0, 1.02), xscale="log")
-        ax.set_xticks(sorted(table["step distance"].unique()), [str(d) for d in sorted(table["step distance"].unique())])
+        distances = sorted(int(distance) for distance in table["step distance"].unique())
+        # neighbours closer than a factor of 1.4 would run into each other
+        labels = [str(d) if not i or d >= 1.4 * distances[i - 1] else "" for i, d in enumerate(distances)]
+        ax.set_xticks(distances, labels)
         ax.minorticks_off()
-        ax.tick_params(axis="x", labelsize=7.5)
     axes[0].set_ylabel("Jaccard overlap of sink sets")
     _legend_of_lines(axes[-1], styles)
     return figure, table
@@ -189,7 +191,7 @@ def _loss_axis(ax: Axes, table: pd.DataFrame) -> None:
     """Make the shared axis of loss increases logarithmic, with a linear part around 0; call it when all panels are drawn."""
     ax.set_yscale("symlog", linthresh=HARMLESS)
     ticks = [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
-    top = ax.get_ylim()[1]
+    top = 1.3 * ax.get_ylim()[1]  # markers at the top stay whole
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_ylim(1.3 * float(table[["increase", "low"]].fillna(0.0).to_numpy().min()) - 0.005, top)
@@ -213,6 +215,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.set(xlabel="blocked above this frequency variance", title=name, xticks=thresholds)
+        ax.tick_params(axis="x", labelsize=7)
     _loss_axis(axes[0, 0], table)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -230,3 +230,21 @@ def test_notebooks_are_found_by_number(tmp_path: Path) -> None:
         (folder / name).touch()
     assert config.notebooks(tmp_path) == {"01": folder / "01_a.ipynb", "02": folder / "02_b.ipynb"}
     assert list(config.notebooks(tmp_path)) == ["01", "02"]
+
+
+@pytest.mark.parametrize("names", ["[dlmm]", "[]"])
+def test_answering_models_must_be_models_of_the_settings(names: str) -> None:
+    with pytest.raises(InputError, match=r"answering_models must name one or more of dlm, ar, smollm2, got .*extra_models"):
+        config.load("quick", overrides={"variance_analysis.answering_models": names})
+
+
+@pytest.mark.parametrize("name", ["mask_ratios", "blocked_keys", "digest_thresholds"])
+def test_swept_lists_may_not_be_empty(name: str) -> None:
+    with pytest.raises(InputError, match=f"variance_analysis.{name} must hold a value, got none"):
+        config.load("quick", overrides={f"variance_analysis.{name}": "[]"})
+
+
+def test_lists_of_factors_may_be_empty_and_texts_must_be_longer_than_their_prompts() -> None:
+    assert config.load("quick", overrides={"variance_analysis.block_lengths": "[]"}).variance_analysis.block_lengths == ()
+    with pytest.raises(InputError, match="positions must be above every prompt, got 128: raise it"):
+        config.load("quick", overrides={"variance_analysis.other_prompt_tokens": "[128]"})

@@ -135,6 +135,21 @@ def test_one_value_bounds_nothing() -> None:
     assert report.verdict((low, high), threshold=0, direction="above") == "inconclusive"
 
 
+def test_a_mean_is_judged_without_the_values_that_were_not_measured() -> None:
+    stream = runtime.generator(0, "bootstrap", "judged")
+    parts = report.mean_verdict([1.0, float("nan"), 3.0, 5.0], threshold=0.5, direction="above", generator=stream)
+    mean, low, high = report.bootstrap_mean([1.0, 3.0, 5.0], generator=runtime.generator(0, "bootstrap", "judged"))
+    assert parts == {"estimate": mean, "interval": (low, high), "n": 3, "verdict": "reproduced"} and mean == 3.0
+    stream = runtime.generator(0, "bootstrap", "judged")
+    assert report.mean_verdict([1.0, 3.0, 5.0], threshold=2.0, direction="below", generator=stream)["verdict"] == "inconclusive"
+
+
+def test_a_mean_of_nothing_is_inconclusive_and_can_be_recorded() -> None:
+    stream = runtime.generator(0, "bootstrap", "nothing")
+    parts = report.mean_verdict([float("nan")], threshold=0.0, direction="above", generator=stream)
+    assert parts == {"estimate": None, "interval": None, "n": 0, "verdict": "inconclusive"}
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_bootstrap_refuses_what_is_not_finite(values: list[float]) -> None:
     with pytest.raises(InputError, match="finite"):

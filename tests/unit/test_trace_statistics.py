@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib import agreement_tables as at
-from lib import noise_match, stability
+from lib import noise_match, planted, stability
 from lib import trace_statistics as ts
 from lib import variance_tables as vt
 from lib.config import InputError
@@ -441,3 +441,16 @@ def test_noise_tables_have_a_row_a_ratio_and_one_of_averages() -> None:
         inside = first[name].notna()
         assert (first[f"{name}, low"] <= first[name])[inside].all() and (first[name] <= first[f"{name}, high"])[inside].all()
     assert first["sets"].isna().tolist() == [False, False, True]
+
+
+def test_measures_of_made_up_attention_are_those_of_its_planted_sink() -> None:
+    drifting = planted.planted_attention(planted.drifting(steps=6, start=2, per_step=3), keys=24, share=0.25)
+    found = ts.measures_of(drifting)
+    assert found["temporal variance"] == pytest.approx(3**2 * (6**2 - 1) / 12)
+    assert found["position variance"] == pytest.approx(found["temporal variance"])
+    assert found["frequency variance"] == found["argmax form"] == pytest.approx(5 / 6)
+    assert (found["lifetime"], found["drift"], found["overlap, 1 step"], found["overlap, 2 steps"]) == (1.0, 3.0, 0.0, 0.0)
+    # six visited keys have mass (6 + 5 b) / 6 on average, b being what a key gets beside the sink; the others have b
+    beside = 0.75 / 23 * 24
+    visited = (6.0 + 5 * beside) / 6
+    assert found["spatial variance"] == pytest.approx((6 * (visited - 1) ** 2 + 18 * (beside - 1) ** 2) / 24)

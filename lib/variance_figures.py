@@ -74,10 +74,11 @@ def centroid_paths(traces: Sequence[SinkTrace], *, prompts: int) -> tuple[Figure
         for path in paths[:SHOWN_PATHS]:
             ax.plot(passed, path, color=styles[trace.name].color, linewidth=0.8, alpha=0.55)
         ax.plot(passed, pd.DataFrame(paths).median().to_numpy(), color="black", linewidth=2)
-        ax.set(xlabel="share of the steps passed (%)", title=trace.name, ylim=(-0.03, 1))
+        ax.set(title=trace.name, ylim=(-0.03, 1))
         wide = pd.DataFrame(paths.T, columns=[f"prompt {index + 1}" for index in range(len(paths))])
         tables.append(pd.concat([pd.DataFrame({"model": trace.name, "step": range(len(wide))}), wide], axis=1))
     axes[0, 0].set_ylabel("sink centroid (share of the length)")
+    figure.supxlabel("share of the steps passed (%)", fontsize="medium")
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -133,9 +134,10 @@ def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             part = rows[rows["is a sink"] == is_sink]
             ax.scatter(part["sink mass"], part["relative value norm"], s=5, alpha=0.35, color=color, linewidth=0, label=label)
         ax.axhline(1.0, color="black", linewidth=0.8)
-        ax.set(xscale="log", xlabel="sink mass in the head (mean 1)", title=name)
+        ax.set(xscale="log", title=name)
         ax.set_xlim(left=1e-2)
     axes[0, 0].set_ylabel("value norm / mean of the head")
+    figure.supxlabel("sink mass in the head (mean 1)", fontsize="medium")
     axes[0, -1].legend(markerscale=3)
     return figure, points
 
@@ -179,9 +181,10 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.axhline(HARMLESS, color="black", linewidth=0.8, linestyle=(0, (5, 4)))
-        ax.set(xlabel="keys blocked in every head", title=name, xticks=sorted(table["keys asked"].unique()))
+        ax.set(title=name, xticks=sorted(table["keys asked"].unique()))
     _loss_axis(axes[0, 0], table)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
+    figure.supxlabel("keys blocked in every head", fontsize="medium")
     axes[0, -1].plot([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="border of harmless")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table
@@ -214,9 +217,10 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 ax, rows["threshold"], rows["increase"], rows["low"], rows["high"], style=style, label=reading
             )
         ax.axhline(0.0, color="black", linewidth=0.8)
-        ax.set(xlabel="blocked above this frequency variance", title=name, xticks=thresholds)
+        ax.set(title=name, xticks=thresholds)
         ax.tick_params(axis="x", labelsize=7)
     _loss_axis(axes[0, 0], table)
     axes[0, 0].set_ylabel("increase of the loss (nats per token)")
+    figure.supxlabel("blocked above this frequency variance", fontsize="medium")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table

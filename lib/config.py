@@ -34,8 +34,8 @@ class Config:
     def __post_init__(self) -> None:
         answering = self.variance_analysis.answering_models
         require(
-            bool(answering) and set(answering) <= set(self.models),
-            f"variance_analysis.answering_models must name one or more of {', '.join(self.models)}",
+            set(answering) <= set(self.models),
+            f"variance_analysis.answering_models must be among {', '.join(self.models) or 'no models'}",
             str(list(answering)),
             "models from elsewhere go to extra_models",
         )

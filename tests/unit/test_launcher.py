@@ -56,6 +56,7 @@ def make_project(root: Path) -> Path:
     for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     settings = yaml.safe_load((ROOT / "configs" / "quick.yaml").read_text())
+    settings["variance_analysis"]["answering_models"] = []
     (root / "configs" / "quick.yaml").write_text(yaml.safe_dump(settings | {"models": {}}))
     write_notebook(root / "notebooks" / "01_toy.ipynb", WRITES)
     write_notebook(root / "notebooks" / "02_bad.ipynb", "x = 1", "raise ValueError('rule,\\n got x')")

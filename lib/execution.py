@@ -209,7 +209,8 @@ def _execute_here(order: Mapping[str, Any]) -> str:
             _literal(copy),
             parameters=order["parameters"],
             cwd=str(notebook.parent),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else every start warns about unencrypted loopback
+            # Else every start warns about unencrypted loopback, and some failures tell of an interrupt. Errors are in the outputs.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             progress_bar=_bar(notebook.stem) if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:

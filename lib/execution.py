@@ -209,7 +209,7 @@ def _execute_here(order: Mapping[str, Any]) -> str:
             _literal(copy),
             parameters=order["parameters"],
             cwd=str(notebook.parent),
-            # Else every start warns about unencrypted loopback, and some failures tell of an interrupt. Errors are in the outputs.
+            # Else every start warns about unencrypted loopback, and some failures tell of an interrupt; errors are in the outputs
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             progress_bar=_bar(notebook.stem) if sys.stderr.isatty() else False,
         )

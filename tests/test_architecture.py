@@ -12,15 +12,48 @@ LAYERS = (
     {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},
-    {"calibration", "pruning", "sparsegpt", "quantization", "structured"},
+    {
+        "calibration",
+        "calibration_sets",
+        "methods",
+        "token_weights",
+        "allocation",
+        "shrink",
+        "pruning",
+        "sparsegpt",
+        "quantization",
+        "structured",
+    },
     {"evaluation", "timing", "search", "traces", "trace_views", "trace_statistics"} | {"noise_match", "sink_effect"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-PURE = ("sinks", "variance", "stability", "planted", "pruning", "sparsegpt", "quantization")
-PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.config", "lib.sinks"}
+PURE = (
+    "sinks",
+    "variance",
+    "stability",
+    "planted",
+    "pruning",
+    "sparsegpt",
+    "structured",
+    "allocation",
+    "token_weights",
+    "quantization",
+)
+PURE_MAY_IMPORT = {
+    "torch",
+    "jaxtyping",
+    "numpy",
+    "math",
+    "typing",
+    "collections",
+    "dataclasses",
+    "lib.config",
+    "lib.sinks",
+    "lib.pruning",
+}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
 MAY_PRINT = ("launcher",)

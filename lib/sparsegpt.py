@@ -1,0 +1,121 @@
+"""SparseGPT: remove weights and let the remaining ones of a row make up for it. Tensors in, tensors out."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lib.config import InputError
+from lib.pruning import UNSTRUCTURED, check_sparsity, parse_pattern, removed_count
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+def inverse_cholesky(
+    hessian: Float[Tensor, "in in"], *, damping: float = DAMPING, name: str = "a layer"
+) -> Float[Tensor, "in in"]:
+    """Return the upper Cholesky factor of the damped Hessian's inverse.
+
+    Args:
+        hessian: 2 X X^T / tokens, in float32 or float64, its dead features (diagonal 0) already given a diagonal of 1.
+        damping: added to the diagonal, as a share of its mean.
+        name: of the layer, for the error.
+
+    Raises:
+        InputError: not positive definite after damping.
+
+    Source: SparseGPT (arXiv 2301.00774), section 3.3, as the authors' release does it.
+    """
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        raise InputError(
+            f"the Hessian of {name} must be positive definite after damping, got one that is not: raise damping above {damping}"
+        )
+    inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if bool(failed):
+        raise InputError(
+            f"the inverse Hessian of {name} must be positive definite, got one that is not: raise damping above {damping}"
+        )
+    return inverse
+
+
+def sparsegpt(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    *,
+    sparsity: float,
+    pattern: str = UNSTRUCTURED,
+    damping: float = DAMPING,
+    block: int = BLOCK,
+    inclusive: bool = False,
+    name: str = "a layer",
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """Prune a matrix column block by column block and update the columns that follow.
+
+    Args:
+        weight: matrix of a linear layer.
+        hessian: 2 X X^T / tokens of its inputs, weighted by token or not.
+        sparsity: fraction to remove.
+        pattern: `"unstructured"` or `"N:M"`.
+        damping: share of the mean diagonal added to it.
+        block: columns handled at one time; unstructured masks are chosen inside a block, all rows together.
+        inclusive: remove also the weight at the threshold, as the release does: one more per block.
+        name: of the layer, for errors.
+
+    Returns:
+        The updated weights with exact zeros, and the mask (True = kept).
+
+    Raises:
+        InputError: bad sparsity or pattern, or a Hessian that is not positive definite.
+
+    Source: SparseGPT (arXiv 2301.00774), Algorithm 1.
+    """
+    check_sparsity(sparsity)
+    groups = parse_pattern(pattern, sparsity=sparsity, width=weight.shape[1])
+    work, hessian = weight.clone().to(hessian.dtype), hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1.0
+    work[:, dead] = 0.0
+    factor = inverse_cholesky(hessian, damping=damping, name=name)
+    kept = torch.ones_like(work, dtype=torch.bool)
+    if groups:  # no group of M columns may be cut by the end of a block
+        block = max(block - block % groups[1], groups[1])
+    for start in range(0, work.shape[1], block):
+        stop = min(start + block, work.shape[1])
+        local = factor[start:stop, start:stop]
+        part = work[:, start:stop].clone()
+        chosen = None if groups else _removed(part, local, sparsity, inclusive=inclusive)
+        errors = torch.zeros_like(part)
+        for column in range(stop - start):
+            if groups and column % groups[1] == 0:
+                _mark_group_(kept, part, local, start, column, groups)
+            gone = chosen[:, column] if chosen is not None else ~kept[:, start + column]
+            kept[:, start + column] = ~gone
+            pruned = torch.where(gone, 0.0, part[:, column])
+            error = (part[:, column] - pruned) / local[column, column]
+            part[:, column:] -= error[:, None] * local[column, column:][None]
+            part[:, column] = pruned
+            errors[:, column] = error
+        work[:, start:stop] = part
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    return torch.where(kept, work, 0.0).to(weight.dtype), kept
+
+
+def _removed(part: Tensor, local: Tensor, sparsity: float, *, inclusive: bool) -> Bool[Tensor, "out column"]:
+    """Choose what goes from a block: the smallest w^2 / [H^-1]_jj over all rows together."""
+    cost = part**2 / local.diagonal()[None] ** 2
+    if inclusive:
+        return cost <= cost.flatten().sort().values[int(cost.numel() * sparsity)]
+    count = removed_count(cost.numel(), sparsity)
+    gone = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
+    return gone.scatter(0, cost.flatten().argsort(stable=True)[:count], True).view(cost.shape)
+
+
+def _mark_group_(kept: Tensor, part: Tensor, local: Tensor, start: int, column: int, groups: tuple[int, int]) -> None:
+    """Choose what goes from the group of M columns that begins here, with the weights as they stand now."""
+    n, m = groups
+    span = slice(column, column + m)
+    cost = part[:, span] ** 2 / local.diagonal()[None, span] ** 2
+    smallest = cost.argsort(dim=1, stable=True)[:, : m - n]
+    kept[:, start + column : start + column + m] = kept.new_ones(cost.shape).scatter(1, smallest, False)

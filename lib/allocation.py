@@ -78,3 +78,30 @@ def outlier_share(importance: Float[Tensor, "out in"], *, factor: float = OWL_OU
     0.25
     """
     return float((importance > factor * importance.mean()).double().mean())
+
+
+def removed_counts(sparsities: Float[Tensor, "layer"], sizes: Sequence[int], *, total: int) -> list[int]:
+    """Round sparsities to whole numbers of weights that add up to exactly `total`.
+
+    Args:
+        sparsities: of each layer, whose mean weighted by size is total / all weights but for rounding.
+        sizes: weights of each layer.
+        total: weights to remove in all.
+
+    Returns:
+        Removed weights by layer: rounded down, the rest given to the largest remainders.
+
+    Raises:
+        InputError: the sparsities are not those of the total.
+
+    >>> removed_counts(torch.tensor([0.25, 0.75]), [10, 10], total=10)
+    [3, 7]
+    """
+    exact = sparsities.double() * torch.tensor(list(sizes), dtype=torch.float64)
+    floors = (exact + 1e-6).floor().long()
+    missing = total - int(floors.sum())
+    if not 0 <= missing <= len(sizes):
+        raise InputError(f"layer sparsities must remove {total} weights in all, got {float(exact.sum()):g}: use with_total first")
+    largest = (exact - floors).argsort(descending=True, stable=True)[:missing]
+    floors[largest] += 1
+    return floors.tolist()

@@ -1,20 +1,121 @@
-"""What a calibration reads: clean windows, windows masked at several noise levels, or the states of real generations."""
+"""What a calibration reads: clean windows, windows masked at several noise levels, or the states of real generations; and how
+much each token of it counts.
+"""
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lib import diffusion, sampler
+from lib import diffusion, measured_weights, sampler
+from lib.calibration import CalibrationSet
 from lib.config import InputError
 from lib.models import LanguageModel
 from lib.runtime import generator
 from lib.sampler import DenoisingStep
+from lib.token_weights import Weighting
 
 Times = Literal["grid", "grid_below_one", "uniform"]
 GRID_STEPS = 10  # the release takes every fifth of 50 steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a calibration reads.
+
+    Attributes:
+        kind: `"clean"` text, `"noised"` text, or states along real generations (`"trajectory"`).
+        times: how the noise levels are spread, see `noise_times`.
+        levels: noise levels (or states of a trajectory) per window.
+        schedule: `"llada"` masks any position, `"dream"` never the first and the last.
+        prompt_share: share of a window that is the prompt of its trajectory.
+    """
+
+    kind: Literal["clean", "noised", "trajectory"] = "clean"
+    times: Times = "grid"
+    levels: int = GRID_STEPS
+    schedule: diffusion.Schedule = "llada"
+    prompt_share: float = 0.25
+
+
+CLEAN, NOISED = Inputs(), Inputs("noised")
+
+
+def draw_windows(pool: Int[Tensor, "pool position"], *, count: int, seed: int) -> Int[Tensor, "window position"]:
+    """Draw calibration windows without replacement; another seed draws others.
+
+    Raises:
+        InputError: fewer windows than asked for.
+    """
+    if not 1 <= count <= len(pool):
+        raise InputError(f"calibration windows must be in [1, {len(pool)}] (those there are), got {count}: lower it or add text")
+    return pool[torch.randperm(len(pool), generator=generator(seed, "calibration windows"))[:count]]
+
+
+def read(
+    model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs, *, seed: int
+) -> Int[Tensor, "window level position"]:
+    """Return what the calibration reads of each window.
+
+    Args:
+        model: a diffusion model, unless inputs are clean.
+        windows: clean token windows.
+        inputs: what to make of them.
+        seed: of the noise and of the sampling.
+
+    Raises:
+        InputError: noise for an autoregressive model.
+    """
+    if inputs.kind == "clean":
+        return windows[:, None]
+    if inputs.kind == "noised":
+        options = {"times": inputs.times, "levels": inputs.levels, "schedule": inputs.schedule}
+        return noised_windows(model, windows, seed=seed, **cast(Any, options))
+    prompt = int(windows.shape[1] * inputs.prompt_share)
+    at = [level / inputs.levels for level in range(inputs.levels)]
+    return trajectory_states(model, windows, prompt_tokens=prompt, steps=windows.shape[1] - prompt, at=at, seed=seed)
+
+
+def build(
+    model: LanguageModel,
+    windows: Int[Tensor, "window position"],
+    *,
+    inputs: Inputs = CLEAN,
+    weighting: Weighting | None = None,
+    seed: int,
+    batch_size: int = 4,
+) -> CalibrationSet:
+    """Make a calibration set from clean windows: what is read, and the token weights that the dense model gives it.
+
+    Args:
+        model: the dense model.
+        windows: clean token windows.
+        inputs: clean, noised, or trajectories.
+        weighting: how tokens count; None counts all alike. Weights that come from several noise levels (`averaged`, or by
+            instability) are measured on noised text, one a token of the window, and hold for all levels that are read.
+        seed: of noise, sampling and random controls.
+        batch_size: samples at one time.
+
+    Raises:
+        InputError: windows that are too short or too long, noise for an autoregressive model, or a weighting that needs it.
+    """
+    length = windows.shape[1]
+    limit = int(getattr(model.network.config, "max_position_embeddings", length))
+    if not 2 <= length <= limit:
+        raise InputError(f"calibration windows must have 2 to {limit} tokens, got {length}: choose another length")
+    ids = read(model, windows, inputs, seed=seed)
+    samples = ids.flatten(0, 1)
+    if weighting is None:
+        return CalibrationSet(samples)
+    if not weighting.over_levels:
+        weight = measured_weights.measure(model, samples, weighting, seed=seed, batch_size=batch_size)
+        return CalibrationSet(samples, weight)
+    noised = ids if inputs.kind == "noised" else read(model, windows, NOISED, seed=seed)
+    weight = measured_weights.measure_over_levels(model, noised, weighting, batch_size=batch_size)
+    return CalibrationSet(samples, weight[:, None].expand(ids.shape).flatten(0, 1))
 
 
 def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[float]:
@@ -125,8 +226,3 @@ def trajectory_states(
         on_step=on_step,
     )
     return torch.stack([kept[step] for step in wanted], 1)
-
-
-def as_samples(noised: Int[Tensor, "window level position"]) -> Int[Tensor, "sample position"]:
-    """Flatten (window, level) to samples, levels of a window next to each other."""
-    return noised.flatten(0, 1)

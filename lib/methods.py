@@ -1,20 +1,24 @@
 """Pruning methods by name: which importance, which calibration inputs, which token weights, in which order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from lib import attention, calibration, pruning, sinks
-from lib.calibration import READS, Aggregate, CalibrationSet, InputStatistics
+from lib import calibration, calibration_sets, measured_weights, pruning
+from lib.calibration import Aggregate, CalibrationSet, InputStatistics, statistics_of
+from lib.calibration_sets import CLEAN, NOISED, Inputs
 from lib.config import InputError
 from lib.models import LanguageModel, LinearLayer, Role
 from lib.pruning import UNSTRUCTURED, Granularity
+from lib.runtime import generator as stream
 from lib.sparsegpt import sparsegpt
+from lib.token_weights import CONTROLS, Weighting
 
 Importance = Literal["random", "magnitude", "wanda", "sparsegpt"]
 
@@ -25,8 +29,8 @@ class Method:
 
     Attributes:
         importance: what ranks the weights.
-        noised: calibrate on masked text instead of clean text.
-        sink_weights: multiply what sinks contribute to the statistics by 1 - sink score.
+        inputs: what the calibration reads: clean text, noised text, or trajectories.
+        weighting: how much calibration tokens count; None counts all alike.
         sequential: a block's statistics are taken behind the already pruned ones; False = all from the dense model.
         aggregate: how input norms are summed over samples.
         granularity: whether weights compete inside their row or their matrix.
@@ -34,8 +38,8 @@ class Method:
     """
 
     importance: Importance
-    noised: bool = False
-    sink_weights: bool = False
+    inputs: Inputs = CLEAN
+    weighting: Weighting | None = None
     sequential: bool = True
     aggregate: Aggregate = "root_mean_square"
     granularity: Granularity = "row"
@@ -48,6 +52,8 @@ class Method:
             raise InputError(
                 f"inclusive must go with SparseGPT or magnitude per layer, got {self.importance} per {self.granularity}: drop it"
             )
+        if not self.needs_calibration and (self.weighting or self.inputs != CLEAN):
+            raise InputError(f"token weights and inputs must go with Wanda or SparseGPT, got {self.importance}: drop them")
 
     @property
     def needs_calibration(self) -> bool:
@@ -55,94 +61,113 @@ class Method:
         return self.importance in ("wanda", "sparsegpt")
 
 
+SINKS = Weighting()
 # Each as the authors' release runs it; `sink_wanda` differs from `wanda` in four choices at once.
 RELEASE = MappingProxyType({
     "magnitude": Method("magnitude", granularity="layer", inclusive=True),
     "wanda": Method("wanda"),
     "sparsegpt": Method("sparsegpt", inclusive=True),
-    "sink_wanda": Method("wanda", noised=True, sink_weights=True, sequential=False, aggregate="sum_of_norms"),
-    "sink_sparsegpt": Method("sparsegpt", sink_weights=True, inclusive=True),
+    "sink_wanda": Method("wanda", NOISED, SINKS, sequential=False, aggregate="sum_of_norms"),
+    "sink_sparsegpt": Method("sparsegpt", weighting=Weighting(averaged=True), inclusive=True),
+})  # fmt: skip
+# Beside them: the floor, Wanda on noised text (DWANDA of arXiv 2605.06366), and the habit of keeping sinks.
+METHODS = MappingProxyType({
+    **RELEASE,
+    "random": Method("random"),
+    "dwanda": Method("wanda", Inputs("noised", times="uniform", levels=8)),
+    "sink_preserve": Method("wanda", weighting=Weighting("sinks_up")),
 })  # fmt: skip
 
 
-@torch.inference_mode()
-def sink_weights(
-    model: LanguageModel,
-    input_ids: Int[Tensor, "sample position"],
-    *,
-    num_std: float = sinks.RELEASE_STD,
-    alpha: float = sinks.RELEASE_ALPHA,
-    batch_size: int = 4,
-) -> Float[Tensor, "sample position"]:
-    """Return omega = 1 - sigmoid(alpha (m - mean - num_std std)) of each token, m summed over layers and heads.
+@dataclass(frozen=True)
+class Target:
+    """How much to remove.
 
-    Args:
-        model: the dense model.
-        input_ids: clean or noised windows.
-        num_std: standard deviations above the mean at which the score is one half.
-        alpha: steepness, on summed masses in effect a step.
-        batch_size: samples at one time.
-
-    Source: the authors' release.
+    Attributes:
+        sparsity: fraction of every matrix, in [0, 1).
+        pattern: `"unstructured"` or `"N:M"`.
+        removed: exact number of weights by layer name, instead of the fraction; unstructured only.
     """
-    weigh = release_weigher(num_std=num_std, alpha=alpha)
-    return torch.cat([weigh(attention.sink_mass(model, batch.to(model.device))).cpu() for batch in input_ids.split(batch_size)])
+
+    sparsity: float
+    pattern: str = UNSTRUCTURED
+    removed: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        pruning.check_sparsity(self.sparsity)
+        pruning.parse_pattern(self.pattern, sparsity=self.sparsity)
+        if self.removed is not None and self.pattern != UNSTRUCTURED:
+            raise InputError(f"exact numbers must go with unstructured sparsity, got {self.pattern}: drop one of them")
 
 
-def release_weigher(*, num_std: float = sinks.RELEASE_STD, alpha: float = sinks.RELEASE_ALPHA) -> Callable[[Tensor], Tensor]:
-    """Return the function from masses `[layer, sample, head, position]` to token weights that `sink_weights` applies."""
-
-    def weigh(mass: Tensor) -> Tensor:
-        """Sum over layers and heads, score, and take one minus it."""
-        total = mass.sum((0, 2))
-        return sinks.token_weight(sinks.soft_score(total, sinks.mean_std_threshold(total, num_std=num_std), alpha=alpha))
-
-    return weigh
-
-
-def prune_model_(
+def prune_(
     model: LanguageModel,
     method: Method,
+    target: Target,
     *,
-    sparsity: float,
-    pattern: str = UNSTRUCTURED,
-    calibration_set: CalibrationSet | None = None,
-    generator: torch.Generator | None = None,
+    windows: Int[Tensor, "window position"] | None = None,
+    seed: int = 0,
     batch_size: int = 4,
+    memory_budget: int = calibration.MEMORY_BUDGET,
 ) -> None:
-    """Prune every linear layer of a model in place.
+    """Prune every linear layer of a model in place, from clean calibration windows.
 
     Args:
         model: the dense model; its weights change.
         method: how.
-        sparsity: fraction removed from every matrix, in [0, 1).
-        pattern: `"unstructured"` or `"N:M"`.
-        calibration_set: what Wanda and SparseGPT read.
-        generator: CPU generator, for random pruning.
+        target: how much.
+        windows: clean token windows, for Wanda and SparseGPT.
+        seed: of noise, sampling and random choices.
         batch_size: samples at one time.
+        memory_budget: bytes of layer inputs that one forward pass may keep, see `calibration.one_shot_statistics`.
 
     Raises:
-        InputError: bad sparsity or pattern, weights or activations that are not finite, calibration or generator missing.
+        InputError: a target that does not fit, weights or activations that are not finite, or calibration missing or too short.
     """
-    pruning.check_sparsity(sparsity)
-    for layer in model.layers:
-        pruning.parse_pattern(pattern, sparsity=sparsity, width=layer.module.in_features)
-        pruning.check_finite(layer.module.weight, name=layer.name, what="weights")
-    if method.needs_calibration and calibration_set is None:
-        raise InputError(f"{method.importance} must be given a calibration set, got none: pass calibration_set")
-    if method.importance == "random" and generator is None:
-        raise InputError("random pruning must be given a generator, got None: pass runtime.generator(seed, 'pruning')")
-    if not method.needs_calibration or calibration_set is None:
-        for layer in model.layers:
-            _write_(layer, _pruned(layer, method, None, sparsity=sparsity, pattern=pattern, generator=generator))
+    check(model, target)
+    if not method.needs_calibration:
+        _prune_layers_(model.layers, method, target, None, random=stream(seed, "pruning"))
         return
+    if windows is None:
+        raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
+    if _one_pass(method):
+        ids = calibration_sets.read(model, windows, method.inputs, seed=seed).flatten(0, 1)
+        weigh = measured_weights.weigher(method.weighting or SINKS)
+        found = calibration.one_shot_statistics(model, ids, weigh, batch_size=batch_size, memory_budget=memory_budget)
+        prune_with_(model, method, target, found)
+        return
+    built = calibration_sets.build(
+        model, windows, inputs=method.inputs, weighting=method.weighting, seed=seed, batch_size=batch_size
+    )
+    prune_on_(model, method, target, built, batch_size=batch_size)
+
+
+def _one_pass(method: Method) -> bool:
+    """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
+    weighting = method.weighting
+    if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
+        return False
+    return method.importance == "wanda" and not method.sequential
+
+
+def prune_on_(
+    model: LanguageModel, method: Method, target: Target, calibration_set: CalibrationSet, *, batch_size: int = 4
+) -> None:
+    """Prune in place with a calibration set that is already noised and weighted as the method says.
+
+    Raises:
+        InputError: as `prune_`; or a set whose token weights contradict the method.
+    """
+    check(model, target)
+    if (method.weighting is None) != (calibration_set.token_weight is None):
+        wanted, got = ("no", "some") if method.weighting is None else ("some", "none")
+        raise InputError(
+            f"the calibration set must have {wanted} token weights for this method, got {got}: build it for the method"
+        )
 
     def visit(block: int, found: dict[Role, InputStatistics]) -> None:
         """Prune one block with its statistics."""
-        for layer in [layer for layer in model.layers if layer.block == block]:
-            statistics = found[READS[layer.role]]
-            pruning.check_finite(statistics.squares, name=layer.name, what="inputs")
-            _write_(layer, _pruned(layer, method, statistics, sparsity=sparsity, pattern=pattern, generator=generator))
+        _prune_layers_([layer for layer in model.layers if layer.block == block], method, target, found)
 
     calibration.stream(
         model,
@@ -154,29 +179,110 @@ def prune_model_(
     )
 
 
+def prune_with_(model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]) -> None:
+    """Prune in place with statistics of the dense model, by block; they serve any number of targets.
+
+    Raises:
+        InputError: as `prune_`; or a sequential method, whose statistics change with the target.
+    """
+    check(model, target)
+    if method.sequential:
+        raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
+    for block, statistics in enumerate(found):
+        _prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
+
+
+def check(model: LanguageModel, target: Target) -> None:
+    """Refuse, before any work, what would fail in some layer.
+
+    Raises:
+        InputError: weights that are not finite, a pattern that does not divide a layer, or numbers for other layers.
+    """
+    if not model.layers:
+        raise InputError(f"a model must have linear layers to prune, got none in {model.name}: check its layer table")
+    for layer in model.layers:
+        pruning.parse_pattern(target.pattern, sparsity=target.sparsity, width=layer.module.in_features)
+        pruning.check_finite(layer.module.weight, name=layer.name, what="weights")
+    names = {layer.name for layer in model.layers}
+    if target.removed is not None and set(target.removed) != names:
+        raise InputError(
+            f"exact numbers must name all {len(names)} layers, got {len(set(target.removed) & names)}: complete them"
+        )
+
+
+@contextmanager
+def restored(model: LanguageModel) -> Iterator[LanguageModel]:
+    """Lend a model whose weights may change, and put the old ones back at the end."""
+    before = [layer.module.weight.detach().clone() for layer in model.layers]
+    try:
+        yield model
+    finally:
+        for layer, weight in zip(model.layers, before, strict=True):
+            _write_(layer, weight)
+
+
+def measured_sparsity(model: LanguageModel) -> float:
+    """Return the share of exact zeros in all linear layers together."""
+    zeros = sum(int((layer.module.weight == 0).sum()) for layer in model.layers)
+    return zeros / sum(layer.module.weight.numel() for layer in model.layers)
+
+
+def _prune_layers_(
+    layers: Sequence[LinearLayer],
+    method: Method,
+    target: Target,
+    found: Mapping[Role, InputStatistics] | None,
+    *,
+    random: torch.Generator | None = None,
+) -> None:
+    """Prune some layers, with the statistics of their block."""
+    for layer in layers:
+        statistics = None if found is None else statistics_of(found, layer.role)
+        if statistics is not None:
+            pruning.check_finite(statistics.squares, name=layer.name, what="inputs")
+        _write_(layer, _pruned(layer, method, target, statistics, random=random))
+
+
 def _pruned(
     layer: LinearLayer,
     method: Method,
+    target: Target,
     statistics: InputStatistics | None,
     *,
-    sparsity: float,
-    pattern: str,
-    generator: torch.Generator | None,
+    random: torch.Generator | None,
 ) -> Tensor:
     """Return the new weights of one matrix."""
     weight = layer.module.weight.detach()
+    removed = None if target.removed is None else target.removed[layer.name]
     if method.importance == "sparsegpt" and statistics is not None:
-        options = {"sparsity": sparsity, "pattern": pattern, "inclusive": method.inclusive, "name": layer.name}
-        return sparsegpt(weight, statistics.hessian(), **options)[0]  # type: ignore[arg-type]
-    if method.inclusive and pattern == UNSTRUCTURED:
-        return pruning.prune(weight, pruning.release_magnitude_mask(weight, sparsity=sparsity))
+        return sparsegpt(
+            weight,
+            statistics.hessian(),
+            sparsity=target.sparsity,
+            pattern=target.pattern,
+            removed=removed,
+            inclusive=method.inclusive and removed is None,
+            name=layer.name,
+        )[0]
+    if method.inclusive and target.pattern == UNSTRUCTURED and removed is None:
+        return pruning.prune(weight, pruning.release_magnitude_mask(weight, sparsity=target.sparsity))
+    scores = importance(weight, method, statistics, random=random)
+    if removed is not None:
+        return pruning.prune(weight, pruning.keep_mask_by_count(scores, removed=removed))
+    mask = pruning.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
+    return pruning.prune(weight, mask)
+
+
+def importance(
+    weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
+) -> Tensor:
+    """Return the importance of every weight of a matrix, for methods that do not update weights."""
     rank: dict[Importance, Callable[[], Tensor]] = {
-        "random": lambda: pruning.random_importance(weight, generator=generator),  # type: ignore[arg-type]
+        "random": lambda: pruning.random_importance(weight, generator=random),  # type: ignore[arg-type]
         "magnitude": lambda: pruning.magnitude_importance(weight.float()),
         "wanda": lambda: pruning.wanda_importance(weight.float(), statistics.input_norm(method.aggregate)),  # type: ignore[union-attr]
     }
-    mask = pruning.keep_mask(rank[method.importance](), sparsity=sparsity, pattern=pattern, granularity=method.granularity)
-    return pruning.prune(weight, mask)
+    return rank[method.importance]()
 
 
 @torch.no_grad()

@@ -70,17 +70,20 @@ def random_importance(weight: Float[Tensor, "out in"], *, generator: torch.Gener
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-def wanda_importance(weight: Float[Tensor, "out in"], input_norm: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
+def wanda_importance(
+    weight: Float[Tensor, "out in"], input_norm: Float[Tensor, "in"] | Float[Tensor, "group in"]
+) -> Float[Tensor, "out in"]:
     """Return |W_ij| times the norm of input feature j.
 
     Args:
         weight: matrix of a linear layer.
         input_norm: L2 norm of each input feature over calibration tokens, weighted by token or not; any common factor is allowed,
-            because a row only compares its own weights.
+            because a row only compares its own weights. With groups, equal parts of the rows (heads) have their own norms.
 
     Source: Wanda (arXiv 2306.11695), Eq. 1; with token weights the paper's Eq. 13.
     """
-    return weight.abs() * input_norm
+    norms = torch.atleast_2d(input_norm)
+    return weight.abs() * norms.repeat_interleave(len(weight) // len(norms), dim=0)
 
 
 def keep_mask(
@@ -111,6 +114,33 @@ def keep_mask(
         return _keep_smallest_out(importance.reshape(-1, m), m - n).view(importance.shape)
     rows = importance if granularity == "row" else importance.reshape(1, -1)
     return _keep_smallest_out(rows, removed_count(rows.shape[1], sparsity)).view(importance.shape)
+
+
+def keep_mask_by_count(importance: Float[Tensor, "out in"], *, removed: int) -> Bool[Tensor, "out in"]:
+    """Mark the weights to keep when an exact number goes from a matrix and rows compete inside themselves.
+
+    Args:
+        importance: higher = keep.
+        removed: weights to remove from the matrix. Every row loses the same number; what is left over goes from the rows whose
+            next weight is the least important.
+
+    Raises:
+        InputError: not in [0, size).
+
+    >>> keep_mask_by_count(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), removed=1).tolist()
+    [[True, False], [True, True]]
+    """
+    rows = len(importance)
+    if not 0 <= removed < importance.numel():
+        raise InputError(f"removed weights must be in [0, {importance.numel()}), got {removed}: lower the layer's sparsity")
+    each, left = divmod(removed, rows)
+    order = importance.argsort(dim=1, stable=True)
+    mask = torch.ones_like(importance, dtype=torch.bool).scatter(1, order[:, :each], False)
+    if left:
+        following = order[:, each]
+        chosen = importance.gather(1, following[:, None])[:, 0].argsort(stable=True)[:left]
+        mask[chosen, following[chosen]] = False
+    return mask
 
 
 def removed_count(size: int, sparsity: float) -> int:

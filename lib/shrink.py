@@ -85,7 +85,8 @@ def shrunk(
         kept = groups[layer.block], channels[layer.block]
         rows, columns = _kept_indices(layer.role, *kept, shape=shape)
         _cut_(weights, layer.name.removesuffix(".weight"), rows, columns)
-    network = type(model.network)(config).to(device=model.device, dtype=model.network.dtype).eval().requires_grad_(False)
+    network = type(model.network)(config).eval().requires_grad_(False)
+    torch.nn.Module.to(network, device=model.device, dtype=model.network.dtype)
     network.load_state_dict(weights)
     network.set_attn_implementation("sdpa")
     return replace(model, network=network, layers=linear_layers(network), fingerprint="")

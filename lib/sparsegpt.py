@@ -48,6 +48,7 @@ def sparsegpt(
     pattern: str = UNSTRUCTURED,
     damping: float = DAMPING,
     block: int = BLOCK,
+    removed: int | None = None,
     inclusive: bool = False,
     name: str = "a layer",
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
@@ -60,6 +61,7 @@ def sparsegpt(
         pattern: `"unstructured"` or `"N:M"`.
         damping: share of the mean diagonal added to it.
         block: columns handled at one time; unstructured masks are chosen inside a block, all rows together.
+        removed: exact number of weights to remove instead of floor(sparsity x size); unstructured only.
         inclusive: remove also the weight at the threshold, as the release does: one more per block.
         name: of the layer, for errors.
 
@@ -81,11 +83,13 @@ def sparsegpt(
     kept = torch.ones_like(work, dtype=torch.bool)
     if groups:  # no group of M columns may be cut by the end of a block
         block = max(block - block % groups[1], groups[1])
+    total = removed_count(weight.numel(), sparsity) if removed is None else removed
     for start in range(0, work.shape[1], block):
         stop = min(start + block, work.shape[1])
         local = factor[start:stop, start:stop]
         part = work[:, start:stop].clone()
-        chosen = None if groups else _removed(part, local, sparsity, inclusive=inclusive)
+        count = _share(total, start, stop, work.shape[1])
+        chosen = None if groups else _removed(part, local, sparsity, count=count, inclusive=inclusive)
         errors = torch.zeros_like(part)
         for column in range(stop - start):
             if groups and column % groups[1] == 0:
@@ -102,12 +106,16 @@ def sparsegpt(
     return torch.where(kept, work, 0.0).to(weight.dtype), kept
 
 
-def _removed(part: Tensor, local: Tensor, sparsity: float, *, inclusive: bool) -> Bool[Tensor, "out column"]:
+def _share(total: int, start: int, stop: int, width: int) -> int:
+    """Return how many of `total` removed weights fall to the columns from start to stop, so that all shares add up exactly."""
+    return total * stop // width - total * start // width
+
+
+def _removed(part: Tensor, local: Tensor, sparsity: float, *, count: int, inclusive: bool) -> Bool[Tensor, "out column"]:
     """Choose what goes from a block: the smallest w^2 / [H^-1]_jj over all rows together."""
     cost = part**2 / local.diagonal()[None] ** 2
     if inclusive:
         return cost <= cost.flatten().sort().values[int(cost.numel() * sparsity)]
-    count = removed_count(cost.numel(), sparsity)
     gone = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
     return gone.scatter(0, cost.flatten().argsort(stable=True)[:count], True).view(cost.shape)
 

@@ -1,38 +1,118 @@
-"""How much calibration tokens count: less on sinks, more on sinks, or less on as many others. Tensors in, tensors out."""
+"""How much calibration tokens count: less (or more) on sinks, less on as many others, or less where mass is unstable.
 
-from typing import Literal
+Tensors in, tensors out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.config import InputError
-from lib.sinks import token_weight
+from lib import sinks
+from lib.config import InputError, require
 
-Control = Literal["random", "first", "mask", "norm"]
-CONTROLS: tuple[Control, ...] = ("random", "first", "mask", "norm")
+Kind = Literal["sinks_down", "sinks_up", "random", "first", "mask", "norm", "variance", "presence"]
+Level = Literal["aggregate", "layer", "head"]
+Rule = Literal["mean_std", "leave_one_out"]
+Unit = Literal["sum", "mean_one"]
+CONTROLS = ("random", "first", "mask", "norm")
+INSTABILITY = ("variance", "presence")
 
 
-def sinks_down(score: Float[Tensor, "sample position"]) -> Float[Tensor, "sample position"]:
+@dataclass(frozen=True)
+class Weighting:
+    """One way to weigh calibration tokens; the defaults are those of the authors' release.
+
+    Attributes:
+        kind: `"sinks_down"` is omega = 1 - sink score; `"sinks_up"` is 1 + boost x score; `"random"`, `"first"`, `"mask"` and
+            `"norm"` take out as many other tokens as there are sinks; `"variance"` and `"presence"` take out tokens whose mass is
+            unstable over noise levels (see `instability_score`).
+        level: where masses are compared: summed over layers and heads, in each layer, or in each head.
+        rule: threshold of a sink: mean + margin standard deviations, or the mean of the other keys + margin.
+        margin: standard deviations, or the epsilon of the leave-one-out rule in the unit of the mass.
+        alpha: steepness of the score; None is a step.
+        unit: masses summed over layers and heads, or averaged so that their mean over keys is 1.
+        boost: extra weight of a full sink, for `"sinks_up"`.
+        averaged: measure on noised text and average over the noise levels of each window, as the release does for SparseGPT.
+    """
+
+    kind: Kind = "sinks_down"
+    level: Level = "aggregate"
+    rule: Rule = "mean_std"
+    margin: float = sinks.RELEASE_STD
+    alpha: float | None = sinks.RELEASE_ALPHA
+    unit: Unit = "sum"
+    boost: float = 1.0
+    averaged: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in get_args(Kind),
+            "a weighting must be a known kind",
+            repr(self.kind),
+            f"choose {', '.join(get_args(Kind))}",
+        )
+        require(self.boost > 0, "boost must be positive", f"{self.boost:g}", "1 doubles what a sink contributes")
+        require(
+            self.level == "aggregate" or self.kind in ("sinks_down", "sinks_up"),
+            "weights by layer or head must be those of sinks",
+            self.kind,
+            "use level aggregate",
+        )
+
+    @property
+    def over_levels(self) -> bool:
+        """Tell whether one weight a token comes from several noise levels of its window."""
+        return self.averaged or self.kind in INSTABILITY
+
+
+def sink_score(mass: Float[Tensor, "layer sample head position"], weighting: Weighting) -> Tensor:
+    """Return sink scores in [0, 1].
+
+    Args:
+        mass: attention received, 1 on average over keys.
+        weighting: level, rule and score.
+
+    Returns:
+        Shape `[sample, position]`, `[layer, sample, position]` or `[layer, sample, head, position]`, by level.
+
+    Source: paper, Eqs. 9 to 11; threshold and score of the authors' release.
+    """
+    over = {"aggregate": (0, 2), "layer": (2,), "head": ()}[weighting.level]
+    values = mass if not over else mass.sum(over) if weighting.unit == "sum" else mass.mean(over)
+    threshold = {"mean_std": _mean_std, "leave_one_out": _leave_one_out}[weighting.rule](values, weighting.margin)
+    return _score(values, threshold, weighting.alpha)
+
+
+def _mean_std(values: Tensor, margin: float) -> Tensor:
+    return sinks.mean_std_threshold(values, num_std=margin)
+
+
+def _leave_one_out(values: Tensor, margin: float) -> Tensor:
+    return sinks.leave_one_out_threshold(values, epsilon=margin)
+
+
+def _score(values: Tensor, threshold: Tensor, alpha: float | None) -> Tensor:
+    return (values > threshold).to(values.dtype) if alpha is None else sinks.soft_score(values, threshold, alpha=alpha)
+
+
+def sinks_down(score: Float[Tensor, "*batch position"]) -> Float[Tensor, "*batch position"]:
     """Return omega = 1 - score: what sinks contribute is taken out (paper, Eq. 12)."""
-    return token_weight(score)
+    return sinks.token_weight(score)
 
 
-def sinks_up(score: Float[Tensor, "sample position"], *, boost: float = 1.0) -> Float[Tensor, "sample position"]:
+def sinks_up(score: Float[Tensor, "*batch position"], *, boost: float = 1.0) -> Float[Tensor, "*batch position"]:
     """Return omega = 1 + boost x score: what sinks contribute counts more, so that the weights that read them stay.
 
     Args:
         score: sink score in [0, 1].
         boost: extra weight of a full sink.
 
-    Raises:
-        InputError: boost is not positive.
-
     Source: stands for the habit of autoregressive work to preserve sinks (StreamingLLM, arXiv 2309.17453, keeps them in the
         cache); the paper names the habit but no formula, so this one is ours.
     """
-    if not boost > 0:
-        raise InputError(f"boost must be positive, got {boost:g}: 1 doubles what a sink contributes")
     return 1.0 + boost * score
 
 
@@ -44,9 +124,35 @@ def average_over_levels(weight: Float[Tensor, "window level position"]) -> Float
     return weight.mean(1)
 
 
+def instability_score(
+    mass: Float[Tensor, "window level position"], *, kind: Literal["variance", "presence"], margin: float = sinks.RELEASE_STD
+) -> Float[Tensor, "window position"]:
+    """Score tokens by how much their mass changes over noise levels, which is what the paper says and its release does not do.
+
+    Args:
+        mass: mean over layers and heads, 1 on average over positions.
+        kind: `"variance"`: 1 where the variance of the mass over levels exceeds its mean over positions by `margin` standard
+            deviations. `"presence"`: 4 f (1 - f), f the share of levels at which the token is a sink: 1 for a sink half of the
+            time, 0 for one that always or never is.
+        margin: standard deviations, of the variance or of the sink rule.
+
+    Raises:
+        InputError: fewer than two levels, over which nothing can vary.
+
+    Source: temporal variance and transience, paper section 3.1; the formulas are ours.
+    """
+    if mass.shape[1] < 2:
+        raise InputError(f"instability must be measured over at least 2 noise levels, got {mass.shape[1]}: raise levels")
+    if kind == "presence":
+        share = sinks.sinks_mean_std(mass, num_std=margin).to(mass.dtype).mean(1)
+        return 4.0 * share * (1.0 - share)
+    over_time = mass.var(1, correction=0)
+    return (over_time > sinks.mean_std_threshold(over_time, num_std=margin)).to(mass.dtype)
+
+
 def control_down(
     score: Float[Tensor, "sample position"],
-    control: Control,
+    control: str,
     *,
     input_ids: Int[Tensor, "sample position"],
     mask_token_id: int | None = None,
@@ -79,7 +185,7 @@ def control_down(
 
 def _order(
     score: Tensor,
-    control: Control,
+    control: str,
     *,
     input_ids: Tensor,
     mask_token_id: int | None,

@@ -12,19 +12,22 @@ LAYERS = (
     {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},
+    {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
+    | {"calibration", "calibration_sets", "measured_weights", "methods", "shrink", "phases"},
     {
-        "calibration",
-        "calibration_sets",
-        "methods",
-        "token_weights",
-        "allocation",
-        "shrink",
-        "pruning",
-        "sparsegpt",
-        "quantization",
-        "structured",
-    },
-    {"evaluation", "timing", "search", "traces", "trace_views", "trace_statistics"} | {"noise_match", "sink_effect"},
+        "evaluation",
+        "harness",
+        "tasks",
+        "paired",
+        "pseudo_perplexity",
+        "pruning_runs",
+        "timing",
+        "search",
+        "traces",
+        "trace_views",
+        "trace_statistics",
+    }
+    | {"noise_match", "sink_effect"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import calibration, methods, models, shrink
+from lib import calibration, measured_weights, methods, models, shrink
 from lib.calibration import CalibrationSet
-from lib.methods import RELEASE
+from lib.methods import RELEASE, SINKS, Target
 
 WEIGHTS_ATOL = 1e-4
 
@@ -28,7 +28,11 @@ def recorded_weights(release: SimpleNamespace, name: str, folder: Path) -> dict[
 
 def pruned(release: SimpleNamespace, name: str, *, pattern: str, samples: CalibrationSet | None) -> dict[str, Tensor]:
     model = models.load(release.folder)
-    methods.prune_model_(model, RELEASE[name], sparsity=0.5, pattern=pattern, calibration_set=samples, batch_size=1)
+    target = Target(0.5, pattern)
+    if samples is None or not RELEASE[name].needs_calibration:
+        methods.prune_(model, RELEASE[name], target)
+    else:
+        methods.prune_on_(model, RELEASE[name], target, samples, batch_size=1)
     return {layer.name: layer.module.weight for layer in model.layers}
 
 
@@ -50,14 +54,14 @@ def test_baselines_remove_what_the_release_removes(release: SimpleNamespace, nam
 
 def test_sink_wanda_removes_what_the_release_removes(release: SimpleNamespace, tmp_path: Path) -> None:
     ids = release.expected["sink_wanda_50.noisy_input_ids"].flatten(0, 1)
-    samples = CalibrationSet(ids, methods.sink_weights(release.model, ids, batch_size=1))
+    samples = CalibrationSet(ids, measured_weights.measure(release.model, ids, SINKS, batch_size=1))
     got = pruned(release, "sink_wanda", pattern="unstructured", samples=samples)
     same_zeros_and_weights(got, recorded_weights(release, "sink_wanda_50", tmp_path))
 
 
 def test_sink_sparsegpt_removes_what_the_release_removes(release: SimpleNamespace, tmp_path: Path) -> None:
     noised = release.expected["sink_sparsegpt_50.noisy_input_ids"]
-    weights = methods.sink_weights(release.model, noised.flatten(0, 1), batch_size=1).view(noised.shape).mean(1)
+    weights = measured_weights.measure(release.model, noised.flatten(0, 1), SINKS, batch_size=1).view(noised.shape).mean(1)
     samples = CalibrationSet(release.expected["calibration.input_ids"], weights)
     got = pruned(release, "sink_sparsegpt", pattern="unstructured", samples=samples)
     same_zeros_and_weights(got, recorded_weights(release, "sink_sparsegpt_50", tmp_path))
@@ -73,7 +77,9 @@ def test_the_recorded_layouts_can_be_shrunk(release: SimpleNamespace) -> None:
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["two passes", "one pass"])
 def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int) -> None:
     ids = release.expected["sink_wanda_50.noisy_input_ids"].flatten(0, 1)
-    found = calibration.one_shot_statistics(release.model, ids, methods.release_weigher(), batch_size=4, memory_budget=budget)
+    found = calibration.one_shot_statistics(
+        release.model, ids, measured_weights.weigher(SINKS), batch_size=4, memory_budget=budget
+    )
     prefix = "sink_wanda_50.input_norm_sum."
     recorded = {key.removeprefix(prefix): value for key, value in release.expected.items() if key.startswith(prefix)}
     names = {
@@ -89,7 +95,7 @@ def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int
     for name, norms in recorded.items():
         block, last = int(name.split(".layers.")[-1].split(".blocks.")[-1].split(".")[0]), name.rsplit(".", 1)[-1]
         if last in names:
-            torch.testing.assert_close(found[block][names[last]].norms, norms, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(found[block][names[last]].norms[0], norms, atol=1e-4, rtol=1e-5)
             compared += 1
     assert compared == 8
 
@@ -97,7 +103,9 @@ def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int
 def test_one_pass_and_two_passes_agree_to_rounding(release: SimpleNamespace) -> None:
     ids = release.expected["sink_wanda_50.noisy_input_ids"].flatten(0, 1)
     one, two = (
-        calibration.one_shot_statistics(release.model, ids, methods.release_weigher(), batch_size=batch, memory_budget=budget)
+        calibration.one_shot_statistics(
+            release.model, ids, measured_weights.weigher(SINKS), batch_size=batch, memory_budget=budget
+        )
         for batch, budget in ((5, 2**30), (2, 0))
     )
     for first, second in zip(one, two, strict=True):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 LIB = Path(__file__).resolve().parent
 VERSIONED = ("torch", "transformers", "numpy", "scipy", "tokenizers")
 PARTIAL = ".partial"
+SETTINGS_MODULES = ("config", "sections")  # what they return counts by its values
 # Text about data and weights changes no number, and neither do files that the system leaves behind.
 IGNORED_SUFFIXES = frozenset({".md", ".pyc"})
 
@@ -175,7 +177,7 @@ def fingerprint(
     """Hash everything that decides what a notebook writes.
 
     These are its cells, the modules it reaches, the settings (without the sections that bear the name of another notebook), the
-    files of `data/` and of each model. It is the same on every machine and in every folder.
+    files of `data/` that cells or modules name, and the files of each model. It is the same on every machine and in every folder.
 
     Args:
         notebook: a notebook file, named `NN_section.ipynb`.
@@ -189,16 +191,34 @@ def fingerprint(
     """
     notebook, root = Path(notebook), root or LIB.parent
     folders = local_models(config, root=root) if model_folders is None else model_folders
+    modules = modules_reached(notebook, lib=root / "lib")
     others = {path.stem[3:] for path in notebook.parent.glob("[0-9][0-9]_*.ipynb")} - {notebook.stem[3:]}
     return _digest(
         {
             "notebook": notebook_source_hash(notebook),
-            "lib": folder_hash(modules_reached(notebook, lib=root / "lib"), root),
+            "lib": folder_hash([path for path in modules if path.stem not in SETTINGS_MODULES], root),
             "config": {key: value for key, value in config.items() if key not in others},
-            "data": folder_hash(files_below(root / "data"), root),
+            "data": folder_hash(data_named(notebook, modules, root=root), root),
             "models": [_model_hash(Path(folder)) for folder in folders],
         }
     )
+
+
+def data_named(notebook: Path | str, modules: Iterable[Path], *, root: Path) -> list[Path]:
+    """List the files of `data/` whose name, or the name of whose folder, a notebook's cells or its modules mention.
+
+    Args:
+        notebook: a notebook file.
+        modules: the modules it reaches.
+        root: the repository.
+
+    Returns:
+        Sorted paths.
+    """
+    code = [source for kind, source, _ in _cells(Path(notebook)) if kind == "code"]
+    words = set(re.findall(r"\w+", "\n".join(code + [path.read_text(encoding="utf-8") for path in modules])))
+    files = [path for path in files_below(root / "data") if path.name != "README.md"]
+    return sorted(path for path in files if {path.stem, *path.relative_to(root / "data").parts[:-1]} & words)
 
 
 def local_models(config: Mapping[str, object], *, root: Path) -> list[Path]:
@@ -225,9 +245,9 @@ def versions() -> dict[str, str]:
     """Name the versions that can change a number.
 
     Returns:
-        Version by name, Python first; a package that is not installed is left out.
+        Version by name, Python first (its patch version changes no number); a package that is not installed is left out.
     """
-    found = {"python": platform.python_version()}
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in VERSIONED:
         try:
             found[name] = metadata.version(name)

@@ -113,11 +113,6 @@ class VarianceAnalysis:
             "lower it",
         )
 
-    @property
-    def steps(self) -> int:
-        """Denoising steps of the main generations."""
-        return (self.positions - self.prompt_tokens) // self.tokens_per_step
-
     def _divides(self, parts: int | tuple[int, ...], whole: int, name: str) -> None:
         for part in (parts,) if isinstance(parts, int) else parts:
             require(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -126,7 +127,7 @@ def window_frequency_variance(
         masses = attention.read_prefixes(model, window[None].to(model.device), lengths=lengths).pop()[:, 0]
     else:
         masks = diffusion.exact_count_masks(torch.ones(len(window), dtype=torch.bool), steps, generator=stream)
-        ids = window.expand(steps, -1).masked_fill(masks, model.mask_token_id or 0).to(model.device)
+        ids = window.expand(steps, -1).masked_fill(masks, cast(int, model.mask_token_id)).to(model.device)
         masses = attention.sink_mass(model, ids).transpose(1, 2)
     return variance.frequency_variance(variance.in_top_k(masses, k=top_k))
 

@@ -191,6 +191,9 @@ def measures_of(attention_probs: Float[Tensor, "step query key"]) -> dict[str, f
         "drift": float(stability.drift(path)[0]),
         "overlap, 1 step": float(stability.overlap_by_distance(sets, [1])),
         "overlap, 2 steps": float(stability.overlap_by_distance(sets, [2])),
+        "Rulli sinks": float(sinks.rulli_count(mass).mean()),
+        "Gu sinks": float(sinks.gu_sink_rate(mass, is_causal=False).sum(-1).mean()),
+        "first token": float(sinks.first_token_score(mass, queries=mass.shape[-1]).mean()),
     }
 
 

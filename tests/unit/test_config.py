@@ -179,8 +179,6 @@ def test_settings_that_do_not_fit_each_other_are_refused(changes: dict[str, obje
 
 
 def test_settings_at_the_border_are_accepted() -> None:
-    assert load_variance({}).steps == 48
-    assert load_variance({"tokens_per_step": 4}).steps == 24
     loaded = load_variance({
         "temperature": 0, "seeds": 1, "top_k": 31, "factor_prompts": 8, "block_lengths": [96, 2], "mask_ratios": "[0.01, 0.99]",
         "other_prompt_tokens": [126], "other_tokens_per_step": [],

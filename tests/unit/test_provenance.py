@@ -25,13 +25,14 @@ def project(tmp_path: Path) -> Path:
     (root / "lib").mkdir(parents=True)
     (root / "data").mkdir()
     (root / "lib" / "__init__.py").write_text("")
-    (root / "lib" / "upper.py").write_text("def f():\n    from lib import lower\n    return lower\n")
+    (root / "lib" / "upper.py").write_text("def f():\n    from lib import config, lower\n    return lower\n")
+    (root / "lib" / "config.py").write_text("")
     (root / "lib" / "lower.py").write_text("x = 1\n")
     (root / "lib" / "other.py").write_text("x = 1\n")
     (root / "data" / "text.txt").write_text("text")
     (root / "model").mkdir()
     (root / "model" / "weights").write_bytes(b"1")
-    write_notebook(root / "notebooks" / "01_first.ipynb", "from lib.upper import f")
+    write_notebook(root / "notebooks" / "01_first.ipynb", "from lib.upper import f\nread('text')")
     write_notebook(root / "notebooks" / "02_second.ipynb", "import lib.other")
     return root
 
@@ -58,15 +59,32 @@ def test_every_input_moves_the_fingerprint(project: Path, name: str) -> None:
     assert fingerprint(project) != before
 
 
-@pytest.mark.parametrize("name", ["lib/other.py", "data/README.md", "model/README.md", "notebooks/02_second.ipynb"])
+@pytest.mark.parametrize(
+    "name",
+    ["lib/other.py", "lib/config.py", "data/unnamed.txt", "data/README.md", "model/README.md", "notebooks/02_second.ipynb"],
+)
 def test_what_cannot_change_a_number_does_not_move_it(project: Path, name: str) -> None:
     before = fingerprint(project)
     path = project / name
     content = path.read_text() if path.exists() else ""
-    path.write_text(content + "\n")
+    path.write_text(content + "\n# changed\n")
     (project / "lib" / "__pycache__").mkdir(exist_ok=True)
     (project / "lib" / "__pycache__" / "upper.pyc").write_bytes(b"x")
     assert fingerprint(project) == before
+
+
+def test_data_count_by_name_or_by_their_folder(project: Path) -> None:
+    (project / "data" / "sets").mkdir()
+    (project / "data" / "sets" / "unnamed.txt").write_text("1")
+    before = fingerprint(project)
+    (project / "lib" / "lower.py").write_text("FOLDER = 'sets'\n")
+    named = fingerprint(project)
+    (project / "data" / "sets" / "unnamed.txt").write_text("2")
+    assert len({before, named, fingerprint(project)}) == 3
+    (project / "data" / "text.txt").rename(project / "data" / "texts.txt")
+    gone = fingerprint(project)
+    (project / "data" / "texts.txt").write_text("2")
+    assert fingerprint(project) == gone  # "text" is another word
 
 
 def test_settings_count_but_not_those_of_another_notebook(project: Path) -> None:
@@ -108,6 +126,7 @@ def test_a_notebook_that_is_not_plain_python_reaches_everything(tmp_path: Path, 
         "upper",
         "lower",
         "other",
+        "config",
     }
 
 

@@ -454,3 +454,5 @@ def test_measures_of_made_up_attention_are_those_of_its_planted_sink() -> None:
     beside = 0.75 / 23 * 24
     visited = (6.0 + 5 * beside) / 6
     assert found["spatial variance"] == pytest.approx((6 * (visited - 1) ** 2 + 18 * (beside - 1) ** 2) / 24)
+    assert (found["Rulli sinks"], found["Gu sinks"]) == (1.0, 0.0)  # a share of 0.25: a column sum of 6, below Gu's 0.3
+    assert found["first token"] == pytest.approx(0.75 / 23)

@@ -77,8 +77,8 @@ class InputStatistics:
 
         Args:
             inputs: what the layer read.
-            weight: `[sample, position]`; or `[sample, head, position]`: its heads in equal parts for a layer of several groups, the
-                heads whose outputs its input features are for a layer of one.
+            weight: `[sample, position]`; or `[sample, head, position]`: for a layer of several groups its heads in equal parts,
+                for a layer of one the heads whose outputs its input features are.
         """
         self.samples += len(inputs)
         if weight is not None and weight.dim() == 3 and len(self.squares) > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from lib.errors import InputError, require
-from lib.sections import ModelSource, SinkTraces, VarianceAnalysis, between, one_of
+from lib.sections import ModelSource, PruningBaselines, SinkAwarePruning, SinkTraces, VarianceAnalysis, between, one_of
 
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
 
@@ -30,15 +30,22 @@ class Config:
     models: dict[str, ModelSource]
     sink_traces: SinkTraces
     variance_analysis: VarianceAnalysis
+    pruning_baselines: PruningBaselines
+    sink_aware_pruning: SinkAwarePruning
 
     def __post_init__(self) -> None:
-        answering = self.variance_analysis.answering_models
-        require(
-            set(answering) <= set(self.models),
-            f"variance_analysis.answering_models must be among {', '.join(self.models) or 'no models'}",
-            str(list(answering)),
-            "models from elsewhere go to extra_models",
-        )
+        named = {
+            "variance_analysis.answering_models": self.variance_analysis.answering_models,
+            "pruning_baselines.models": self.pruning_baselines.models,
+            "sink_aware_pruning.models": self.sink_aware_pruning.models,
+        }
+        for name, chosen in named.items():
+            require(
+                set(chosen) <= set(self.models),
+                f"{name} must be among {', '.join(self.models) or 'no models'}",
+                str(list(chosen)),
+                "models from elsewhere go to extra_models",
+            )
 
 
 def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, object] | None = None) -> Config:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -70,13 +70,23 @@ RELEASE = MappingProxyType({
     "sink_wanda": Method("wanda", NOISED, SINKS, sequential=False, aggregate="sum_of_norms"),
     "sink_sparsegpt": Method("sparsegpt", weighting=Weighting(averaged=True), inclusive=True),
 })  # fmt: skip
-# Beside them: the floor, Wanda on noised text (DWANDA of arXiv 2605.06366), and the habit of keeping sinks.
+# What the notebooks compare, by the name that tables and figures show; exact counts throughout.
 METHODS = MappingProxyType({
-    **RELEASE,
     "random": Method("random"),
-    "dwanda": Method("wanda", Inputs("noised", times="uniform", levels=8)),
-    "sink_preserve": Method("wanda", weighting=Weighting("sinks_up")),
+    "magnitude": Method("magnitude", granularity="layer"),
+    "Wanda": Method("wanda"),
+    "SparseGPT": Method("sparsegpt"),
+    "AR sink-preserve": Method("wanda", weighting=Weighting("sinks_up")),  # stands for the habit of keeping sinks
+    "sink-aware (Wanda)": RELEASE["sink_wanda"],
+    "sink-aware (SparseGPT)": Method("sparsegpt", weighting=Weighting(averaged=True)),
+    "DWANDA": Method("wanda", Inputs("noised", times="uniform", levels=8)),  # Wanda on noised text, arXiv 2605.06366
 })  # fmt: skip
+
+
+def without_noise(method: Method) -> Method:
+    """Return a method as an autoregressive model can run it: on clean text, sinks measured on the same text."""
+    weighting = None if method.weighting is None else replace(method.weighting, averaged=False)
+    return replace(method, inputs=CLEAN, weighting=weighting)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,16 @@ class Target:
         pruning.parse_pattern(self.pattern, sparsity=self.sparsity)
         if self.removed is not None and self.pattern != UNSTRUCTURED:
             raise InputError(f"exact numbers must go with unstructured sparsity, got {self.pattern}: drop one of them")
+
+
+def pattern_target(pattern: str) -> Target:
+    """Return the target of an N:M pattern, whose sparsity is 1 - N / M.
+
+    >>> pattern_target("1:4").sparsity
+    0.75
+    """
+    groups = pruning.parse_pattern(pattern)
+    return Target(0.0) if groups is None else Target(1.0 - groups[0] / groups[1], pattern)
 
 
 def prune_(

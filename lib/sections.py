@@ -121,3 +121,82 @@ class VarianceAnalysis:
                 str(part),
                 "choose a divisor",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Settings that notebooks 03 and 04 share: what calibrates, and what the loss is measured on."""
+
+    models: tuple[str, ...]
+    positions: int = field(metadata=between(8, 8192))
+    calibration_windows: int = field(metadata=between(1, 4096))
+    windows: int = field(metadata=between(2, 4096))
+    draws: int = field(metadata=between(1, 4096))
+    seeds: int = field(metadata=between(1, 64))
+    sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    tasks: tuple[str, ...]
+    task_documents: int = field(metadata=between(2, 100000))
+    task_draws: int = field(metadata=between(1, 4096))
+    extra_models: tuple[str, ...] = ()
+
+    @property
+    def calibration_seeds(self) -> range:
+        """Seeds of the calibrations: each draws other windows and other noise."""
+        return range(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningBaselines(Compression):
+    """Settings of notebook 03."""
+
+    structured_sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    patterns: tuple[str, ...]
+    timing_repeats: int = field(metadata=between(3, 1000))
+
+    def __post_init__(self) -> None:
+        require(
+            {0.3, 0.5} <= set(self.sparsities),
+            "pruning_baselines.sparsities must hold 0.3 and 0.5",
+            str(list(self.sparsities)),
+            "the digest's and the paper's tables need them",
+        )
+        for pattern in self.patterns:
+            kept, _, group = pattern.partition(":")
+            require(
+                kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group),
+                'pruning_baselines.patterns must be "N:M" with 0 < N < M',
+                repr(pattern),
+                "quote it in YAML",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkAwarePruning(Compression):
+    """Settings of notebook 04."""
+
+    sparsity: float = field(metadata=between(0.01, 0.99))
+    levels: int = field(metadata=between(2, 1000))
+    control_seeds: int = field(metadata=between(1, 64))
+    dose_seeds: int = field(metadata=between(1, 64))
+    num_stds: tuple[float, ...] = field(metadata=between(-10.0, 10.0))
+    epsilons: tuple[float, ...] = field(metadata=between(-1.0, 1000.0))
+    alphas: tuple[float, ...] = field(metadata=between(0.01, 1000.0))
+    other_levels: tuple[int, ...] = field(metadata=between(1, 1000))
+    layer_spread: float = field(metadata=between(0.0, 0.5))
+    phase_spread: float = field(metadata=between(0.0, 0.5))
+    trajectory_states: int = field(metadata=between(1, 1000))
+
+    def __post_init__(self) -> None:
+        for name in ("control_seeds", "dose_seeds"):
+            require(
+                getattr(self, name) <= self.seeds,
+                f"sink_aware_pruning.{name} must be at most seeds",
+                str(getattr(self, name)),
+                "lower it",
+            )
+        require(
+            self.sparsity in self.sparsities,
+            "sink_aware_pruning.sparsity must be one of sparsities",
+            f"{self.sparsity:g}",
+            "add it to sparsities",
+        )

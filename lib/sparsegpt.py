@@ -89,21 +89,26 @@ def sparsegpt(
         local = factor[start:stop, start:stop]
         part = work[:, start:stop].clone()
         count = _share(total, start, stop, work.shape[1])
-        chosen = None if groups else _removed(part, local, sparsity, count=count, inclusive=inclusive)
-        errors = torch.zeros_like(part)
-        for column in range(stop - start):
-            if groups and column % groups[1] == 0:
-                _mark_group_(kept, part, local, start, column, groups)
-            gone = chosen[:, column] if chosen is not None else ~kept[:, start + column]
-            kept[:, start + column] = ~gone
-            pruned = torch.where(gone, 0.0, part[:, column])
-            error = (part[:, column] - pruned) / local[column, column]
-            part[:, column:] -= error[:, None] * local[column, column:][None]
-            part[:, column] = pruned
-            errors[:, column] = error
+        if not groups:
+            kept[:, start:stop] = ~_removed(part, local, sparsity, count=count, inclusive=inclusive)
+        errors = _sweep_(part, kept[:, start:stop], local, groups)
         work[:, start:stop] = part
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return torch.where(kept, work, 0.0).to(weight.dtype), kept
+
+
+def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] | None) -> Float[Tensor, "out column"]:
+    """Prune a block column by column in place, moving each error to the columns that follow in it; return the errors."""
+    errors = torch.zeros_like(part)
+    for column in range(part.shape[1]):
+        if groups and column % groups[1] == 0:
+            _mark_group_(kept, part, local, column, groups)
+        pruned = torch.where(kept[:, column], part[:, column], 0.0)
+        error = (part[:, column] - pruned) / local[column, column]
+        part[:, column:] -= error[:, None] * local[column, column:][None]
+        part[:, column] = pruned
+        errors[:, column] = error
+    return errors
 
 
 def _share(total: int, start: int, stop: int, width: int) -> int:
@@ -120,10 +125,10 @@ def _removed(part: Tensor, local: Tensor, sparsity: float, *, count: int, inclus
     return gone.scatter(0, cost.flatten().argsort(stable=True)[:count], True).view(cost.shape)
 
 
-def _mark_group_(kept: Tensor, part: Tensor, local: Tensor, start: int, column: int, groups: tuple[int, int]) -> None:
+def _mark_group_(kept: Tensor, part: Tensor, local: Tensor, column: int, groups: tuple[int, int]) -> None:
     """Choose what goes from the group of M columns that begins here, with the weights as they stand now."""
     n, m = groups
     span = slice(column, column + m)
     cost = part[:, span] ** 2 / local.diagonal()[None, span] ** 2
     smallest = cost.argsort(dim=1, stable=True)[:, : m - n]
-    kept[:, start + column : start + column + m] = kept.new_ones(cost.shape).scatter(1, smallest, False)
+    kept[:, span] = kept.new_ones(cost.shape).scatter(1, smallest, False)

@@ -1,0 +1,172 @@
+"""Extensions, measured: masks by phase of denoising at an equal mean, and sparsity by layer at an equal total."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib import allocation, attention, calibration_sets, methods, phases, pruning, pruning_runs
+from lib.calibration import statistics_of
+from lib.calibration_sets import NOISED
+from lib.config import InputError
+from lib.methods import Method, Target
+from lib.models import LanguageModel, linear_layers
+from lib.phases import GentleAt, StoredBytes
+from lib.pruning_runs import Bench, Calibrations, Outcome
+
+BYTES_PER_WEIGHT = 2.0  # bfloat16, the type of the released checkpoints
+POLICIES = ("uniform", "early is sparser", "late is sparser", "OWL", "sink variance", "sink variance, reversed")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One way to spread a mean sparsity over phases of denoising.
+
+    Attributes:
+        name: for tables.
+        borders: falling mask ratios between the phases.
+        spread: half of the distance between the gentlest and the most aggressive phase.
+        gentle_at: where less is removed.
+    """
+
+    name: str
+    borders: tuple[float, ...]
+    spread: float
+    gentle_at: GentleAt
+
+
+def phase_outcomes(
+    bench: Bench, method: Method, plans: Sequence[PhasePlan], *, sparsity: float, seeds: Sequence[int]
+) -> tuple[list[Outcome], dict[str, StoredBytes]]:
+    """Measure models whose mask depends on the mask ratio.
+
+    Args:
+        bench: a diffusion model, calibration pool, held-out windows.
+        method: a method that keeps the values of the weights (magnitude or one-shot or sequential Wanda).
+        plans: how the sparsity is spread; a spread of 0 is one mask for all.
+        sparsity: mean over uniform mask ratios.
+        seeds: calibration seeds.
+
+    Returns:
+        Outcomes, and by plan what keeping its masks costs (of the first seed, in bfloat16).
+
+    Raises:
+        InputError: a method that changes values, which phases could not share.
+    """
+    if method.importance == "sparsegpt":
+        raise InputError("phases must share the dense values, got SparseGPT, which changes them: use Wanda or magnitude")
+    outcomes, cost = [], {}
+    for seed in seeds:
+        found = Calibrations(bench, seed)
+        for plan in plans:
+            wanted = phases.phase_sparsities(sparsity, spread=plan.spread, borders=plan.borders, gentle_at=plan.gentle_at)
+            networks = [_pruned_copy(found, method, Target(each)) for each in wanted]
+            masks = [{layer.name: layer.module.weight != 0 for layer in each.layers} for each in networks]
+            stored = phases.stored_bytes(masks, borders=plan.borders, bytes_per_weight=BYTES_PER_WEIGHT)
+            cost.setdefault(plan.name, stored)
+            joined = phases.phased(bench.model, networks, borders=plan.borders)
+            loss = pruning_runs.loss(bench, joined)
+            gone = stored.mean_sparsity
+            outcomes.append(Outcome(bench.model.name, plan.name, sparsity, "unstructured", seed, gone, loss))
+    return outcomes, cost
+
+
+def _pruned_copy(found: Calibrations, method: Method, target: Target) -> LanguageModel:
+    """Return a pruned copy of the bench's model; the tensors outside of the pruned matrices are shared."""
+    with methods.restored(found.bench.model) as model:
+        pruning_runs.prune_(found, method, target)
+        own = {id(layer.module.weight) for layer in model.layers}
+        shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}
+        network = copy.deepcopy(model.network, shared)
+    return replace(model, network=network, layers=linear_layers(network))
+
+
+def allocation_outcomes(
+    bench: Bench, method: Method, policies: Sequence[str], *, sparsity: float, seeds: Sequence[int], spread: float
+) -> tuple[list[Outcome], dict[str, Float[Tensor, "block"]]]:
+    """Measure models whose blocks have different sparsities but lose exactly as many weights in all as with a uniform one.
+
+    Args:
+        bench: model, calibration pool, held-out windows.
+        method: importance of the weights inside each matrix.
+        policies: of `POLICIES`; those by sink variance need a diffusion model.
+        sparsity: share of all weights to remove.
+        seeds: calibration seeds.
+        spread: largest distance of a block's sparsity from the mean, before the exact total is restored.
+
+    Returns:
+        Outcomes, and the sparsity of each block by policy (of the first seed).
+    """
+    outcomes, shown = [], {}
+    for seed in seeds:
+        found = Calibrations(bench, seed)
+        for policy in policies:
+            by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread)
+            shown.setdefault(policy, by_block)
+            target = exact_target(bench.model, by_block, sparsity=sparsity)
+            with methods.restored(bench.model):
+                pruning_runs.prune_(found, method, target)
+                outcomes.append(pruning_runs.outcome(bench, policy, target, seed=seed))
+    return outcomes, shown
+
+
+def exact_target(model: LanguageModel, by_block: Float[Tensor, "block"], *, sparsity: float) -> Target:
+    """Turn sparsities of blocks into exact numbers for each matrix that add up to what uniform sparsity removes."""
+    sizes = [layer.module.weight.numel() for layer in model.layers]
+    total = sum(layer.module.out_features * pruning.removed_count(layer.module.in_features, sparsity) for layer in model.layers)
+    by_layer = torch.stack([by_block[layer.block] for layer in model.layers]) - sparsity
+    counts = allocation.removed_counts(allocation.with_total(by_layer, sizes, sparsity=total / sum(sizes)), sizes, total=total)
+    return Target(sparsity, removed={layer.name: count for layer, count in zip(model.layers, counts, strict=True)})
+
+
+def block_sparsities(found: Calibrations, policy: str, *, sparsity: float, spread: float) -> Float[Tensor, "block"]:
+    """Return the sparsity of each block under a policy, its mean weighted by size the one asked for.
+
+    Raises:
+        InputError: an unknown policy.
+
+    Source: EIS and DIS of Layer Collapse in DLMs (arXiv 2605.06366); OWL (arXiv 2310.05175); by sink variance: ours.
+    """
+    model = found.bench.model
+    blocks = 1 + max(layer.block for layer in model.layers)
+    sizes = [sum(layer.module.weight.numel() for layer in model.layers if layer.block == block) for block in range(blocks)]
+    if policy == "uniform":
+        wanted = torch.zeros(blocks, dtype=torch.float64)
+    elif policy in ("early is sparser", "late is sparser"):
+        wanted = allocation.early_is_sparser(blocks, epsilon=spread if policy.startswith("early") else -spread)
+    elif policy == "OWL":
+        wanted = allocation.from_scores(outlier_scores(found), spread=spread)
+    elif policy in ("sink variance", "sink variance, reversed"):
+        sign = 1 if policy.endswith("reversed") else -1  # the highest score is protected: stable sinks, or unstable ones
+        wanted = allocation.from_scores(sign * layer_variance(found), spread=spread)
+    else:
+        raise InputError(f"a policy must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them")
+    return allocation.with_total(wanted, sizes, sparsity=sparsity)
+
+
+def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
+    """Return the share of outliers of each block's Wanda importances on clean text, the score of OWL."""
+    method = Method("wanda", sequential=False)
+    statistics = found.statistics_of(method)
+    shares: dict[int, list[float]] = {}
+    for layer in found.bench.model.layers:
+        of_layer = statistics_of(statistics[layer.block], layer.role)
+        share = allocation.outlier_share(methods.importance(layer.module.weight, method, of_layer))
+        shares.setdefault(layer.block, []).append(share)
+    return torch.tensor([sum(of_block) / len(of_block) for _, of_block in sorted(shares.items())], dtype=torch.float64)
+
+
+@torch.inference_mode()
+def layer_variance(found: Calibrations) -> Float[Tensor, "block"]:
+    """Return how much the attention mass of a token varies over noise levels, by block, averaged over tokens and windows.
+
+    Source: the variance over t of m_t(i), taken in each layer (the paper sums over layers, section 3.1).
+    """
+    model = found.bench.model
+    noised = calibration_sets.read(model, found.windows, NOISED, seed=found.seed)
+    masses = [attention.sink_mass(model, batch.to(model.device)).mean(2).cpu() for batch in noised.flatten(0, 1).split(16)]
+    mass = torch.cat(masses, dim=1).unflatten(1, noised.shape[:2])
+    return mass.var(2, correction=0).mean((1, 2)).double()

@@ -1,19 +1,18 @@
 """Extensions, measured: masks by phase of denoising at an equal mean, and sparsity by layer at an equal total."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import allocation, attention, calibration_sets, methods, phases, pruning, pruning_runs
+from lib import allocation, attention, calibration_sets, methods, phases, pruning_runs
 from lib.calibration import statistics_of
 from lib.calibration_sets import NOISED
 from lib.config import InputError
 from lib.methods import Method, Target
-from lib.models import LanguageModel, linear_layers
+from lib.models import LanguageModel
 from lib.phases import GentleAt, StoredBytes
 from lib.pruning_runs import Bench, Calibrations, Outcome
 
@@ -63,7 +62,9 @@ def phase_outcomes(
         found = Calibrations(bench, seed)
         for plan in plans:
             wanted = phases.phase_sparsities(sparsity, spread=plan.spread, borders=plan.borders, gentle_at=plan.gentle_at)
-            networks = [_pruned_copy(found, method, Target(each)) for each in wanted]
+            alike = [torch.full((1 + bench.model.layers[-1].block,), each, dtype=torch.float64) for each in wanted]
+            exact = [exact_target(bench.model, one, sparsity=each) for one, each in zip(alike, wanted, strict=True)]
+            networks = [pruning_runs.pruned_copy(found, method, target) for target in exact]
             masks = [{layer.name: layer.module.weight != 0 for layer in each.layers} for each in networks]
             stored = phases.stored_bytes(masks, borders=plan.borders, bytes_per_weight=BYTES_PER_WEIGHT)
             cost.setdefault(plan.name, stored)
@@ -72,16 +73,6 @@ def phase_outcomes(
             gone = stored.mean_sparsity
             outcomes.append(Outcome(bench.model.name, plan.name, sparsity, "unstructured", seed, gone, loss))
     return outcomes, cost
-
-
-def _pruned_copy(found: Calibrations, method: Method, target: Target) -> LanguageModel:
-    """Return a pruned copy of the bench's model; the tensors outside of the pruned matrices are shared."""
-    with methods.restored(found.bench.model) as model:
-        pruning_runs.prune_(found, method, target)
-        own = {id(layer.module.weight) for layer in model.layers}
-        shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}
-        network = copy.deepcopy(model.network, shared)
-    return replace(model, network=network, layers=linear_layers(network))
 
 
 def allocation_outcomes(
@@ -107,16 +98,14 @@ def allocation_outcomes(
             by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread)
             shown.setdefault(policy, by_block)
             target = exact_target(bench.model, by_block, sparsity=sparsity)
-            with methods.restored(bench.model):
-                pruning_runs.prune_(found, method, target)
-                outcomes.append(pruning_runs.outcome(bench, policy, target, seed=seed))
+            outcomes.append(pruning_runs.measured(found, policy, method, target))
     return outcomes, shown
 
 
 def exact_target(model: LanguageModel, by_block: Float[Tensor, "block"], *, sparsity: float) -> Target:
-    """Turn sparsities of blocks into exact numbers for each matrix that add up to what uniform sparsity removes."""
+    """Turn sparsities of blocks into exact numbers for each matrix that add up to round(sparsity x all weights)."""
     sizes = [layer.module.weight.numel() for layer in model.layers]
-    total = sum(layer.module.out_features * pruning.removed_count(layer.module.in_features, sparsity) for layer in model.layers)
+    total = round(sparsity * sum(sizes))
     by_layer = torch.stack([by_block[layer.block] for layer in model.layers]) - sparsity
     counts = allocation.removed_counts(allocation.with_total(by_layer, sizes, sparsity=total / sum(sizes)), sizes, total=total)
     return Target(sparsity, removed={layer.name: count for layer, count in zip(model.layers, counts, strict=True)})

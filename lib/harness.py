@@ -183,7 +183,7 @@ def denoising_plan(new_tokens: int, settings: EvaluationSettings) -> tuple[int, 
 def cut(text: str, until: Iterable[str]) -> str:
     r"""Cut a text before the first of the stop strings.
 
-    >>> cut("12\nQuestion: 3", ["Question:", "\n"])
+    >>> cut("12\n\nQuestion: 3", ["Question:", "\n"])
     '12'
     """
     for stop in until:

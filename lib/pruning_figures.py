@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -18,9 +20,11 @@ from lib.figures import METHODS, OTHER_COLORS, OTHER_MARKERS, Style
 DENSE = "dense"
 UNSTRUCTURED = "unstructured"
 INCREASE = "increase of the loss\n(nats per token)"
+VALUES = ("increase", "low", "high")
 LINEAR_BELOW = 0.01  # nats per token: smaller differences are drawn on a linear scale
 NEAREST_TICKS = 0.07  # of the axis: closer numbers would touch
 PATTERNS = ("unstructured 50 %", "4:8", "2:4", "structured 30 %", "structured 50 %")
+LEVELS: Mapping[str, Any] = MappingProxyType({"chance": (0, (5, 4)), DENSE: "-"})
 DODGE = 0.72  # of the room of a group that its methods share
 
 
@@ -42,11 +46,8 @@ STYLES: Mapping[str, LineStyle] = MappingProxyType({
     "sink-aware (SparseGPT)": LineStyle(METHODS["sink-aware"].color, "P", "--"),
     "DWANDA": LineStyle(OTHER_COLORS[1], "<"),
 })  # fmt: skip
-REMAINING = (
-    *(color for color in OTHER_COLORS if color not in {style.color for style in STYLES.values()}),
-    "#6A51A3",
-    "#8C6D31",
-)
+TAKEN = {style.color for style in STYLES.values()}
+REMAINING = (*(color for color in OTHER_COLORS if color not in TAKEN), "#6A51A3", "#8C6D31")
 
 
 def style_of(label: str, labels: Iterable[str] = ()) -> LineStyle:
@@ -72,27 +73,31 @@ def style_of(label: str, labels: Iterable[str] = ()) -> LineStyle:
 def percent(share: float) -> str:
     """Write a share as per cent without needless digits.
 
-    Args:
-        share: in [0, 1].
-
-    Returns:
-        Its text.
-
     >>> percent(0.3), percent(0.125)
     ('30 %', '12.5 %')
     """
     return f"{round(100 * share, 1):g} %"
 
 
+def select(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """Return the rows whose columns have the given values.
+
+    >>> select(pd.DataFrame({"model": ["a", "b"], "loss": [3.0, 4.0]}), model="b")["loss"].tolist()
+    [4.0]
+    """
+    keep = np.ones(len(table), dtype=bool)
+    for column, value in wanted.items():
+        keep &= np.asarray(table[column] == value)
+    return table.take(np.flatnonzero(keep).tolist())
+
+
+def numbers(table: pd.DataFrame, *columns: str) -> Float[np.ndarray, "row column"]:
+    """Return some columns as numbers."""
+    return np.asarray(table[list(columns)], dtype=np.float64)
+
+
 def unique(table: pd.DataFrame, column: str) -> list[str]:
     """List the values of a column in their order of appearance.
-
-    Args:
-        table: what is to be drawn.
-        column: its column.
-
-    Returns:
-        The values.
 
     Raises:
         InputError: there is none.
@@ -100,25 +105,6 @@ def unique(table: pd.DataFrame, column: str) -> list[str]:
     values = [str(value) for value in table[column].unique()]
     require(bool(values), f"a figure must have a {column} to draw", "a table without rows", "check what was measured")
     return values
-
-
-def line_with_band(ax: Axes, x: Shaped[np.ndarray, " point"], rows: pd.DataFrame, *, value: str, style: LineStyle) -> None:
-    """Draw a line in the dashes of its method, its markers, and its interval as a band.
-
-    Args:
-        ax: axes to draw on.
-        x: places along the axis.
-        rows: with the column `value` and with `low` and `high`.
-        value: column of the line.
-        style: look of the method.
-    """
-    figures.band(ax, x, rows[value], rows["low"], rows["high"], style=style)
-    ax.lines[-1].set(linestyle=style.line, linewidth=1.4, markeredgecolor=_edge(style), markeredgewidth=0.6)
-
-
-def _edge(style: Style) -> str:
-    """Return white, so that markers over each other stay apart, or the colour for markers that are all edge."""
-    return style.color if style.marker in ("x", "+") else "white"
 
 
 def points(
@@ -143,19 +129,17 @@ def points(
         horizontal: True when estimates run along x.
     """
     figures.errorbar_points(ax, places, rows[value], rows["low"], rows["high"], style=style, horizontal=horizontal)
-    marker = ax.containers[-1].lines[0]  # type: ignore[attr-defined]
-    if not filled:
-        marker.set(markerfacecolor="white", markeredgewidth=1.4)
+    look: dict[str, Any] = {} if filled else {"markerfacecolor": "white", "markeredgewidth": 1.4}
+    ax.containers[-1].lines[0].set(markersize=marker_size(style), **look)  # type: ignore[attr-defined]
+
+
+def marker_size(style: Style, size: float = 6.0) -> float:
+    """Return the size of a marker in points: stars are drawn larger, or they would look smaller than the rest."""
+    return 1.6 * size if style.marker == "*" else size
 
 
 def name_rows(ax: Axes, labels: Sequence[str], *, size: float = 8.5) -> None:
-    """Name the rows of horizontal points from the top down, with room for half a row above and below.
-
-    Args:
-        ax: axes whose rows lie at 0, 1, 2, ...
-        labels: names from the top down.
-        size: of the text, in points.
-    """
+    """Name the rows of horizontal points, at 0, 1, 2, ... from the top down; the text has a size in points."""
     ax.set_yticks(range(len(labels)), labels, fontsize=size)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -163,14 +147,14 @@ def name_rows(ax: Axes, labels: Sequence[str], *, size: float = 8.5) -> None:
     ax.set_axisbelow(True)
 
 
-def loss_axis(ax: Axes, values: Float[np.ndarray, "..."]) -> None:
+def loss_axis(ax: Axes, values: Float[np.ndarray, "row column"]) -> None:
     """Make a y axis of loss differences fit for 0.01 and 5 alike; call it when all panels are drawn.
 
     The axis is logarithmic on both sides of a linear part around 0, with plain numbers; it stays linear when all is small.
 
     Args:
         ax: one of the axes that share it.
-        values: all that is drawn, ends of intervals included; values that are not finite do not count.
+        values: estimates and ends of intervals; those that are not finite do not count.
     """
     finite = np.append(values[np.isfinite(values)], 0.0)
     low, high = float(finite.min()), float(finite.max())
@@ -201,25 +185,21 @@ def _readable_ticks(ax: Axes, ends: tuple[float, float]) -> list[float]:
     return sorted(chosen)
 
 
-def method_legend(ax: Axes, names: Sequence[str], labels: Sequence[str]) -> None:
-    """Explain the methods once, outside the last panel.
+def legend_key(label: str, style: Style, *, line: str = "none") -> Line2D:
+    """Make an entry of a legend: a marker alone unless dashes are given."""
+    look = {"marker": style.marker, "markersize": marker_size(style), "linestyle": line, "linewidth": 1.4}
+    return Line2D([], [], color=style.color, label=label, **look)  # type: ignore[arg-type]
 
-    Args:
-        ax: the panel.
-        names: methods to explain.
-        labels: all methods of the figure, which fixes the looks of unknown ones.
-    """
+
+def method_legend(ax: Axes, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Explain methods outside a panel; `labels` are all methods of the figure, which fixes the looks of unknown ones."""
     handles = []
     for name in names:
         style = style_of(name, labels)
-        look = {"marker": "", "linewidth": 0.8} if name == DENSE else {"marker": style.marker, "linewidth": 1.4}
-        handles.append(Line2D([], [], color=style.color, linestyle=style.line, label=name, **look))  # type: ignore[arg-type]
+        handles.append(legend_key(name, style, line=style.line))
+        if name == DENSE:
+            handles[-1].set(marker="", linewidth=0.8)
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
-
-
-def _drawn_values(table: pd.DataFrame, value: str) -> Float[np.ndarray, "row column"]:
-    """Return estimates and ends of intervals as numbers."""
-    return table[[value, "low", "high"]].to_numpy(dtype=np.float64)
 
 
 def quality_curves(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -229,25 +209,37 @@ def quality_curves(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: columns model, method, pattern, sparsity, increase, low and high (nats per token over the dense model). Only the
             pattern "unstructured" is drawn; the dense model is the line at 0.
     """
-    shown = table[table["pattern"] == UNSTRUCTURED]
+    shown = select(table, pattern=UNSTRUCTURED)
     models, methods = unique(shown, "model"), unique(shown, "method")
     width = min(figures.WIDTH, 3.4 * len(models) + 2.2)
     figure, axes = figures.subplots(1, len(models), width=width, height=4.0, sharey=True, squeeze=False)
-    pruned = shown[shown["method"] != DENSE]
-    ticks = sorted(100 * pruned["sparsity"].unique())
+    pruned = shown.take(np.flatnonzero(shown["method"] != DENSE).tolist())
+    ticks = np.unique(100 * numbers(pruned, "sparsity"))
     for ax, model in zip(axes[0], models, strict=True):
         ax.axhline(0.0, color=STYLES[DENSE].color, linewidth=0.8)
-        for method in methods:
-            rows = pruned[(pruned["model"] == model) & (pruned["method"] == method)].sort_values("sparsity")
+        # From wide to thin: methods that remove nearly the same weights lie on one another, and all must stay visible.
+        for method, wide in zip(methods, np.linspace(1.0, 0.0, len(methods)), strict=True):
+            rows, style = select(pruned, model=model, method=method), style_of(method, methods)
             if len(rows):
-                line_with_band(ax, 100 * rows["sparsity"].to_numpy(), rows, value="increase", style=style_of(method, methods))
+                _curve(ax, rows.sort_values("sparsity"), style=style, wide=float(wide))
         ax.set(title=model, xticks=ticks)
         ax.xaxis.set_major_formatter("{x:g}")
-    loss_axis(axes[0, 0], _drawn_values(pruned, "increase"))
+    loss_axis(axes[0, 0], numbers(pruned, *VALUES))
     axes[0, 0].set_ylabel(INCREASE)
     figure.supxlabel("weights removed (%)", fontsize="medium")
     method_legend(axes[0, -1], [DENSE, *(name for name in methods if name != DENSE)], methods)
     return figure, shown
+
+
+def _curve(ax: Axes, rows: pd.DataFrame, *, style: LineStyle, wide: float) -> None:
+    """Draw one method's line with its band, at a width between thin (0) and wide (1)."""
+    figures.band(ax, 100 * rows["sparsity"], rows["increase"], rows["low"], rows["high"], style=style)
+    ax.collections[-1].set_alpha(0.12)
+    line, edge = ax.lines[-1], style.color if style.marker == "x" else "white"
+    line.set(
+        linestyle=style.line, linewidth=1.1 + 2.2 * wide, markeredgecolor=edge, markeredgewidth=1.4 if edge != "white" else 0.5
+    )
+    line.set_markersize(marker_size(style, 4.5 + 4.0 * wide))
 
 
 def pattern_points(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -258,9 +250,9 @@ def pattern_points(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     structure = table["pattern"].isin([UNSTRUCTURED, "structured"])
     groups = table["pattern"].where(~structure, table["pattern"] + " " + table["sparsity"].map(percent))
-    shown = table.assign(group=groups)[groups.isin(PATTERNS) & (table["method"] != DENSE)]
+    shown = table.assign(group=groups).take(np.flatnonzero(groups.isin(PATTERNS) & (table["method"] != DENSE)).tolist())
     models, methods = unique(shown, "model"), unique(shown, "method")
-    present = [name for name in PATTERNS if (shown["group"] == name).any()]
+    present = [name for name in PATTERNS if name in set(shown["group"])]
     figure, axes = figures.subplots(len(models), 1, height=2.5 * len(models) + 0.8, sharex=True, sharey=True, squeeze=False)
     shifts = DODGE * (np.arange(len(methods)) - (len(methods) - 1) / 2) / len(methods)
     for ax, model in zip(axes[:, 0], models, strict=True):
@@ -268,12 +260,12 @@ def pattern_points(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             ax.axvspan(place - 0.5, place + 0.5, color="#F5F5F5", linewidth=0, zorder=0)
         ax.axhline(0.0, color=STYLES[DENSE].color, linewidth=0.8)
         for shift, method in zip(shifts, methods, strict=True):
-            rows = shown[(shown["model"] == model) & (shown["method"] == method)]
+            rows = select(shown, model=model, method=method)
             places = [present.index(str(name)) + float(shift) for name in rows["group"]]
             points(ax, rows, places, value="increase", style=style_of(method, methods), horizontal=False)
         ax.set(title=model, ylabel=INCREASE, xlim=(-0.5, len(present) - 0.5))
         ax.set_xticks(range(len(present)), present)
-    loss_axis(axes[0, 0], _drawn_values(shown, "increase"))
+    loss_axis(axes[0, 0], numbers(shown, *VALUES))
     figure.supxlabel("pattern of the removed weights", fontsize="medium")
     method_legend(axes[0, 0], [DENSE, *methods], methods)
     return figure, shown
@@ -290,23 +282,19 @@ def task_accuracy(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     shown = table.assign(label=amounts)
     models, tasks, methods, labels = (unique(shown, name) for name in ("model", "task", "method", "label"))
     height = (0.19 * len(labels) + 0.55) * len(tasks) + 0.8
-    figure, axes = figures.subplots(
-        len(tasks), len(models), height=height, sharex="row", sharey=True, squeeze=False,
-    )  # fmt: skip
-    for (row, task), (column, model) in ((r, c) for r in enumerate(tasks) for c in enumerate(models)):
-        ax, rows = axes[row, column], shown[(shown["task"] == task) & (shown["model"] == model)]
-        for method, part in rows.groupby("method", sort=False):
-            places = [float(labels.index(str(label))) for label in part["label"]]
-            points(ax, part, places, value="accuracy", style=style_of(str(method), methods))
-        for name, line in (("chance", (0, (5, 4))), (DENSE, "-")):
-            for level in rows[name].dropna().unique():
-                ax.axvline(float(level), color="black", linewidth=0.8, linestyle=line, zorder=1)
+    figure, axes = figures.subplots(len(tasks), len(models), height=height, sharex="row", sharey=True, squeeze=False)
+    for (row, task), (column, model) in product(enumerate(tasks), enumerate(models)):
+        ax, rows = axes[row, column], select(shown, task=task, model=model)
+        for method in methods:
+            part = select(rows, method=method)
+            places = [labels.index(str(label)) for label in part["label"]]
+            points(ax, part, places, value="accuracy", style=style_of(method, methods))
+        for name, line in LEVELS.items():
+            for level in set(rows[name].dropna()):
+                ax.axvline(level, color="black", linewidth=0.8, linestyle=line, zorder=1)
         name_rows(ax, labels, size=8)
         ax.set_title(f"{task}, {model}", fontsize=10)
     figure.supxlabel("accuracy (share of documents)", fontsize="medium")
-    handles = [
-        Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="chance"),
-        Line2D([], [], color="black", linewidth=0.8, label="dense model"),
-    ]
+    handles = [Line2D([], [], linestyle=line, label=name, color="black", linewidth=0.8) for name, line in LEVELS.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure, shown

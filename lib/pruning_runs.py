@@ -1,23 +1,28 @@
 """Prune, measure, restore: the loss of many compressed models on the same windows and the same masks."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import calibration, calibration_sets, methods, shrink
+from lib import calibration, calibration_sets, methods, shrink, timing
 from lib.calibration import CalibrationSet, InputStatistics
 from lib.calibration_sets import Inputs
+from lib.config import InputError
 from lib.methods import Method, Target
-from lib.models import LanguageModel, Role
+from lib.models import LanguageModel, Role, linear_layers, network_body
 from lib.pruning import UNSTRUCTURED
 from lib.sink_effect import text_loss
 from lib.token_weights import Weighting
 
 DENSE, STRUCTURED = "dense", "structured"
+TIMED_WINDOWS = 4
 Measured = TypeVar("Measured")
 
 
@@ -144,16 +149,21 @@ def compare(
     for seed, name in tqdm(work, desc=bench.model.name, leave=False):
         found = calibrations.setdefault(seed, Calibrations(bench, seed))
         for target in targets:
-            with methods.restored(bench.model):
-                prune_(found, chosen[name], target)
-                outcomes.append(outcome(bench, name, target, seed=seed))
+            outcomes.append(measured(found, name, chosen[name], target))
     return outcomes
+
+
+def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:
+    """Prune, measure and restore one model with calibrations that are already there."""
+    with methods.restored(found.bench.model):
+        prune_(found, method, target)
+        return outcome(found.bench, name, target, seed=found.seed)
 
 
 def outcome(bench: Bench, name: str, target: Target, *, seed: int) -> Outcome:
     """Measure the bench's model as it now is."""
-    measured = methods.measured_sparsity(bench.model)
-    return Outcome(bench.model.name, name, target.sparsity, target.pattern, seed, measured, loss(bench))
+    gone = methods.measured_sparsity(bench.model)
+    return Outcome(bench.model.name, name, target.sparsity, target.pattern, seed, gone, loss(bench))
 
 
 def while_pruned(
@@ -174,13 +184,23 @@ def while_pruned(
     Returns:
         What was measured, by (name, sparsity).
     """
-    found, measured = Calibrations(bench, seed), {}
+    found, results = Calibrations(bench, seed), {}
     for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False):
         with methods.restored(bench.model):
             if method is not None:
                 prune_(found, method, Target(sparsity))
-            measured[name, sparsity] = measure(bench.model)
-    return measured
+            results[name, sparsity] = measure(bench.model)
+    return results
+
+
+def pruned_copy(found: Calibrations, method: Method, target: Target) -> LanguageModel:
+    """Return a pruned copy of the bench's model; the tensors outside of the pruned matrices are shared."""
+    with methods.restored(found.bench.model) as model:
+        prune_(found, method, target)
+        own = {id(layer.module.weight) for layer in model.layers}
+        shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}
+        network = copy.deepcopy(model.network, shared)
+    return replace(model, network=network, layers=linear_layers(network))
 
 
 def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[float], *, seeds: Sequence[int]) -> list[Outcome]:
@@ -223,3 +243,38 @@ def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageM
 
 def _weights(model: LanguageModel) -> int:
     return sum(layer.module.weight.numel() for layer in model.layers)
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of equal shape, refusing to stack none.
+
+    Raises:
+        InputError: nothing was measured under the wanted condition.
+    """
+    if not parts:
+        raise InputError("a comparison must have outcomes on both sides, got none: measure the condition first")
+    return torch.stack(list(parts))
+
+
+def speed_ups(
+    found: Calibrations, method: Method, *, sparsities: Sequence[float], repeats: int
+) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """Time forward passes of pruned models in turn with the dense one.
+
+    Args:
+        found: calibrations of a model.
+        method: for both patterns.
+        sparsities: shares of weights (zeros in dense matrices), and of groups and channels (smaller matrices).
+        repeats: timed rounds.
+
+    Returns:
+        Median, first and third quartile of the speed-up by (pattern, sparsity).
+    """
+    model = found.bench.model
+    variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, Target(sparsity)) for sparsity in sparsities}
+    variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in sparsities}
+    ids = found.bench.windows[:TIMED_WINDOWS].to(model.device)
+    calls = {"dense": partial(network_body(model), input_ids=ids, use_cache=False)}
+    calls |= {str(key): partial(network_body(variant), input_ids=ids, use_cache=False) for key, variant in variants.items()}
+    seconds = timing.interleaved(calls, repeats=repeats, device=model.device)
+    return {key: timing.speed_up(seconds["dense"], seconds[str(key)]) for key in variants}

@@ -1,7 +1,7 @@
-"""Tables of compressed models: loss by method and sparsity, paired comparisons, accuracies, the paper's numbers beside ours."""
+"""Tables of compressed models: loss by method and sparsity, accuracies, the paper's and the digest's numbers beside ours."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib import data, evaluation, paired
-from lib.paired import PairedDifference
 from lib.pruning_runs import DENSE, STRUCTURED, Outcome
 from lib.tasks import TaskResult
 
-PATTERNS = ("unstructured", "4:8", "2:4", STRUCTURED)
+Results = Mapping[tuple[str, str, float, str], TaskResult]
+Speeds = Mapping[str, Mapping[tuple[str, float], tuple[float, float, float]]]
 
 
 def losses(
@@ -68,55 +68,7 @@ def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A gain: by how much the first condition's loss lies below the second's, in nats per token.
-
-    Attributes:
-        name: of the comparison, for tables.
-        model: on which model.
-        sparsity: of both.
-        result: of the paired test, positive when the first is better.
-        seeds: calibration seeds.
-    """
-
-    name: str
-    model: str
-    sparsity: float
-    result: PairedDifference
-    seeds: int
-
-
-def gain(
-    first: Float[Tensor, "seed window"],
-    second: Float[Tensor, "_seed window"],
-    *,
-    name: str,
-    model: str,
-    sparsity: float,
-    seed: int,
-) -> Comparison:
-    """Compare two conditions on the same windows: positive when the first has the lower loss."""
-    result = paired.paired_difference(second, first, seed=seed)
-    return Comparison(name, model, sparsity, result, max(len(first), len(second)))
-
-
-def comparison_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
-    """Tabulate gains with intervals, p-values adjusted over all rows, and the smallest effect the run could have seen."""
-    listed = list(comparisons)
-    adjusted = paired.holm({index: found.result.p_value for index, found in enumerate(listed)})
-    return pd.DataFrame([
-        {
-            "comparison": found.name, "model": found.model, "sparsity": found.sparsity, "gain": found.result.estimate,
-            "low": found.result.interval[0], "high": found.result.interval[1], "p": found.result.p_value,
-            "p (Holm)": adjusted[index], "effect size": found.result.effect_size,
-            "smallest effect": found.result.smallest_effect, "windows": found.result.n, "seeds": found.seeds,
-        }
-        for index, found in enumerate(listed)
-    ])  # fmt: skip
-
-
-def accuracy_table(results: Mapping[tuple[str, str, float, str], TaskResult]) -> pd.DataFrame:
+def accuracy_table(results: Results) -> pd.DataFrame:
     """Tabulate accuracies with Wilson intervals.
 
     Args:
@@ -137,7 +89,7 @@ def accuracy_table(results: Mapping[tuple[str, str, float, str], TaskResult]) ->
     return pd.DataFrame(rows)
 
 
-def usable_tasks(results: Mapping[tuple[str, str, float, str], TaskResult]) -> set[tuple[str, str]]:
+def usable_tasks(results: Results) -> set[tuple[str, str]]:
     """Return the (model, task) on which the dense model's 95 % interval lies above chance: others give no verdict."""
     found = set()
     for (model, method, _, task), result in results.items():
@@ -147,39 +99,7 @@ def usable_tasks(results: Mapping[tuple[str, str, float, str], TaskResult]) -> s
     return found
 
 
-def mcnemar_table(
-    results: Mapping[tuple[str, str, float, str], TaskResult], pairs: Sequence[tuple[str, str]], *, seed: int
-) -> pd.DataFrame:
-    """Compare the accuracies of pairs of methods at equal sparsity by exact McNemar tests, Holm-adjusted over all rows.
-
-    Args:
-        results: by (model, method, sparsity, task).
-        pairs: (method, baseline).
-        seed: of the bootstrap.
-    """
-    found = []
-    for (model, method, sparsity, task), first in results.items():
-        for better, baseline in pairs:
-            second = results.get((model, baseline, sparsity, task))
-            if method == better and second is not None:
-                found.append(
-                    (model, task, f"{better} - {baseline}", sparsity, paired.mcnemar(first.correct, second.correct, seed=seed))
-                )
-    adjusted = paired.holm({index: row[-1].p_value for index, row in enumerate(found)})
-    return pd.DataFrame([
-        {
-            "model": model, "task": task, "comparison": name, "sparsity": sparsity, "difference, points": 100 * test.difference,
-            "low": 100 * test.interval[0], "high": 100 * test.interval[1], "only first": test.only_first,
-            "only second": test.only_second, "p": test.p_value, "p (Holm)": adjusted[index],
-            "smallest effect, points": 100 * test.smallest_effect, "documents": test.n,
-        }
-        for index, (model, task, name, sparsity, test) in enumerate(found)
-    ])  # fmt: skip
-
-
-def paper_table(
-    outcomes: Sequence[Outcome], results: Mapping[tuple[str, str, float, str], TaskResult], *, model: str
-) -> pd.DataFrame:
+def paper_table(outcomes: Sequence[Outcome], results: Results, *, model: str) -> pd.DataFrame:
     """Put our numbers at 50 % beside the authors' LLaDA-8B table, in its shape.
 
     Source: README of the release (paper.md section 1.4); `NaN` where it prints nothing.
@@ -195,4 +115,60 @@ def paper_table(
             if (name, kind, level) == (model, method, sparsity):
                 ours[f"our {task}, %"] = 100 * sum(result.correct) / len(result.correct)
         rows.append({"method": method, **{f"paper {key}": value for key, value in row.items() if key != "method"}, **ours})
+    return pd.DataFrame(rows)
+
+
+def paper_structured_table(outcomes: Sequence[Outcome], *, model: str, seed: int) -> pd.DataFrame:
+    """Put our structured losses beside the authors' structured table, in its shape.
+
+    Source: README of the release (paper.md section 1.4); its baseline is not named, ours has the same calibration without
+        sink weights.
+    """
+    ours = {"Baseline": "DWANDA", "Sink-Aware": "sink-aware (Wanda)"}
+    rows = []
+    for row in data.read_rows("paper_structured"):
+        ratio, method = float(row["ratio"]), ours[row["method"]]
+        found = {"our loss": math.nan, "our increase": math.nan, "low": math.nan, "high": math.nan}
+        if (model, method, STRUCTURED, ratio) in conditions(outcomes):
+            loss = losses(outcomes, model=model, method=method, sparsity=ratio, pattern=STRUCTURED)
+            increase = paired.paired_difference(loss, dense_loss(outcomes, model), seed=seed)
+            values = (float(loss.mean()), increase.estimate, *increase.interval)
+            found = dict(zip(found, values, strict=True))
+        paper = {f"paper {key}": value for key, value in row.items() if key not in ("ratio", "method")}
+        rows.append({"ratio": ratio, "method": row["method"], **paper, "our method": method, **found})
+    return pd.DataFrame(rows)
+
+
+def digest_table(outcomes: Sequence[Outcome], results: Results, speeds: Speeds, *, seed: int) -> pd.DataFrame:
+    """Regenerate the digest's table: its accuracies and speed-ups beside ours.
+
+    Args:
+        outcomes: measured losses.
+        results: accuracies by (model, method, sparsity, task).
+        speeds: by model, from `pruning_runs.speed_ups`.
+        seed: of the bootstrap.
+
+    Returns:
+        One row a model and row of the digest. Our accuracy is that of each usable task; our speed-up is that of zeros in dense
+        matrices, which is what these methods leave, and beside it that of smaller matrices of the same sparsity.
+
+    Source: a research digest of the paper (paper.md section 1.7); not the paper's table.
+    """
+    usable, rows = usable_tasks(results), []
+    for model, speed in speeds.items():
+        for row in data.read_rows("digest_gsm8k"):
+            method, sparsity = row["method"], float(row["sparsity"])
+            found = losses(outcomes, model=model, method=method, sparsity=sparsity)
+            increase = paired.paired_difference(found, dense_loss(outcomes, model), seed=seed)
+            line: dict[str, object] = {
+                "model": model, "method": method, "pruned, %": 100 * sparsity, "digest GSM8K, %": float(row["GSM8K"]),
+                "increase of the loss": increase.estimate, "low": increase.interval[0], "high": increase.interval[1],
+            }  # fmt: skip
+            for task in sorted({task for name, task in usable if name == model}):
+                result = results.get((model, method, sparsity, task))
+                line[f"{task}, %"] = math.nan if result is None else 100 * sum(result.correct) / len(result.correct)
+            line["digest speed-up"] = float(row["speed-up"])
+            line["speed-up, zeros"] = speed.get(("unstructured", sparsity), (1.0,))[0]
+            line["speed-up, smaller"] = speed.get((STRUCTURED, sparsity), (1.0,))[0]
+            rows.append(line)
     return pd.DataFrame(rows)

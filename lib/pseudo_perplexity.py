@@ -92,7 +92,7 @@ def pseudo_perplexity(
     Returns:
         The figure: lower is better. A mean over the k masked tokens, k uniform on 1..n, has the same expectation as the sum over
         them with weight n / k, divided by n. The log of the figure thus estimates the NELBO of the answers *given their
-        context*, in nats per answer token; `diffusion.nelbo` masks whole windows and has a lower variance at the same cost.
+        context*, in nats per answer token; `diffusion.nelbo` masks whole windows instead.
 
     Raises:
         InputError: an autoregressive model, no windows or draws, or an answer that does not fit into a window.

@@ -27,6 +27,7 @@ def keep_masks(found: Calibrations, method: Method, target: Target) -> dict[str,
 def removed_overlap(first: Bool[Tensor, "out in"], second: Bool[Tensor, "out in"]) -> float:
     """Return the Jaccard overlap of what two masks remove: weights removed by both over weights removed by either.
 
+    >>> import torch
     >>> removed_overlap(torch.tensor([[True, False, False]]), torch.tensor([[True, True, False]]))
     0.5
     """

@@ -16,10 +16,10 @@ LAYERS = (
     | {"calibration", "calibration_sets", "measured_weights", "methods", "shrink", "phases"},
     {"evaluation", "scoring", "harness", "tasks", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
-    | {"pruning_runs", "adaptive_runs", "where_it_acts"},
+    | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
-    | {"pruning_tables", "pruning_figures", "sink_pruning_figures"}
+    | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -53,9 +53,13 @@ def sparsegpt(
     groups: tuple[int, int] | None = None,
     damping: float = 0.01,
     block: int = 10**6,
+    total: int | None = None,
     inclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of SparseGPT with the inverse taken anew at every column: (weights, mask)."""
+    """Algorithm 1 of SparseGPT with the inverse taken anew at every column: (weights, mask).
+
+    After each block as many weights are gone as the whole number asked for says of the columns so far, rounded down.
+    """
     work, hessian = weight.double().clone(), hessian.double().clone()
     rows, width = work.shape
     for feature in range(width):
@@ -66,6 +70,7 @@ def sparsegpt(
     # the inverse Hessian of the columns that are left when column j is reached
     inverse = [torch.linalg.inv(hessian[j:, j:]) for j in range(width)]
     mask = torch.ones(rows, width, dtype=torch.bool)
+    asked = removed(rows * width, sparsity) if total is None else total
     for column in range(width):
         if groups and column % groups[1] == 0:
             for row in range(rows):
@@ -76,7 +81,8 @@ def sparsegpt(
             last = min(column + block, width)
             cells = [(row, j) for row in range(rows) for j in range(column, last)]
             costs = [float(work[row, j] ** 2 / inverse[j][0, 0]) for row, j in cells]
-            for index in smallest(costs, removed(len(cells), sparsity) + inclusive):
+            due = floor(Fraction(asked * last, width)) - int((~mask).sum())
+            for index in smallest(costs, removed(len(cells), sparsity) + 1 if inclusive else due):
                 mask[cells[index]] = False
         for row in range(rows):
             if not mask[row, column]:
@@ -121,22 +127,54 @@ def statistics(inputs: Tensor, weight: Tensor | None = None, *, products: bool =
     return found
 
 
-def sink_weights(model: LanguageModel, ids: Tensor, *, num_std: float, alpha: float) -> Tensor:
-    """ω = 1 - sigmoid(α (m - mean - k std)), m summed over layers, heads and queries of eager attention maps."""
+def omegas(weight: Tensor, role: str, *, features: int, kv_heads: int) -> list[list[float]]:
+    """How much one token counts, `weight[head]`, for every group of rows and every input feature of a layer."""
+    values = [float(value) for value in weight]
+    if role == "o":  # feature f comes out of head f // width
+        return [[values[feature * len(values) // features] for feature in range(features)]]
+    shared = len(values) // kv_heads
+    own = [values[first : first + shared] for first in range(0, len(values), shared)] if role == "v" else [values]
+    return [[sum(part) / len(part)] * features for part in own]
+
+
+def statistics_by_head(inputs: Tensor, weight: Tensor, role: str, *, kv_heads: int) -> dict[str, Tensor]:
+    """Sums of (ωx)² and of each sample's norms by group and feature, with ω by `[sample, head, position]`."""
+    features, groups = inputs.shape[-1], kv_heads if role == "v" else 1
+    found = {name: torch.zeros(groups, features).double() for name in ("squares", "norms")}
+    for sample in range(len(inputs)):
+        in_sample = torch.zeros(groups, features).double()
+        for position in range(inputs.shape[1]):
+            counts = omegas(weight[sample, :, position], role, features=features, kv_heads=kv_heads)
+            in_sample += (torch.tensor(counts, dtype=torch.float64) * inputs[sample, position]) ** 2
+        found["squares"] += in_sample
+        found["norms"] += in_sample.sqrt()
+    return found
+
+
+def masses(model: LanguageModel, ids: Tensor) -> Tensor:
+    """Attention that each key receives, summed over the queries of eager maps: `[layer, sample, head, position]`."""
     model.network.set_attn_implementation("eager")
     try:
         with torch.no_grad():
             maps = cast(Any, model.network)(input_ids=ids, output_attentions=True, use_cache=False).attentions
     finally:
         model.network.set_attn_implementation("sdpa")
-    result = []
-    for sample in range(ids.shape[0]):
-        mass = sum(layer[sample, head, query].double() for layer in maps for head in range(4) for query in range(ids.shape[1]))
-        values = cast(Tensor, mass).tolist()
-        mean = sum(values) / len(values)
-        std = sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        result.append([1 - 1 / (1 + exp(-alpha * (value - mean - num_std * std))) for value in values])
-    return torch.tensor(result, dtype=torch.float64)
+    return torch.stack([layer.double().sum(2) for layer in maps])
+
+
+def scores(values: Sequence[float], *, num_std: float, alpha: float | None) -> list[float]:
+    """Sigmoid(α (m - mean - k std)), or a step where α is None."""
+    mean = sum(values) / len(values)
+    std = sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    above = [value - mean - num_std * std for value in values]
+    return [float(by > 0) if alpha is None else 1 / (1 + exp(-min(max(alpha * by, -700.0), 700.0))) for by in above]
+
+
+def sink_weights(model: LanguageModel, ids: Tensor, *, num_std: float, alpha: float) -> Tensor:
+    """ω = 1 - score, of the mass summed over layers and heads."""
+    mass = masses(model, ids).sum((0, 2))
+    rows = [[1 - score for score in scores(row, num_std=num_std, alpha=alpha)] for row in mass.tolist()]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def same_state(model: LanguageModel, state: Mapping[str, Tensor]) -> bool:

@@ -205,12 +205,62 @@ def test_the_worked_example_of_the_pipeline_figure() -> None:
     found["plain"].add(inputs[None], None)
     found["weighted"].add(inputs[None], omega[None])
     norm = found["weighted"].input_norm("root_mean_square")
-    torch.testing.assert_close(norm, torch.tensor([3.74, 5.83, 3.00, 5.74]), atol=0.005, rtol=0)
+    torch.testing.assert_close(norm, torch.tensor([[3.74, 5.83, 3.00, 5.74]]), atol=0.005, rtol=0)
     products = [[14.0, 21, 10, 21], [21, 34, 17, 31], [10, 17, 9, 14], [21, 31, 14, 33]]
     assert cast(Tensor, found["weighted"].products).tolist() == products
     weight = torch.tensor([[1.2, -1.0, -1.3, 1.0]])
     assert wanda_mask(weight, norm).tolist() == [[False, True, False, True]]
     assert wanda_mask(weight, found["plain"].input_norm("root_mean_square")).tolist() == [[True, False, True, False]]
+
+
+def test_rows_of_a_head_have_their_own_norms() -> None:
+    """Two heads of three rows each; norms that belong to the other head, or alternate, give another mask."""
+    weight, norms = drawn(6, 8, seed=12), torch.tensor([[1.0, 4.0] * 4, [4.0, 1.0] * 4])
+    got = pruning.wanda_importance(weight, norms)
+    for row in range(6):
+        assert torch.equal(got[row], weight[row].abs() * norms[row // 3])
+    mask = pruning.keep_mask(got, sparsity=0.5)
+    for wrong in (norms.flip(0), norms[:1], norms[1:]):
+        assert not torch.equal(pruning.keep_mask(pruning.wanda_importance(weight, wrong), sparsity=0.5), mask)
+    assert not torch.equal(pruning.keep_mask(weight.abs() * norms.repeat(3, 1), sparsity=0.5), mask)
+    assert torch.equal(pruning.wanda_importance(weight, norms[:1]), pruning.wanda_importance(weight, norms[0]))
+
+
+# --- exact numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_over_goes_from_the_rows_whose_next_weight_matters_least() -> None:
+    importance = torch.tensor([[1.0, 3.0, 2.0], [9.0, 7.0, 8.0], [4.0, 5.0, 6.0]])
+    assert pruning.keep_mask_by_count(importance, removed=4).int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 1]]
+    assert pruning.keep_mask_by_count(importance, removed=5).int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 1]]
+    # the smallest four of the matrix are others
+    assert pruning.keep_mask(importance, sparsity=4 / 9, granularity="layer").int().tolist() == [[0, 0, 0], [1, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("total", [0, 1, 6, 7, 20, 41])
+def test_rows_lose_the_same_number_but_for_one(total: int) -> None:
+    for importance in (
+        drawn(6, 7, seed=13).abs(),
+        torch.ones(6, 7),
+        drawn(6, 7, seed=14).abs() * torch.logspace(0, 4, 6)[:, None],
+    ):
+        mask = pruning.keep_mask_by_count(importance, removed=total)
+        gone = (~mask).sum(1)
+        assert int(gone.sum()) == total and int(gone.max() - gone.min()) <= 1
+        for row in range(6):
+            expected = slow.keep_by_row(importance[row : row + 1], int(gone[row]))
+            assert torch.equal(mask[row : row + 1], expected)
+
+
+def test_an_exact_number_that_rows_divide_is_the_mask_of_that_sparsity() -> None:
+    importance = drawn(4, 10, seed=15).abs()
+    assert torch.equal(pruning.keep_mask_by_count(importance, removed=12), pruning.keep_mask(importance, sparsity=0.3))
+
+
+@pytest.mark.parametrize("total", [-1, 8, 50])
+def test_an_exact_number_out_of_range_is_refused(total: int) -> None:
+    with pytest.raises(InputError, match=rf"removed weights must be in \[0, 8\), got {total}: lower the layer's sparsity"):
+        pruning.keep_mask_by_count(drawn(2, 4), removed=total)
 
 
 # --- the release's rule --------------------------------------------------------------------------------------------------

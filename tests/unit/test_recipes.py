@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from lib import data, models
 from lib.diffusion import forward_noise
 from lib.runtime import generator
-from recipes import corpus, tokenizer, train_reference
+from recipes import corpus, make_data, make_tasks, tokenizer, train_reference
 from recipes.train_reference import Recipe
 
 TOY = Recipe(
@@ -266,3 +267,67 @@ def test_windows_begin_at_documents_and_have_one_length(tok: tokenizer.PreTraine
     assert {len(window) for window in windows} == {TOY.length}
     assert all(window[0] == tok.bos_token_id for window in windows)
     assert not any(tok.mask_token_id in window for window in windows)
+
+
+# Data files
+
+
+def test_the_questions_of_the_local_tasks_are_made_again_byte_for_byte(tmp_path: Path) -> None:
+    articles = data.read_rows("articles_evaluation")
+    make_tasks.write_tasks(tmp_path / "first", articles=articles)
+    make_tasks.write_tasks(tmp_path / "second", articles=articles[::-1])  # the order of the articles does not matter
+    made = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert made == sorted(path.name for path in (data.DATA / "tasks").glob("*.jsonl")) != []
+    for name in made:
+        shipped = (data.DATA / "tasks" / name).read_bytes()
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes() == shipped
+
+
+def test_puzzles_are_about_people_that_training_never_mentions() -> None:
+    rows = data.read_rows("tiny_word_problems", folder=data.DATA / "tasks")
+    names = {word for row in rows for word in re.findall(r"[A-Z][a-z]+", row["question"])} - {"How", "They"}
+    assert names <= {*make_tasks.MEN, *make_tasks.WOMEN} - {"Alice"}
+    trained = " ".join(row["question"] for row in corpus.word_problems(600, seed=2) if "has" in row["question"])
+    families = [text for text in re.split(r"(?<=have\?) ", trained) if re.search(r"(brother|friend of \w+,) have\?$", text)]
+    assert len(families) > 100
+    assert not names & set(re.findall(r"[A-Z][a-z]+", " ".join(families)))
+
+
+def test_puzzles_are_answered_rightly() -> None:
+    """A woman's brother has her sisters and herself; her friend has her other women friends and herself."""
+    for row in data.read_rows("tiny_word_problems", folder=data.DATA / "tasks"):
+        count = re.search(r"(\d+) (?:sisters|female friends)", row["question"])
+        assert count is not None
+        assert int(row["answer"]) == int(count[1]) + 1
+
+
+def test_articles_to_calibrate_on_are_training_articles() -> None:
+    rows = data.read_rows("articles_calibration")
+    assert corpus.split_articles(rows, "train") == rows
+    assert len({row["title"] for row in rows}) == len(rows) == make_data.CALIBRATION_ARTICLES
+    assert not {row["title"] for row in rows} & {row["title"] for row in data.read_rows("articles_evaluation")}
+    assert all(set(row) == {"title", "extract", "description", "topic"} for row in rows)
+    assert (data.DATA / "articles_calibration.jsonl").stat().st_size <= 350_000
+
+
+def test_the_choice_of_calibration_articles_is_spread_and_depends_on_titles_alone() -> None:
+    corpus_of_titles = [{"title": f"{letter}{number}"} for letter in "ABCDE" for number in range(1000)]
+    rows = make_data.calibration_articles(corpus_of_titles)
+    assert rows == make_data.calibration_articles(corpus_of_titles[::-1])
+    assert rows == sorted(rows, key=lambda row: row["title"])
+    assert len(rows) == 400
+    assert corpus.split_articles(rows, "train") == rows
+    shares = [sum(row["title"][0] == letter for row in rows) for letter in "ABCDE"]
+    assert min(shares) > 50  # 80 of each are expected
+
+
+@pytest.mark.usefixtures("offline_corpus")
+def test_all_data_files_are_written_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["make_data", "--out", str(tmp_path)])
+    make_data.main()
+    assert data.read_rows("articles_evaluation", folder=tmp_path) == corpus.split_articles(ARTICLES, "evaluation")
+    assert data.read_rows("articles_calibration", folder=tmp_path) == corpus.split_articles(ARTICLES, "train")
+    assert (tmp_path / "sums_test.jsonl").read_bytes() == (data.DATA / "sums_test.jsonl").read_bytes()
+    assert {row["title"] for row in data.read_rows("tiny_topic", folder=tmp_path / "tasks")} == {
+        row["title"] for row in corpus.split_articles(ARTICLES, "evaluation")
+    }

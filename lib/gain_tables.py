@@ -1,0 +1,186 @@
+"""Gains of one compressed model over another on the same windows or documents, adjusted for how many are tested."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from lib import claims, paired
+from lib.paired import PairedDifference
+from lib.pruning_runs import Outcome
+from lib.pruning_tables import Results, losses
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gain: by how much the first condition's loss lies below the second's, in nats per token.
+
+    Attributes:
+        name: of the comparison, for tables.
+        model: on which model.
+        sparsity: of both.
+        result: of the paired test, positive when the first is better.
+        seeds: calibration seeds.
+    """
+
+    name: str
+    model: str
+    sparsity: float
+    result: PairedDifference
+    seeds: int
+
+
+def gain(
+    first: Float[Tensor, "seed window"],
+    second: Float[Tensor, "_seed window"],
+    *,
+    name: str,
+    model: str,
+    sparsity: float,
+    seed: int,
+) -> Comparison:
+    """Compare two conditions on the same windows: positive when the first has the lower loss."""
+    result = paired.paired_difference(second, first, seed=seed)
+    return Comparison(name, model, sparsity, result, max(len(first), len(second)))
+
+
+def comparison_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
+    """Tabulate gains with intervals, p-values adjusted over all rows, and the smallest effect the run could have seen."""
+    listed = list(comparisons)
+    adjusted = paired.holm({index: found.result.p_value for index, found in enumerate(listed)})
+    return pd.DataFrame([
+        {
+            "comparison": found.name, "model": found.model, "sparsity": found.sparsity, "gain": found.result.estimate,
+            "low": found.result.interval[0], "high": found.result.interval[1], "p": found.result.p_value,
+            "p (Holm)": adjusted[index], "effect size": found.result.effect_size,
+            "smallest effect": found.result.smallest_effect, "windows": found.result.n, "seeds": found.seeds,
+        }
+        for index, found in enumerate(listed)
+    ])  # fmt: skip
+
+
+def mcnemar_table(results: Results, pairs: Sequence[tuple[str, str]], *, seed: int) -> pd.DataFrame:
+    """Compare the accuracies of pairs of methods at equal sparsity by exact McNemar tests, Holm-adjusted over all rows.
+
+    Args:
+        results: by (model, method, sparsity, task).
+        pairs: (method, baseline).
+        seed: of the bootstrap.
+    """
+    found = []
+    for (model, method, sparsity, task), first in results.items():
+        for better, baseline in pairs:
+            second = results.get((model, baseline, sparsity, task))
+            if method == better and second is not None:
+                found.append(
+                    (model, task, f"{better} - {baseline}", sparsity, paired.mcnemar(first.correct, second.correct, seed=seed))
+                )
+    adjusted = paired.holm({index: row[-1].p_value for index, row in enumerate(found)})
+    return pd.DataFrame([
+        {
+            "model": model, "task": task, "comparison": name, "sparsity": sparsity, "difference, points": 100 * test.difference,
+            "low": 100 * test.interval[0], "high": 100 * test.interval[1], "only first": test.only_first,
+            "only second": test.only_second, "p": test.p_value, "p (Holm)": adjusted[index],
+            "smallest effect, points": 100 * test.smallest_effect, "documents": test.n,
+        }
+        for index, (model, task, name, sparsity, test) in enumerate(found)
+    ])  # fmt: skip
+
+
+def verdict(result: PairedDifference, *, adjusted: float) -> str:
+    """Judge the claim that a gain is positive: by its interval and by the Holm-adjusted p-value, both on one side.
+
+    >>> result = PairedDifference(0.5, (0.25, 0.75), 0.01, 1.0, 0.1, 9)
+    >>> verdict(result, adjusted=0.01), verdict(result, adjusted=0.06)
+    ('reproduced', 'inconclusive')
+    """
+    if adjusted >= ALPHA:
+        return "inconclusive"
+    return claims.verdict(result.interval, threshold=0.0, direction="above")
+
+
+def verdict_of(interval: tuple[float, float], *, adjusted: float) -> str:
+    """Judge the claim that a difference is positive from its interval and its Holm-adjusted p-value."""
+    return "inconclusive" if adjusted >= ALPHA else claims.verdict(interval, threshold=0.0, direction="above")
+
+
+def gain_columns(found: Comparison) -> dict[str, object]:
+    """Return the columns of a gain: estimate, interval, p-value, smallest effect, calibration seeds."""
+    result = found.result
+    return {
+        "gain": result.estimate, "low": result.interval[0], "high": result.interval[1], "p": result.p_value,
+        "smallest effect": result.smallest_effect, "seeds": found.seeds,
+    }  # fmt: skip
+
+
+def gains_over(outcomes: Sequence[Outcome], *, base: str, sparsity: float, seed: int) -> pd.DataFrame:
+    """Tabulate the gain of every method over one of them, model by model, with p-values adjusted over all rows.
+
+    Args:
+        outcomes: with the same calibration seeds for all methods of a model.
+        base: the method that the others are compared with.
+        sparsity: of all.
+        seed: of the bootstrap.
+    """
+    rows = []
+    for model, method in dict.fromkeys((found.model, found.method) for found in outcomes):
+        if method != base:
+            pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, base)]
+            found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
+            rows.append({"model": model, "weighting": method, **gain_columns(found)})
+    adjusted = paired.holm({index: row["p"] for index, row in enumerate(rows)})
+    return pd.DataFrame([{**row, "p (Holm)": adjusted[index]} for index, row in enumerate(rows)])
+
+
+def gain_by_sparsity(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, model: str, seed: int) -> pd.DataFrame:
+    """Tabulate the gain of each (method, baseline) at every unstructured sparsity that both were measured at."""
+    rows = []
+    for method, baseline in pairs:
+        measured = [
+            {o.sparsity for o in outcomes if (o.model, o.method, o.pattern) == (model, name, "unstructured")}
+            for name in (method, baseline)
+        ]
+        for sparsity in sorted(measured[0] & measured[1]):
+            pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, baseline)]
+            found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
+            rows.append({"model": model, "pair": f"{method} - {baseline}", "sparsity": sparsity, **gain_columns(found)})
+    return pd.DataFrame(rows)
+
+
+def best_method(outcomes: Sequence[Outcome], *, model: str, sparsity: float) -> str:
+    """Return the method with the lowest mean loss at a sparsity."""
+    measured = dict.fromkeys(o.method for o in outcomes if (o.model, o.sparsity, o.pattern) == (model, sparsity, "unstructured"))
+    return min(measured, key=lambda name: float(losses(outcomes, model=model, method=name, sparsity=sparsity).mean()))
+
+
+def extension_table(
+    groups: Mapping[str, Sequence[Outcome]],
+    *,
+    base: Float[Tensor, "seed window"],
+    best: tuple[str, Float[Tensor, "seed window"]],
+    seed: int,
+) -> pd.DataFrame:
+    """Tabulate extensions against the base that they change in one thing, and against the best baseline.
+
+    Args:
+        groups: outcomes by extension; each variant with the same calibration seeds as base and best.
+        base: losses of the base.
+        best: name and losses of the best baseline.
+        seed: of the bootstrap.
+    """
+    rows = []
+    for extension, outcomes in groups.items():
+        for model, variant, sparsity in dict.fromkeys((o.model, o.method, o.sparsity) for o in outcomes):
+            own = losses(outcomes, model=model, method=variant, sparsity=sparsity)
+            options = {"name": variant, "model": model, "sparsity": sparsity, "seed": seed}
+            over_base = gain_columns(gain(own, base, **options))  # type: ignore[arg-type]
+            over_best = gain(own, best[1], **options).result  # type: ignore[arg-type]
+            rows.append({
+                "model": model, "extension": extension, "variant": variant, **over_base, "best baseline": best[0],
+                "gain over best": over_best.estimate, "best, low": over_best.interval[0], "best, high": over_best.interval[1],
+            })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import allocation, attention, calibration_sets, methods, phases, pruning_runs
+from lib import allocation, attention, calibration_sets, phases, pruner, pruning_runs
 from lib.calibration import statistics_of
 from lib.calibration_sets import NOISED
 from lib.config import InputError
@@ -143,7 +143,7 @@ def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
     shares: dict[int, list[float]] = {}
     for layer in found.bench.model.layers:
         of_layer = statistics_of(statistics[layer.block], layer.role)
-        share = allocation.outlier_share(methods.importance(layer.module.weight, method, of_layer))
+        share = allocation.outlier_share(pruner.importance(layer.module.weight, method, of_layer))
         shares.setdefault(layer.block, []).append(share)
     return torch.tensor([sum(of_block) / len(of_block) for _, of_block in sorted(shares.items())], dtype=torch.float64)
 

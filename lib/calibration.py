@@ -3,7 +3,7 @@
 Only the statistics of one block exist at a time; between blocks there are the hidden states of the calibration samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib import attention
 from lib.config import InputError
 from lib.models import LanguageModel, LinearLayer, Role, network_body
 
 Aggregate = Literal["root_mean_square", "sum_of_norms"]
-MEMORY_BUDGET = 2**31  # bytes of kept inputs; 4 windows of 2048 tokens of LLaDA-8B in bfloat16 would take 6 times as much
 # layers that read the same tensor share their statistics
 READS: dict[Role, Role] = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
 
@@ -60,15 +58,17 @@ class InputStatistics:
     """Sums over calibration tokens of one linear layer's input, in float32.
 
     Attributes:
-        squares: sum of (omega x)^2 by group and feature; one group, or one for each key-value head.
+        by_group: whether rows of the matrix come in groups (key-value heads) that weigh tokens differently.
+        squares: sum of (omega x)^2 by group and feature; one group when not.
         norms: sum over samples of the sample's L2 norm by group and feature.
         samples: samples seen.
         products: sum of (omega x)(omega x)^T, when asked for.
     """
 
-    def __init__(self, features: int, *, hessian: bool, device: torch.device, groups: int = 1) -> None:
-        self.squares = torch.zeros(groups, features, device=device)
-        self.norms = torch.zeros(groups, features, device=device)
+    def __init__(self, features: int, *, hessian: bool, device: torch.device, groups: int | None = None) -> None:
+        self.by_group = groups is not None
+        self.squares = torch.zeros(groups or 1, features, device=device)
+        self.norms = torch.zeros(groups or 1, features, device=device)
         self.samples = 0
         self.products = torch.zeros(features, features, device=device) if hessian else None
 
@@ -77,11 +77,11 @@ class InputStatistics:
 
         Args:
             inputs: what the layer read.
-            weight: `[sample, position]`; or `[sample, head, position]`: for a layer of several groups its heads in equal parts,
-                for a layer of one the heads whose outputs its input features are.
+            weight: `[sample, position]`; or `[sample, head, position]`: by group its heads in equal parts, otherwise the heads
+                whose outputs the input features are.
         """
         self.samples += len(inputs)
-        if weight is not None and weight.dim() == 3 and len(self.squares) > 1:
+        if weight is not None and weight.dim() == 3 and self.by_group:
             by_group = weight.unflatten(1, (len(self.squares), -1)).mean(2)
             for group in range(len(self.squares)):
                 self._add(group, inputs.float() * by_group[:, group, :, None].to(inputs.device))
@@ -155,20 +155,41 @@ def stream(
         raise InputError("a calibration set must hold samples, got none: give at least one window")
     if hessian and calibration.by_head:
         raise InputError("token weights by head must go with norms, got a Hessian: use weights by layer with SparseGPT")
+    check_weights(model, calibration.token_weight)
     blocks = cast(Any, model.network.get_decoder()).layers
     hidden, options = _first_inputs(model, calibration.input_ids, batch_size)
     for index, block in enumerate(blocks):
-        found = _new_statistics(model, index, hessian=hessian, by_head=calibration.by_head)
+        found = new_statistics(model, index, hessian=hessian, by_head=calibration.by_head)
         weight = of_layer(calibration.token_weight, index)
         parts = [None] * len(hidden) if weight is None else weight.split(batch_size)
         outputs = []
         for inputs, part in zip(hidden, parts, strict=True):
-            with _reading(model, [index], lambda read, part=part, found=found: add_weighted(found, *read[1:], part)):
+            with reading(model, [index], lambda read, part=part, found=found: add_weighted(found, *read[1:], part)):
                 outputs.append(block(inputs, **options))
         visit(index, found)
         del found  # before the next block's exist
         again = sequential and index + 1 < len(blocks)
         hidden = [block(inputs, **options) for inputs in hidden] if again else outputs
+
+
+def check_weights(model: LanguageModel, weight: Tensor | None) -> None:
+    """Raise `InputError` when token weights by layer or head are those of another model."""
+    if weight is None or weight.dim() == 2:
+        return
+    wanted = (1 + model.layers[-1].block, model.network.config.num_attention_heads)
+    got = (len(weight), weight.shape[2] if weight.dim() == 4 else wanted[1])
+    if got != wanted:
+        rule = f"token weights must be for {wanted[0]} layers of {wanted[1]} heads"
+        raise InputError(f"{rule}, got {got[0]} and {got[1]}: measure them on this model")
+
+
+def check_masses(model: LanguageModel, mass: Float[Tensor, "layer sample head position"]) -> None:
+    """Raise `InputError`, naming the first layer, when attention masses are not finite: then its input was not."""
+    finite = mass.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        name = next(layer.name for layer in model.layers if layer.block == bad)
+        raise InputError(f"inputs of {name} must be finite, got some that are not: check the checkpoint and its dtype")
 
 
 def of_layer(weight: Tensor | None, index: int) -> Tensor | None:
@@ -193,14 +214,14 @@ def _layers(model: LanguageModel, block: int) -> dict[Role, LinearLayer]:
     return {layer.role: layer for layer in model.layers if layer.block == block}
 
 
-def _new_statistics(model: LanguageModel, block: int, *, hessian: bool, by_head: bool = False) -> dict[Role, InputStatistics]:
+def new_statistics(model: LanguageModel, block: int, *, hessian: bool, by_head: bool = False) -> dict[Role, InputStatistics]:
     """Make empty statistics for each tensor that is read; with weights by head, `v` has its own, a group a key-value head."""
     layers = _layers(model, block)
     found: dict[Role, InputStatistics] = {}
     own: tuple[Role, ...] = ("v",) if by_head else ()
     for role in (*dict.fromkeys(READS.values()), *own):
         linear = layers[role].module
-        groups = model.network.config.num_key_value_heads if role == "v" else 1
+        groups = model.network.config.num_key_value_heads if role == "v" else None
         found[role] = InputStatistics(linear.in_features, hessian=hessian, device=linear.weight.device, groups=groups)
     return found
 
@@ -230,91 +251,14 @@ def _first_inputs(model: LanguageModel, ids: Tensor, batch_size: int) -> tuple[l
     return kept, options
 
 
-def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
-    """Return how much memory the inputs of all linear layers of one batch take, in bytes."""
-    # `v` reads the same tensor as `q`: it is kept twice by name, not in memory
-    width = sum(layer.module.in_features for layer in model.layers if READS[layer.role] == layer.role)
-    return width * samples * positions * model.layers[0].module.weight.element_size()
-
-
-@torch.no_grad()
-def dense_statistics(
-    model: LanguageModel, calibration: CalibrationSet, *, hessian: bool = False, batch_size: int = 4
-) -> list[dict[Role, InputStatistics]]:
-    """Collect the statistics of every block of a model that does not change meanwhile.
-
-    Args:
-        model: the dense model.
-        calibration: what it reads, and the token weights.
-        hessian: collect outer products too, of all blocks at the same time.
-        batch_size: samples at one time.
-
-    Returns:
-        Statistics by block and reading role.
-    """
-    collected: list[dict[Role, InputStatistics]] = []
-    stream(model, calibration, lambda _, found: collected.append(found), hessian=hessian, sequential=False, batch_size=batch_size)
-    return collected
-
-
-@torch.no_grad()
-def one_shot_statistics(
-    model: LanguageModel,
-    input_ids: Int[Tensor, "sample position"],
-    weigh: Callable[[Tensor], Tensor],
-    *,
-    batch_size: int = 4,
-    memory_budget: int = MEMORY_BUDGET,
-) -> list[dict[Role, InputStatistics]]:
-    """Collect the statistics of every block of the dense model with token weights that its own attention masses decide.
-
-    The weights of a batch are known only after its last layer, so what the linear layers read is kept until then: one forward
-    pass a batch. When that takes more memory than allowed, a second pass adds up the statistics; both give the same numbers.
-
-    Args:
-        model: the dense model.
-        input_ids: calibration samples, clean or noised.
-        weigh: masses `[layer, sample, head, position]` to token weights as a `CalibrationSet` holds them.
-        batch_size: samples at one time.
-        memory_budget: bytes that may be kept.
-
-    Returns:
-        Statistics by block and reading role; norms only.
-
-    Source: the authors' release makes two passes for each (window, noise level).
-    """
-    blocks = range(1 + max(layer.block for layer in model.layers))
-    found: list[dict[Role, InputStatistics]] = []
-    for batch in input_ids.split(batch_size):
-        fits = input_bytes(model, samples=len(batch), positions=batch.shape[1]) <= memory_budget
-        kept: list[tuple[int, Role, Tensor]] = []
-        with attention.record(model) as recorder, _reading(model, blocks if fits else (), kept.append):
-            network_body(model)(input_ids=batch.to(model.device), use_cache=False)
-            weight = weigh(recorder.pop()[:, :, :, 0])
-        found = found or [_new_statistics(model, block, hessian=False, by_head=weight.dim() == 4) for block in blocks]
-        add = partial(_add_read, found, weight)
-        if not fits:
-            with _reading(model, blocks, add):
-                network_body(model)(input_ids=batch.to(model.device), use_cache=False)
-        for read in kept:
-            add(read)
-    return found
-
-
 def _use_input(
     use: Callable[[tuple[int, Role, Tensor]], None], block: int, role: Role, _: torch.nn.Module, inputs: tuple[Tensor, ...]
 ) -> None:
     use((block, role, inputs[0]))
 
 
-def _add_read(found: Sequence[dict[Role, InputStatistics]], weight: Tensor, read: tuple[int, Role, Tensor]) -> None:
-    """Add what one layer read, weighted, to its statistics."""
-    block, role, inputs = read
-    add_weighted(found[block], role, inputs, of_layer(weight, block))
-
-
 @contextmanager
-def _reading(model: LanguageModel, blocks: Iterable[int], use: Callable[[tuple[int, Role, Tensor]], None]) -> Iterator[None]:
+def reading(model: LanguageModel, blocks: Iterable[int], use: Callable[[tuple[int, Role, Tensor]], None]) -> Iterator[None]:
     """Hand (block, role, input) of every linear layer of some blocks to `use` during the passes inside the context.
 
     Layers that read the same tensor hand it over once, but `v` always, which may have weights by head.

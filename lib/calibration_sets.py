@@ -3,7 +3,7 @@ much each token of it counts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -55,6 +55,16 @@ def draw_windows(pool: Int[Tensor, "pool position"], *, count: int, seed: int) -
     return pool[torch.randperm(len(pool), generator=generator(seed, "calibration windows"))[:count]]
 
 
+def check_windows(model: LanguageModel, windows: Int[Tensor, "window position"]) -> None:
+    """Raise `InputError` unless there are windows that the model can read."""
+    length = windows.shape[1]
+    limit = int(getattr(model.network.config, "max_position_embeddings", length))
+    if not len(windows):
+        raise InputError("a calibration set must hold samples, got none: give at least one window")
+    if not 2 <= length <= limit:
+        raise InputError(f"calibration windows must have 2 to {limit} tokens, got {length}: choose another length")
+
+
 def read(
     model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs, *, seed: int
 ) -> Int[Tensor, "window level position"]:
@@ -102,10 +112,7 @@ def build(
     Raises:
         InputError: windows that are too short or too long, noise for an autoregressive model, or a weighting that needs it.
     """
-    length = windows.shape[1]
-    limit = int(getattr(model.network.config, "max_position_embeddings", length))
-    if not 2 <= length <= limit:
-        raise InputError(f"calibration windows must have 2 to {limit} tokens, got {length}: choose another length")
+    check_windows(model, windows)
     ids = read(model, windows, inputs, seed=seed)
     samples = ids.flatten(0, 1)
     if weighting is None:
@@ -113,8 +120,8 @@ def build(
     if not weighting.over_levels:
         weight = measured_weights.measure(model, samples, weighting, seed=seed, batch_size=batch_size)
         return CalibrationSet(samples, weight)
-    noised = ids if inputs.kind == "noised" else read(model, windows, NOISED, seed=seed)
-    weight = measured_weights.measure_over_levels(model, noised, weighting, batch_size=batch_size)
+    noised = ids if inputs.kind == "noised" else read(model, windows, replace(NOISED, schedule=inputs.schedule), seed=seed)
+    weight = measured_weights.measure_over_levels(model, noised, weighting, seed=seed, batch_size=batch_size)
     return CalibrationSet(samples, weight[:, None].expand(ids.shape).flatten(0, 1))
 
 

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib import attention, sinks, token_weights
+from lib.calibration import check_masses
 from lib.config import InputError
 from lib.models import LanguageModel, network_body
 from lib.runtime import generator
-from lib.token_weights import CONTROLS, Weighting
+from lib.token_weights import CONTROLS, INSTABILITY, Weighting
 
 
 @torch.inference_mode()
@@ -29,11 +30,18 @@ def measure(
 
     Returns:
         `[sample, position]`, with a layer and a head dimension when the weighting is by layer or head.
+
+    Raises:
+        InputError: activations that are not finite, or a kind of instability.
     """
+    if weighting.kind in INSTABILITY:
+        raise InputError(f"instability must be measured over noise levels, got {weighting.kind}: use measure_over_levels")
     score, norms = [], []
     for part in input_ids.split(batch_size):
         batch = part.to(model.device)
-        score.append(token_weights.sink_score(attention.sink_mass(model, batch), weighting).cpu())
+        mass = attention.sink_mass(model, batch)
+        check_masses(model, mass)
+        score.append(token_weights.sink_score(mass, weighting).cpu())
         norms += [activation_norms(model, batch).cpu()] if weighting.kind == "norm" else []
     scores = torch.cat(score, dim={"aggregate": 0, "layer": 1, "head": 1}[weighting.level])
     if weighting.kind not in CONTROLS:
@@ -71,6 +79,7 @@ def measure_over_levels(
     noised: Int[Tensor, "window level position"],
     weighting: Weighting,
     *,
+    seed: int = 0,
     batch_size: int = 4,
 ) -> Float[Tensor, "window position"]:
     """Return one weight a token of each window from all its noise levels: averaged, or by instability.
@@ -79,6 +88,7 @@ def measure_over_levels(
         model: the dense model.
         noised: each window at several noise levels.
         weighting: `averaged`, or of a kind of instability.
+        seed: of random controls.
         batch_size: samples at one time; does not change the result.
 
     Raises:
@@ -88,9 +98,11 @@ def measure_over_levels(
         raise InputError(f"weights over noise levels must be those of the aggregate, got level {weighting.level}: use aggregate")
     samples = noised.flatten(0, 1)
     if weighting.averaged:
-        return token_weights.average_over_levels(measure(model, samples, weighting, batch_size=batch_size).view(noised.shape))
-    masses = [sinks.aggregate(attention.sink_mass(model, part.to(model.device))).cpu() for part in samples.split(batch_size)]
-    mass = torch.cat(masses).view(noised.shape)
+        weight = measure(model, samples, weighting, seed=seed, batch_size=batch_size)
+        return token_weights.average_over_levels(weight.view(noised.shape))
+    masses = [attention.sink_mass(model, part.to(model.device)).cpu() for part in samples.split(batch_size)]
+    check_masses(model, torch.cat(masses, dim=1))
+    mass = sinks.aggregate(torch.cat(masses, dim=1)).view(noised.shape)
     score = token_weights.instability_score(mass, kind=cast(Any, weighting.kind), margin=weighting.margin)
     return token_weights.sinks_down(score)
 

@@ -116,6 +116,12 @@ def keep_mask(
     return _keep_smallest_out(rows, removed_count(rows.shape[1], sparsity)).view(importance.shape)
 
 
+def check_removed(removed: int, size: int, *, name: str = "a matrix") -> None:
+    """Raise `InputError` unless an exact number of weights leaves something of a matrix."""
+    if not 0 <= removed < size:
+        raise InputError(f"removed weights must be in [0, {size}), got {removed} for {name}: lower the layer's sparsity")
+
+
 def keep_mask_by_count(importance: Float[Tensor, "out in"], *, removed: int) -> Bool[Tensor, "out in"]:
     """Mark the weights to keep when an exact number goes from a matrix and rows compete inside themselves.
 
@@ -131,8 +137,7 @@ def keep_mask_by_count(importance: Float[Tensor, "out in"], *, removed: int) -> 
     [[True, False], [True, True]]
     """
     rows = len(importance)
-    if not 0 <= removed < importance.numel():
-        raise InputError(f"removed weights must be in [0, {importance.numel()}), got {removed}: lower the layer's sparsity")
+    check_removed(removed, importance.numel())
     each, left = divmod(removed, rows)
     order = importance.argsort(dim=1, stable=True)
     mask = torch.ones_like(importance, dtype=torch.bool).scatter(1, order[:, :each], False)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import calibration, calibration_sets, methods, shrink, timing
+from lib import calibration_sets, one_shot, pruner, shrink, timing
 from lib.calibration import CalibrationSet, InputStatistics
 from lib.calibration_sets import Inputs
 from lib.config import InputError
@@ -103,7 +103,7 @@ class Calibrations:
         """Return the norms that the dense model's layers read, for one-shot methods."""
         key = (method.inputs, method.weighting)
         if key not in self._statistics:
-            self._statistics[key] = calibration.dense_statistics(
+            self._statistics[key] = one_shot.dense_statistics(
                 self.bench.model, self.set_of(method), batch_size=self.bench.batch_size
             )
         return self._statistics[key]
@@ -113,11 +113,11 @@ def prune_(found: Calibrations, method: Method, target: Target) -> None:
     """Prune the bench's model in place, with calibrations that other methods share."""
     model, batch = found.bench.model, found.bench.batch_size
     if not method.needs_calibration:
-        methods.prune_(model, method, target, seed=found.seed)
+        pruner.prune_(model, method, target, seed=found.seed)
     elif method.importance == "wanda" and not method.sequential:
-        methods.prune_with_(model, method, target, found.statistics_of(method))
+        pruner.prune_with_(model, method, target, found.statistics_of(method))
     else:
-        methods.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
+        pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
 
 
 def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
@@ -155,14 +155,14 @@ def compare(
 
 def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:
     """Prune, measure and restore one model with calibrations that are already there."""
-    with methods.restored(found.bench.model):
+    with pruner.restored(found.bench.model):
         prune_(found, method, target)
         return outcome(found.bench, name, target, seed=found.seed)
 
 
 def outcome(bench: Bench, name: str, target: Target, *, seed: int) -> Outcome:
     """Measure the bench's model as it now is."""
-    gone = methods.measured_sparsity(bench.model)
+    gone = pruner.measured_sparsity(bench.model)
     return Outcome(bench.model.name, name, target.sparsity, target.pattern, seed, gone, loss(bench))
 
 
@@ -186,7 +186,7 @@ def while_pruned(
     """
     found, results = Calibrations(bench, seed), {}
     for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False):
-        with methods.restored(bench.model):
+        with pruner.restored(bench.model):
             if method is not None:
                 prune_(found, method, Target(sparsity))
             results[name, sparsity] = measure(bench.model)
@@ -195,7 +195,7 @@ def while_pruned(
 
 def pruned_copy(found: Calibrations, method: Method, target: Target) -> LanguageModel:
     """Return a pruned copy of the bench's model; the tensors outside of the pruned matrices are shared."""
-    with methods.restored(found.bench.model) as model:
+    with pruner.restored(found.bench.model) as model:
         prune_(found, method, target)
         own = {id(layer.module.weight) for layer in model.layers}
         shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}

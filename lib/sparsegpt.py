@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib.config import InputError
-from lib.pruning import UNSTRUCTURED, check_sparsity, parse_pattern, removed_count
+from lib.pruning import UNSTRUCTURED, check_removed, check_sparsity, parse_pattern, removed_count
 
 DAMPING = 0.01
 BLOCK = 128
@@ -66,7 +66,8 @@ def sparsegpt(
         name: of the layer, for errors.
 
     Returns:
-        The updated weights with exact zeros, and the mask (True = kept).
+        The updated weights with exact zeros, and the mask (True = kept). Columns of features that are always 0
+        go too, chosen or not.
 
     Raises:
         InputError: bad sparsity or pattern, or a Hessian that is not positive definite.
@@ -84,6 +85,7 @@ def sparsegpt(
     if groups:  # no group of M columns may be cut by the end of a block
         block = max(block - block % groups[1], groups[1])
     total = removed_count(weight.numel(), sparsity) if removed is None else removed
+    check_removed(total, weight.numel(), name=name)
     for start in range(0, work.shape[1], block):
         stop = min(start + block, work.shape[1])
         local = factor[start:stop, start:stop]

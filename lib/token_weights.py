@@ -62,6 +62,13 @@ class Weighting:
             "use level aggregate",
         )
 
+        require(
+            not (self.averaged and self.kind in INSTABILITY),
+            "averaged weights must be those of sinks or controls",
+            self.kind,
+            "instability is measured over levels already",
+        )
+
     @property
     def over_levels(self) -> bool:
         """Tell whether one weight a token comes from several noise levels of its window."""

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lib import calibration, methods, pruning_runs
+from lib import one_shot, pruner, pruning_runs
 from lib.calibration import CalibrationSet, statistics_of
 from lib.config import InputError
 from lib.methods import Method, Target
@@ -19,7 +19,7 @@ Masks = Mapping[str, Bool[Tensor, "_out _in"]]
 
 def keep_masks(found: Calibrations, method: Method, target: Target) -> dict[str, Bool[Tensor, "_out _in"]]:
     """Return the mask of every matrix that a method leaves, True = kept; the model stays as it is."""
-    with methods.restored(found.bench.model) as model:
+    with pruner.restored(found.bench.model) as model:
         pruning_runs.prune_(found, method, target)
         return {layer.name: layer.module.weight != 0 for layer in model.layers}
 
@@ -76,8 +76,8 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
     weighted, kept = keep_masks(found, method, target), keep_masks(found, plain, target)
     everything = found.set_of(plain)
     on_sinks = 1.0 - _aggregate(found, method)
-    energy = calibration.dense_statistics(found.bench.model, everything)
-    sink_energy = calibration.dense_statistics(found.bench.model, CalibrationSet(everything.input_ids, (on_sinks > 0.5).float()))
+    energy = one_shot.dense_statistics(found.bench.model, everything)
+    sink_energy = one_shot.dense_statistics(found.bench.model, CalibrationSet(everything.input_ids, (on_sinks > 0.5).float()))
     rows = []
     for layer in found.bench.model.layers:
         total = statistics_of(energy[layer.block], layer.role).squares[0]

@@ -13,7 +13,7 @@ LAYERS = (
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
-    | {"calibration", "calibration_sets", "measured_weights", "methods", "shrink", "phases"},
+    | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
     {"evaluation", "scoring", "harness", "tasks", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"},

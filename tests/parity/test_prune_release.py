@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import calibration, measured_weights, methods, models, shrink
+from lib import measured_weights, models, one_shot, pruner, shrink
 from lib.calibration import CalibrationSet
 from lib.methods import RELEASE, SINKS, Target
 
@@ -30,9 +30,9 @@ def pruned(release: SimpleNamespace, name: str, *, pattern: str, samples: Calibr
     model = models.load(release.folder)
     target = Target(0.5, pattern)
     if samples is None or not RELEASE[name].needs_calibration:
-        methods.prune_(model, RELEASE[name], target)
+        pruner.prune_(model, RELEASE[name], target)
     else:
-        methods.prune_on_(model, RELEASE[name], target, samples, batch_size=1)
+        pruner.prune_on_(model, RELEASE[name], target, samples, batch_size=1)
     return {layer.name: layer.module.weight for layer in model.layers}
 
 
@@ -77,9 +77,7 @@ def test_the_recorded_layouts_can_be_shrunk(release: SimpleNamespace) -> None:
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["two passes", "one pass"])
 def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int) -> None:
     ids = release.expected["sink_wanda_50.noisy_input_ids"].flatten(0, 1)
-    found = calibration.one_shot_statistics(
-        release.model, ids, measured_weights.weigher(SINKS), batch_size=4, memory_budget=budget
-    )
+    found = one_shot.one_shot_statistics(release.model, ids, measured_weights.weigher(SINKS), batch_size=4, memory_budget=budget)
     prefix = "sink_wanda_50.input_norm_sum."
     recorded = {key.removeprefix(prefix): value for key, value in release.expected.items() if key.startswith(prefix)}
     names = {
@@ -103,9 +101,7 @@ def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int
 def test_one_pass_and_two_passes_agree_to_rounding(release: SimpleNamespace) -> None:
     ids = release.expected["sink_wanda_50.noisy_input_ids"].flatten(0, 1)
     one, two = (
-        calibration.one_shot_statistics(
-            release.model, ids, measured_weights.weigher(SINKS), batch_size=batch, memory_budget=budget
-        )
+        one_shot.one_shot_statistics(release.model, ids, measured_weights.weigher(SINKS), batch_size=batch, memory_budget=budget)
         for batch, budget in ((5, 2**30), (2, 0))
     )
     for first, second in zip(one, two, strict=True):

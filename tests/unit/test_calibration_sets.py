@@ -204,7 +204,6 @@ def test_windows_must_fit_the_model(model: LanguageModel, length: int) -> None:
 
 
 @pytest.mark.parametrize("inputs", [READ["clean"], READ["grid"], READ["trajectory"]], ids=lambda inputs: inputs.kind)
-@pytest.mark.xfail(raises=(RuntimeError, pytest.fail.Exception), reason="no windows are found late or never")
 def test_no_windows_are_refused(model: LanguageModel, inputs: Inputs) -> None:
     with pytest.raises(InputError):
         sets.build(model, tiny.ids(0, 20), inputs=inputs, weighting=Weighting(), seed=0)

@@ -259,7 +259,9 @@ def test_an_exact_number_that_rows_divide_is_the_mask_of_that_sparsity() -> None
 
 @pytest.mark.parametrize("total", [-1, 8, 50])
 def test_an_exact_number_out_of_range_is_refused(total: int) -> None:
-    with pytest.raises(InputError, match=rf"removed weights must be in \[0, 8\), got {total}: lower the layer's sparsity"):
+    with pytest.raises(
+        InputError, match=rf"removed weights must be in \[0, 8\), got {total} for a matrix: lower the layer's sparsity"
+    ):
         pruning.keep_mask_by_count(drawn(2, 4), removed=total)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lib import calibration, calibration_sets, models, shrink, structured
+from lib import calibration_sets, models, one_shot, shrink, structured
 from lib.calibration import CalibrationSet
 from lib.config import InputError
 from lib.models import LanguageModel
@@ -89,7 +89,7 @@ def test_transformers_alone_reads_the_smaller_network(tmp_path: Path, family: st
 
 
 def norms_of(model: LanguageModel, given: CalibrationSet) -> dict[tuple[int, str], Tensor]:
-    found = calibration.dense_statistics(model, given)
+    found = one_shot.dense_statistics(model, given)
     roles = ("o", "down")
     return {(block, role): found[block][role].input_norm("sum_of_norms")[0] for block in range(len(found)) for role in roles}
 

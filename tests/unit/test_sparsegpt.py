@@ -146,7 +146,6 @@ def test_an_exact_number_is_shared_out_among_the_blocks(total: int, block: int) 
 
 
 @pytest.mark.parametrize("total", [-1, ROWS * WIDTH, 10**6])
-@pytest.mark.xfail(raises=pytest.fail.Exception, reason="sparsegpt does not check the exact number yet")
 def test_an_exact_number_out_of_range_is_refused(total: int) -> None:
     weight, hessian = layer(9)
     with pytest.raises(InputError, match="must be in"):

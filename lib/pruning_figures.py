@@ -294,7 +294,7 @@ def task_accuracy(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 ax.axvline(level, color="black", linewidth=0.8, linestyle=line, zorder=1)
         name_rows(ax, labels, size=8)
         ax.set_title(f"{task}, {model}", fontsize=10)
-    figure.supxlabel("accuracy (share of documents)", fontsize="medium")
+    figure.supxlabel("accuracy (% of documents)", fontsize="medium")
     handles = [Line2D([], [], linestyle=line, label=name, color="black", linewidth=0.8) for name, line in LEVELS.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure, shown

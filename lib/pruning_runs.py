@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lib import calibration_sets, one_shot, pruner, shrink, timing
 from lib.calibration import CalibrationSet, InputStatistics
@@ -146,7 +146,7 @@ def compare(
     outcomes = []
     work = [(seed, name) for seed in seeds for name in chosen if seed in seeds_that_matter(chosen[name], seeds)]
     calibrations: dict[int, Calibrations] = {}
-    for seed, name in tqdm(work, desc=bench.model.name, leave=False):
+    for seed, name in tqdm(work, desc=bench.model.name, leave=False, disable=None):
         found = calibrations.setdefault(seed, Calibrations(bench, seed))
         for target in targets:
             outcomes.append(measured(found, name, chosen[name], target))
@@ -185,7 +185,7 @@ def while_pruned(
         What was measured, by (name, sparsity).
     """
     found, results = Calibrations(bench, seed), {}
-    for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False):
+    for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False, disable=None):
         with pruner.restored(bench.model):
             if method is not None:
                 prune_(found, method, Target(sparsity))

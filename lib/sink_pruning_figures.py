@@ -176,9 +176,8 @@ def dose(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for ax, rows in panels:
         for place, released in enumerate(rows["released"]):
             pf.points(ax, rows.iloc[[place]], [place], value="gain", style=Style(SINK_COLOR, "o"), filled=not released)
-        taken = [f" ({pf.percent(share / 100)})" if np.isfinite(share) else "" for share in rows["share"]]
-        note = " (share of tokens taken out)" if any(taken) else ""
-        ax.set_title(f"{rows['factor'].iloc[0]}{note}", loc="left", fontsize=10)
+        taken = [f" ({pf.percent(share / 100)} out)" if np.isfinite(share) else "" for share in rows["share"]]
+        ax.set_title(rows["factor"].iloc[0], loc="left", fontsize=10)
         pf.name_rows(ax, [f"{name}{share}" for name, share in zip(rows["setting"], taken, strict=True)])
     figure.supxlabel(GAIN, fontsize="medium")
     _keys(figure, filled="other setting", opened="as released")
@@ -203,7 +202,7 @@ def mask_overlap(table: pd.DataFrame, *, limits: tuple[float, float] | None = No
         for (row, column), value in np.ndenumerate(np.asarray(wide, dtype=np.float64)):
             if np.isfinite(value):
                 color = "white" if value < middle else "black"  # on dark and on light cells
-                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+                ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
     return figure, table
 
 

@@ -230,7 +230,7 @@ def test_task_accuracy(models: list[str], bounded: bool) -> None:
             enumerate(models), tasks.items(), enumerate(methods), (0.3, 0.5))
     ])  # fmt: skip
     figure, data = cast(tuple[Any, Any], pruning_figures.task_accuracy(table))
-    axes = drawn(figure, unit="share of documents")
+    axes = drawn(figure, unit="% of documents")
     assert [ax.get_title() for ax in axes] == [f"{task}, {name}" for task, name in product(tasks, models)]
     names = [f"{method}, {amount}" for method, amount in product(methods, ("30 %", "50 %"))]
     for ax, (task, (index, name)) in zip(axes, product(tasks, enumerate(models)), strict=True):
@@ -350,8 +350,8 @@ def test_dose(count: int, bounded: bool) -> None:
     for ax, factor in zip(axes, factors, strict=True):
         mine = [row for row in rows if row["factor"] == factor]
         assert ax.get_title(loc="left").startswith(factor)
-        assert ("tokens taken out" in ax.get_title(loc="left")) == (factor != "times")
-        shares = [f" ({row['share']:g} %)" if np.isfinite(row["share"]) else "" for row in mine]
+        assert ax.get_title(loc="left") == factor
+        shares = [f" ({row['share']:g} % out)" if np.isfinite(row["share"]) else "" for row in mine]
         assert row_names(ax) == [f"{row['setting']}{share}" for row, share in zip(mine, shares, strict=True)]
         for place, row in enumerate(mine):
             *_, value, low, high, filled = one(ax, place)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention_recorder
+from benchmarks import attention_recorder, pruning_methods
 
 
 @pytest.mark.parametrize("direction", [[], ["--causal"]])
@@ -15,3 +15,19 @@ def test_the_recorder_benchmark_prints_every_length_and_way(direction: list[str]
     ]
     for line in lines[1:]:
         assert all(float(value) >= 0 for value in line.split()[2:])
+
+
+def test_the_pruning_benchmark_prints_every_method_and_checks_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--layers", "1", "--width", "16", "--heads", "2", "--mlp", "16", "--repeats", "1", "--positions", "16"]
+    pruning_methods.main([*small, "--windows", "2", "--levels", "2", "--batch-size", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines[1:-1]] == [
+        "reference, two passes",
+        "Wanda",
+        "SparseGPT",
+        "sink-aware (SparseGPT)",
+        "sink-aware (Wanda)",
+    ]
+    for line in lines[1:-1]:
+        assert all(float(value) >= 0 for value in line[24:].split())
+    assert lines[-1] == "reference and library remove the same weights: True"

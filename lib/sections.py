@@ -134,7 +134,7 @@ class Compression:
     draws: int = field(metadata=between(1, 4096))
     seeds: int = field(metadata=between(1, 64))
     sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
-    tasks: tuple[str, ...]
+    task_names: tuple[str, ...]
     task_documents: int = field(metadata=between(2, 100000))
     task_draws: int = field(metadata=between(1, 4096))
     extra_models: tuple[str, ...] = ()

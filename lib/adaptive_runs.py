@@ -1,7 +1,7 @@
 """Extensions, measured: masks by phase of denoising at an equal mean, and sparsity by layer at an equal total."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib import allocation, attention, calibration_sets, phases, pruner, pruning_runs
 from lib.calibration import statistics_of
-from lib.calibration_sets import NOISED
+from lib.calibration_sets import GRID_STEPS, NOISED
 from lib.config import InputError
 from lib.methods import Method, Target
 from lib.models import LanguageModel
@@ -65,18 +65,26 @@ def phase_outcomes(
             alike = [torch.full((1 + bench.model.layers[-1].block,), each, dtype=torch.float64) for each in wanted]
             exact = [exact_target(bench.model, one, sparsity=each) for one, each in zip(alike, wanted, strict=True)]
             networks = [pruning_runs.pruned_copy(found, method, target) for target in exact]
-            masks = [{layer.name: layer.module.weight != 0 for layer in each.layers} for each in networks]
+            masks = [{layer.name: (layer.module.weight != 0).cpu() for layer in each.layers} for each in networks]
             stored = phases.stored_bytes(masks, borders=plan.borders, bytes_per_weight=BYTES_PER_WEIGHT)
             cost.setdefault(plan.name, stored)
             joined = phases.phased(bench.model, networks, borders=plan.borders)
             loss = pruning_runs.loss(bench, joined)
+            del joined, networks, masks  # before the next plan's copies exist
             gone = stored.mean_sparsity
             outcomes.append(Outcome(bench.model.name, plan.name, sparsity, "unstructured", seed, gone, loss))
     return outcomes, cost
 
 
 def allocation_outcomes(
-    bench: Bench, method: Method, policies: Sequence[str], *, sparsity: float, seeds: Sequence[int], spread: float
+    bench: Bench,
+    method: Method,
+    policies: Sequence[str],
+    *,
+    sparsity: float,
+    seeds: Sequence[int],
+    spread: float,
+    levels: int = GRID_STEPS,
 ) -> tuple[list[Outcome], dict[str, Float[Tensor, "block"]]]:
     """Measure models whose blocks have different sparsities but lose exactly as many weights in all as with a uniform one.
 
@@ -87,6 +95,7 @@ def allocation_outcomes(
         sparsity: share of all weights to remove.
         seeds: calibration seeds.
         spread: largest distance of a block's sparsity from the mean, before the exact total is restored.
+        levels: noise levels that the variance of sinks is taken over.
 
     Returns:
         Outcomes, and the sparsity of each block by policy (of the first seed).
@@ -95,7 +104,7 @@ def allocation_outcomes(
     for seed in seeds:
         found = Calibrations(bench, seed)
         for policy in policies:
-            by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread)
+            by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread, levels=levels)
             shown.setdefault(policy, by_block)
             target = exact_target(bench.model, by_block, sparsity=sparsity)
             outcomes.append(pruning_runs.measured(found, policy, method, target))
@@ -111,7 +120,9 @@ def exact_target(model: LanguageModel, by_block: Float[Tensor, "block"], *, spar
     return Target(sparsity, removed={layer.name: count for layer, count in zip(model.layers, counts, strict=True)})
 
 
-def block_sparsities(found: Calibrations, policy: str, *, sparsity: float, spread: float) -> Float[Tensor, "block"]:
+def block_sparsities(
+    found: Calibrations, policy: str, *, sparsity: float, spread: float, levels: int = GRID_STEPS
+) -> Float[Tensor, "block"]:
     """Return the sparsity of each block under a policy, its mean weighted by size the one asked for.
 
     Raises:
@@ -130,7 +141,7 @@ def block_sparsities(found: Calibrations, policy: str, *, sparsity: float, sprea
         wanted = allocation.from_scores(outlier_scores(found), spread=spread)
     elif policy in ("sink variance", "sink variance, reversed"):
         sign = 1 if policy.endswith("reversed") else -1  # the highest score is protected: stable sinks, or unstable ones
-        wanted = allocation.from_scores(sign * layer_variance(found), spread=spread)
+        wanted = allocation.from_scores(sign * layer_variance(found, levels=levels), spread=spread)
     else:
         raise InputError(f"a policy must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them")
     return allocation.with_total(wanted, sizes, sparsity=sparsity)
@@ -149,13 +160,17 @@ def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
 
 
 @torch.inference_mode()
-def layer_variance(found: Calibrations) -> Float[Tensor, "block"]:
+def layer_variance(found: Calibrations, *, levels: int = GRID_STEPS) -> Float[Tensor, "block"]:
     """Return how much the attention mass of a token varies over noise levels, by block, averaged over tokens and windows.
+
+    Args:
+        found: calibrations of a diffusion model.
+        levels: noise levels per window.
 
     Source: the variance over t of m_t(i), taken in each layer (the paper sums over layers, section 3.1).
     """
     model = found.bench.model
-    noised = calibration_sets.read(model, found.windows, NOISED, seed=found.seed)
+    noised = calibration_sets.read(model, found.windows, replace(NOISED, levels=levels), seed=found.seed)
     masses = [attention.sink_mass(model, batch.to(model.device)).mean(2).cpu() for batch in noised.flatten(0, 1).split(16)]
     mass = torch.cat(masses, dim=1).unflatten(1, noised.shape[:2])
     return mass.var(2, correction=0).mean((1, 2)).double()

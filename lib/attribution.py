@@ -17,6 +17,7 @@ FACTORS = ("noised text", "sink weights", "one-shot", "sum of norms")
 WEIGHTS = FACTORS.index("sink weights")
 COLUMNS = {"inputs": ("clean", "noised"), "weights": ("off", "on"), "order": ("sequential", "one-shot"), "norm": ("RMS", "sum")}
 Cell = tuple[int, ...]
+ALPHA = 0.05
 WANDA: Cell = (0, 0, 0, 0)
 SINK_AWARE: Cell = (1, 1, 1, 1)
 
@@ -100,3 +101,29 @@ def cell_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
         levels = {column: names[on] for (column, names), on in zip(COLUMNS.items(), cell, strict=True)}
         rows.append({**levels, "loss": loss.estimate, "low": loss.interval[0], "high": loss.interval[1]})
     return pd.DataFrame(rows)
+
+
+def due_to_weights(
+    values: Mapping[Cell, Float[Tensor, "seed window"]], table: pd.DataFrame, *, adjusted: float, seed: int
+) -> str:
+    """Judge the claim that the released gain is due to the sink weights.
+
+    Args:
+        values: quality of every cell.
+        table: from `effects`.
+        adjusted: Holm-adjusted p-value of `weights_beyond_the_rest` in the family of the claims.
+        seed: of the bootstrap.
+
+    Returns:
+        `"reproduced"` when the weights' main effect exceeds those of the other three changes together, is above 0 itself
+        (interval, and p-value adjusted over all effects), and the whole released change gains; `"not reproduced"` when the other
+        three exceed the weights; else `"inconclusive"`, also when there is no gain to attribute.
+    """
+    difference = weights_beyond_the_rest(values, seed=seed)
+    if adjusted >= ALPHA or difference.interval[0] <= 0 <= difference.interval[1]:
+        return "inconclusive"
+    if difference.interval[1] < 0:
+        return "not reproduced"
+    alone = table[table["effect"] == FACTORS[WEIGHTS]].iloc[0]
+    gains = total(values, seed=seed).interval[0] > 0 and alone["low"] > 0 and alone["p_holm"] < ALPHA
+    return "reproduced" if gains else "inconclusive"

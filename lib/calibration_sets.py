@@ -120,7 +120,11 @@ def build(
     if not weighting.over_levels:
         weight = measured_weights.measure(model, samples, weighting, seed=seed, batch_size=batch_size)
         return CalibrationSet(samples, weight)
-    noised = ids if inputs.kind == "noised" else read(model, windows, replace(NOISED, schedule=inputs.schedule), seed=seed)
+    noised = (
+        ids
+        if inputs.kind == "noised"
+        else read(model, windows, replace(NOISED, schedule=inputs.schedule, levels=weighting.levels), seed=seed)
+    )
     weight = measured_weights.measure_over_levels(model, noised, weighting, seed=seed, batch_size=batch_size)
     return CalibrationSet(samples, weight[:, None].expand(ids.shape).flatten(0, 1))
 

@@ -10,9 +10,15 @@ from torch import Tensor
 from lib import claims, paired
 from lib.paired import PairedDifference
 from lib.pruning_runs import Outcome
-from lib.pruning_tables import Results, losses
+from lib.pruning_tables import Results, dense_loss, losses
 
 ALPHA = 0.05
+GAIN_COLUMNS = ("gain", "low", "high", "p", "smallest effect", "seeds", "p (Holm)")
+MCNEMAR_COLUMNS = (
+    "model", "task", "comparison", "difference, points", "low", "high", "only first", "only second", "p", "p (Holm)",
+    "smallest effect, points", "documents",
+)  # fmt: skip
+Condition = tuple[str, float]
 
 
 @dataclass(frozen=True)
@@ -63,32 +69,40 @@ def comparison_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def mcnemar_table(results: Results, pairs: Sequence[tuple[str, str]], *, seed: int) -> pd.DataFrame:
-    """Compare the accuracies of pairs of methods at equal sparsity by exact McNemar tests, Holm-adjusted over all rows.
+def mcnemar_table(results: Results, pairs: Sequence[tuple[Condition, Condition]], *, seed: int) -> pd.DataFrame:
+    """Compare accuracies on the same documents by exact McNemar tests, Holm-adjusted over all rows.
 
     Args:
         results: by (model, method, sparsity, task).
-        pairs: (method, baseline).
+        pairs: ((method, sparsity), (baseline, sparsity)).
         seed: of the bootstrap.
+
+    Returns:
+        One row a (pair, model, task) that was measured on both sides; positive when the first is more accurate.
     """
     found = []
-    for (model, method, sparsity, task), first in results.items():
-        for better, baseline in pairs:
-            second = results.get((model, baseline, sparsity, task))
-            if method == better and second is not None:
-                found.append(
-                    (model, task, f"{better} - {baseline}", sparsity, paired.mcnemar(first.correct, second.correct, seed=seed))
-                )
+    for first, second in pairs:
+        for (model, method, sparsity, task), result in results.items():
+            other = results.get((model, *second, task))
+            if (method, sparsity) == first and other is not None:
+                name = f"{condition_name(first)} - {condition_name(second)}"
+                found.append((model, task, name, paired.mcnemar(result.correct, other.correct, seed=seed)))
     adjusted = paired.holm({index: row[-1].p_value for index, row in enumerate(found)})
-    return pd.DataFrame([
-        {
-            "model": model, "task": task, "comparison": name, "sparsity": sparsity, "difference, points": 100 * test.difference,
-            "low": 100 * test.interval[0], "high": 100 * test.interval[1], "only first": test.only_first,
-            "only second": test.only_second, "p": test.p_value, "p (Holm)": adjusted[index],
-            "smallest effect, points": 100 * test.smallest_effect, "documents": test.n,
-        }
-        for index, (model, task, name, sparsity, test) in enumerate(found)
-    ])  # fmt: skip
+    rows = [
+        (model, task, name, 100 * test.difference, 100 * test.interval[0], 100 * test.interval[1], test.only_first,
+         test.only_second, test.p_value, adjusted[index], 100 * test.smallest_effect, test.n)
+        for index, (model, task, name, test) in enumerate(found)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=pd.Index(MCNEMAR_COLUMNS))
+
+
+def condition_name(condition: Condition) -> str:
+    """Name a method at a sparsity.
+
+    >>> condition_name(("Wanda", 0.5))
+    'Wanda 50 %'
+    """
+    return f"{condition[0]} {100 * condition[1]:g} %"
 
 
 def verdict(result: PairedDifference, *, adjusted: float) -> str:
@@ -117,6 +131,18 @@ def gain_columns(found: Comparison) -> dict[str, object]:
     }  # fmt: skip
 
 
+def adjusted_table(rows: Sequence[Mapping[str, object]], *, first: Sequence[str]) -> pd.DataFrame:
+    """Make a table of rows with a gain each, with p-values adjusted over all of them.
+
+    Args:
+        rows: with `gain_columns`.
+        first: columns that come before; they stand also when there are no rows.
+    """
+    adjusted = paired.holm({index: float(str(row["p"])) for index, row in enumerate(rows)})
+    listed = [{**row, "p (Holm)": adjusted[index]} for index, row in enumerate(rows)]
+    return pd.DataFrame(listed, columns=None if listed else pd.Index([*first, *GAIN_COLUMNS]))
+
+
 def gains_over(outcomes: Sequence[Outcome], *, base: str, sparsity: float, seed: int) -> pd.DataFrame:
     """Tabulate the gain of every method over one of them, model by model, with p-values adjusted over all rows.
 
@@ -132,8 +158,7 @@ def gains_over(outcomes: Sequence[Outcome], *, base: str, sparsity: float, seed:
             pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, base)]
             found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
             rows.append({"model": model, "weighting": method, **gain_columns(found)})
-    adjusted = paired.holm({index: row["p"] for index, row in enumerate(rows)})
-    return pd.DataFrame([{**row, "p (Holm)": adjusted[index]} for index, row in enumerate(rows)])
+    return adjusted_table(rows, first=("model", "weighting"))
 
 
 def gain_by_sparsity(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, model: str, seed: int) -> pd.DataFrame:
@@ -147,40 +172,38 @@ def gain_by_sparsity(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str
         for sparsity in sorted(measured[0] & measured[1]):
             pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, baseline)]
             found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
-            rows.append({"model": model, "pair": f"{method} - {baseline}", "sparsity": sparsity, **gain_columns(found)})
+            lost = float((pair[1] - dense_loss(outcomes, model)).mean())
+            own = {"model": model, "pair": f"{method} - {baseline}", "sparsity": sparsity}
+            rows.append({**own, **gain_columns(found), "gain, % of what the baseline loses": 100 * found.result.estimate / lost})
     return pd.DataFrame(rows)
 
 
-def best_method(outcomes: Sequence[Outcome], *, model: str, sparsity: float) -> str:
-    """Return the method with the lowest mean loss at a sparsity."""
-    measured = dict.fromkeys(o.method for o in outcomes if (o.model, o.sparsity, o.pattern) == (model, sparsity, "unstructured"))
-    return min(measured, key=lambda name: float(losses(outcomes, model=model, method=name, sparsity=sparsity).mean()))
+def best_method(outcomes: Sequence[Outcome], names: Sequence[str], *, model: str, sparsity: float) -> str:
+    """Return the one of some methods with the lowest mean loss at a sparsity, on the same windows that gains are measured on."""
+    return min(names, key=lambda name: float(losses(outcomes, model=model, method=name, sparsity=sparsity).mean()))
 
 
 def extension_table(
-    groups: Mapping[str, Sequence[Outcome]],
+    groups: Mapping[str, tuple[Sequence[Outcome], Float[Tensor, "seed window"]]],
     *,
-    base: Float[Tensor, "seed window"],
-    best: tuple[str, Float[Tensor, "seed window"]],
+    best: tuple[str, Float[Tensor, "best_seed window"]],
     seed: int,
 ) -> pd.DataFrame:
     """Tabulate extensions against the base that they change in one thing, and against the best baseline.
 
     Args:
-        groups: outcomes by extension; each variant with the same calibration seeds as base and best.
-        base: losses of the base.
+        groups: outcomes by extension, and losses of its base; all with the same calibration seeds.
         best: name and losses of the best baseline.
         seed: of the bootstrap.
     """
     rows = []
-    for extension, outcomes in groups.items():
+    for extension, (outcomes, base) in groups.items():
         for model, variant, sparsity in dict.fromkeys((o.model, o.method, o.sparsity) for o in outcomes):
             own = losses(outcomes, model=model, method=variant, sparsity=sparsity)
-            options = {"name": variant, "model": model, "sparsity": sparsity, "seed": seed}
-            over_base = gain_columns(gain(own, base, **options))  # type: ignore[arg-type]
-            over_best = gain(own, best[1], **options).result  # type: ignore[arg-type]
+            over_base = gain_columns(gain(own, base, name=variant, model=model, sparsity=sparsity, seed=seed))
+            over_best = gain(own, best[1], name=variant, model=model, sparsity=sparsity, seed=seed).result
             rows.append({
                 "model": model, "extension": extension, "variant": variant, **over_base, "best baseline": best[0],
                 "gain over best": over_best.estimate, "best, low": over_best.interval[0], "best, high": over_best.interval[1],
             })  # fmt: skip
-    return pd.DataFrame(rows)
+    return adjusted_table(rows, first=("model", "extension", "variant"))

@@ -69,6 +69,7 @@ RELEASE = MappingProxyType({
 METHODS = MappingProxyType({
     "random": Method("random"),
     "magnitude": Method("magnitude", granularity="layer"),
+    "magnitude per row": Method("magnitude"),
     "Wanda": Method("wanda"),
     "SparseGPT": Method("sparsegpt"),
     "AR sink-preserve": Method("wanda", weighting=Weighting("sinks_up")),  # stands for the habit of keeping sinks

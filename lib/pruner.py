@@ -116,6 +116,12 @@ def prune_with_(model: LanguageModel, method: Method, target: Target, found: Seq
         _prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
 
 
+def exact_target(model: LanguageModel, sparsity: float) -> Target:
+    """Return the target that removes round(sparsity x size) weights of every matrix, also where rows cannot lose equally many."""
+    pruning.check_sparsity(sparsity)
+    return Target(sparsity, removed={layer.name: round(sparsity * layer.module.weight.numel()) for layer in model.layers})
+
+
 def _check_reads(method: Method) -> None:
     if not method.needs_calibration:
         raise InputError(f"a method given a calibration must be one that reads it, got {method.importance}: use prune_")

@@ -72,6 +72,17 @@ class Outcome:
     loss: Float[Tensor, "window"] = field(repr=False)
 
 
+def held_out(windows: Int[Tensor, "held_out position"], *, count: int) -> Int[Tensor, "window position"]:
+    """Return the first held-out windows.
+
+    Raises:
+        InputError: there are fewer than asked for.
+    """
+    if not 2 <= count <= len(windows):
+        raise InputError(f"held-out windows must be in [2, {len(windows)}] (those there are), got {count}: lower windows")
+    return windows[:count]
+
+
 def loss(bench: Bench, model: LanguageModel | None = None) -> Float[Tensor, "window"]:
     """Return the loss of a variant of the model (the dense one when None) on the held-out windows, in nats per token."""
     return text_loss(model or bench.model, bench.windows, draws=bench.draws, seed=bench.seed)

@@ -124,7 +124,7 @@ def paper_structured_table(outcomes: Sequence[Outcome], *, model: str, seed: int
     Source: README of the release (paper.md section 1.4); its baseline is not named, ours has the same calibration without
         sink weights.
     """
-    ours = {"Baseline": "DWANDA", "Sink-Aware": "sink-aware (Wanda)"}
+    ours = {"Baseline": "no sink weights", "Sink-Aware": "sink-aware (Wanda)"}
     rows = []
     for row in data.read_rows("paper_structured"):
         ratio, method = float(row["ratio"]), ours[row["method"]]
@@ -168,7 +168,8 @@ def digest_table(outcomes: Sequence[Outcome], results: Results, speeds: Speeds, 
                 result = results.get((model, method, sparsity, task))
                 line[f"{task}, %"] = math.nan if result is None else 100 * sum(result.correct) / len(result.correct)
             line["digest speed-up"] = float(row["speed-up"])
-            line["speed-up, zeros"] = speed.get(("unstructured", sparsity), (1.0,))[0]
-            line["speed-up, smaller"] = speed.get((STRUCTURED, sparsity), (1.0,))[0]
+            for label, pattern in (("zeros", "unstructured"), ("smaller", STRUCTURED)):
+                middle, low, high = speed.get((pattern, sparsity), (1.0, 1.0, 1.0))
+                line |= {f"speed-up, {label}": middle, f"{label}, quartile 1": low, f"{label}, quartile 3": high}
             rows.append(line)
     return pd.DataFrame(rows)

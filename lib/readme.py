@@ -18,6 +18,8 @@ HEADER = ("claim", "source", "model", "estimate [95 % interval]", "n", "profile"
 def readme_block(*, root: Path | None = None) -> str:
     """Write the verdict table and one line a notebook, from the `full` results where they exist, else from `quick`.
 
+    A quick run shows its estimate, never a verdict: it has too few prompts, windows and calibrations for one.
+
     Args:
         root: folder that holds `results/`; the output folder when None.
 
@@ -91,6 +93,8 @@ def _claim_row(claim: dict[str, Any], profile: str) -> tuple[str, ...]:
     estimate = interval_text(claim["estimate"], claim["interval"])
     unit = f" {claim['unit']}" if claim["unit"] and claim["estimate"] is not None else ""
     verdict = f"**{claim['verdict']}**" + (f" ({claim['note']})" if claim["verdict"] == "not tested" else "")
+    if profile == "quick" and claim["verdict"] != "not tested":
+        verdict = "needs `full`"
     return claim["statement"], claim["source"], claim["model"], estimate + unit, str(claim["n"]), profile, verdict
 
 

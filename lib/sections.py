@@ -139,11 +139,6 @@ class Compression:
     task_draws: int = field(metadata=between(1, 4096))
     extra_models: tuple[str, ...] = ()
 
-    @property
-    def calibration_seeds(self) -> range:
-        """Seeds of the calibrations: each draws other windows and other noise."""
-        return range(self.seeds)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PruningBaselines(Compression):
@@ -192,6 +187,14 @@ class SinkAwarePruning(Compression):
                 getattr(self, name) <= self.seeds,
                 f"sink_aware_pruning.{name} must be at most seeds",
                 str(getattr(self, name)),
+                "lower it",
+            )
+        for name in ("layer_spread", "phase_spread"):
+            spread = getattr(self, name)
+            require(
+                2 * spread < min(self.sparsity, 1 - self.sparsity),
+                f"sink_aware_pruning.{name} must be below half of the distance of sparsity from 0 and 1",
+                f"{spread:g} at {self.sparsity:g}",
                 "lower it",
             )
         require(

@@ -36,6 +36,7 @@ class Weighting:
         unit: masses summed over layers and heads, or averaged so that their mean over keys is 1.
         boost: extra weight of a full sink, for `"sinks_up"`.
         averaged: measure on noised text and average over the noise levels of each window, as the release does for SparseGPT.
+        levels: noise levels that weights over several of them are measured on when the calibration itself reads clean text.
     """
 
     kind: Kind = "sinks_down"
@@ -46,6 +47,7 @@ class Weighting:
     unit: Unit = "sum"
     boost: float = 1.0
     averaged: bool = False
+    levels: int = 10
 
     def __post_init__(self) -> None:
         require(
@@ -170,14 +172,15 @@ def control_down(
 
     Args:
         score: sink score; a position counts as a sink above one half.
-        control: `"random"` positions, the `"first"` ones, `"mask"` tokens at random, or the largest activation `"norm"`.
+        control: of those that are no sinks, `"random"` positions, the `"first"` ones, `"mask"` tokens at random, or those of the
+            largest activation `"norm"`.
         input_ids: for `"mask"`.
         mask_token_id: for `"mask"`.
         activation_norm: for `"norm"`.
         generator: CPU generator, for `"random"` and `"mask"`.
 
     Returns:
-        Weights of 0 and 1. Where a sample has fewer mask tokens than sinks, all of them are taken out.
+        Weights of 0 and 1; sinks themselves keep 1. Where a sample has fewer such tokens than sinks, all of them are taken out.
 
     Raises:
         InputError: what the control needs is missing.
@@ -185,8 +188,10 @@ def control_down(
     order = _order(
         score, control, input_ids=input_ids, mask_token_id=mask_token_id, activation_norm=activation_norm, generator=generator
     )
+    is_sink: Bool[Tensor, "sample position"] = score > 0.5
+    order = order.masked_fill(is_sink, float("-inf"))
     rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    chosen: Bool[Tensor, "sample position"] = rank < (score > 0.5).sum(1, keepdim=True)
+    chosen: Bool[Tensor, "sample position"] = rank < is_sink.sum(1, keepdim=True)
     return 1.0 - (chosen & order.isfinite()).to(score.dtype)
 
 

@@ -98,6 +98,12 @@ def _aggregate(found: Calibrations, method: Method) -> Tensor:
     return weight if weight.dim() == 2 else weight.mean(0) if weight.dim() == 3 else weight.mean((0, 2))
 
 
-def rank_correlation(table: pd.DataFrame) -> float:
-    """Return Spearman's correlation of a channel's energy on sinks with its net loss of weights."""
-    return float(spearmanr(table["share"], table["net"]).statistic)  # type: ignore[attr-defined]
+def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Return Spearman's correlation of a channel's energy on sinks with its net loss of weights, by model and role."""
+    rows = []
+    for model in table["model"].unique():
+        for role in table["role"].unique():
+            part = table[(table["model"] == model) & (table["role"] == role)]
+            found = spearmanr(part["share"], part["net"])
+            rows.append({"model": model, "role": role, "rank correlation": float(found.statistic)})  # type: ignore[attr-defined]
+    return pd.DataFrame(rows, columns=pd.Index(["model", "role", "rank correlation"]))

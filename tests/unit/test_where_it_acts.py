@@ -1,0 +1,188 @@
+"""Masks and channels: overlaps by hand, what unrelated masks share, and the energy on sinks from slow loops."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from lib import pruning_runs, where_it_acts
+from lib.calibration_sets import Inputs
+from lib.config import InputError
+from lib.methods import SINKS, Method, Target
+from lib.models import LanguageModel
+from lib.pruning_runs import Bench, Calibrations
+from lib.token_weights import Weighting
+from tests import tiny
+from tests.unit import slow_pruning as slow
+
+LENGTH, HALF = 16, Target(0.5)
+NOISED = Inputs("noised", levels=2)
+SINK_AWARE = Method("wanda", NOISED, replace(SINKS, margin=1.0), sequential=False, aggregate="sum_of_norms")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Calibrations:
+    model = tiny.model(tmp_path_factory.mktemp("model"), causal=False)
+    return Calibrations(Bench(model, tiny.ids(10, LENGTH), tiny.ids(3, LENGTH, seed=1), 4, 1, 0), seed=0)
+
+
+@pytest.fixture(autouse=True)
+def untouched(found: Calibrations) -> Iterator[None]:
+    """Whatever is looked at, the model stays as it is."""
+    before = slow.state_of(found.bench.model)
+    yield
+    assert slow.same_state(found.bench.model, before)
+
+
+def bits(*rows: str) -> Tensor:
+    """A mask, 1 = kept."""
+    return torch.tensor([[character == "1" for character in row] for row in rows])
+
+
+# --- overlap -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        (("0011", "1111"), ("0011", "1111"), 1.0),
+        (("0011",), ("1100",), 0.0),
+        (("0001", "1111"), ("0111", "1101"), 1 / 4),  # removed 3 and 2, one by both
+        (("0111", "1110"), ("0110", "1110"), 2 / 3),  # of what is kept it would be 5/6
+        (("1111",), ("1111",), 1.0),  # nothing removed: nothing differs
+        (("1111",), ("0111",), 0.0),
+    ],
+)
+def test_overlaps_by_hand(first: tuple[str, ...], second: tuple[str, ...], wanted: float) -> None:
+    assert where_it_acts.removed_overlap(bits(*first), bits(*second)) == pytest.approx(wanted)
+    assert where_it_acts.removed_overlap(bits(*second), bits(*first)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.8])
+def test_unrelated_masks_overlap_as_expected(sparsity: float) -> None:
+    """Removed by both: s^2; by either: 2s - s^2."""
+    drawn = torch.rand(2, 200, 1000, generator=torch.Generator().manual_seed(3))
+    count = round(sparsity * 1000)
+    masks = drawn.argsort(2).argsort(2) >= count  # every row loses as many
+    assert where_it_acts.removed_overlap(masks[0], masks[1]) == pytest.approx(where_it_acts.expected_overlap(sparsity), abs=0.005)
+
+
+@given(st.floats(0, 0.999))
+def test_the_expected_overlap_rises_from_nothing_to_all(sparsity: float) -> None:
+    expected = where_it_acts.expected_overlap(sparsity)
+    assert expected == pytest.approx(sparsity**2 / (2 * sparsity - sparsity**2) if sparsity else 0.0)
+    assert 0 <= expected <= sparsity
+
+
+def test_masks_are_those_of_the_pruned_model(found: Calibrations) -> None:
+    masks = where_it_acts.keep_masks(found, SINK_AWARE, Target(0.25))
+    small = pruning_runs.pruned_copy(found, SINK_AWARE, Target(0.25))
+    assert list(masks) == [layer.name for layer in found.bench.model.layers]
+    for layer in small.layers:
+        assert torch.equal(masks[layer.name], layer.module.weight != 0)
+        assert (masks[layer.name].sum(1) == 0.75 * masks[layer.name].shape[1]).all()
+
+
+def test_overlaps_stand_in_the_row_of_their_matrix(found: Calibrations) -> None:
+    layers = found.bench.model.layers
+    ones = {layer.name: torch.ones(2, 50, dtype=torch.bool) for layer in layers}
+    first, second = ({name: mask.clone() for name, mask in ones.items()} for _ in range(2))
+    for index, layer in enumerate(layers):  # the second removes more and more beside what the first removes
+        first[layer.name][0, 0] = False
+        second[layer.name][0, : index + 1] = False
+    table = where_it_acts.overlap_table(found, first, second)
+    roles = ["q", "k", "v", "o", "gate", "up", "down"]
+    assert table["layer"].tolist() == [0] * 7 + [1] * 7 and table["role"].tolist() == roles * 2
+    assert table["jaccard"].tolist() == pytest.approx([1 / (index + 1) for index in range(14)])
+
+
+# --- channels ------------------------------------------------------------------------------------------------------------
+
+
+def slow_shares(found: Calibrations, on_sinks: Tensor) -> dict[str, Tensor]:
+    """Energy of each channel on the marked tokens over all of its energy, from what transformers' own pass hands the layers."""
+    inputs = slow.captured(found.bench.model, found.set_of(SINK_AWARE).input_ids)
+    return {
+        name: (values.square() * on_sinks[:, :, None]).sum((0, 1)) / values.square().sum((0, 1))
+        for name, values in inputs.items()
+    }
+
+
+def test_the_share_of_a_channel_is_its_energy_on_sinks_over_all_its_energy(found: Calibrations) -> None:
+    ids = found.set_of(SINK_AWARE).input_ids
+    assert found.bench.model.mask_token_id in ids
+    on_sinks = slow.sink_weights(found.bench.model, ids, num_std=1.0, alpha=SINKS.alpha or 1.0) < 0.5
+    assert 0.02 < float(on_sinks.double().mean()) < 0.4
+    table = where_it_acts.channel_table(found, SINK_AWARE, HALF)
+    shares = slow_shares(found, on_sinks)
+    for layer in found.bench.model.layers:
+        rows = table[(table["layer"] == layer.block) & (table["role"] == layer.role)]
+        assert rows["channel"].tolist() == list(range(layer.module.in_features))
+        assert rows["share"].tolist() == pytest.approx(shares[layer.name].tolist(), rel=1e-4, abs=1e-7)
+    everything = table["share"].tolist()
+    assert min(everything) >= 0 and max(everything) <= 1 and max(everything) - min(everything) > 0.1
+
+
+@pytest.mark.parametrize("level", ["layer", "head"])
+def test_weights_by_layer_and_head_are_averaged_before_a_token_counts_as_a_sink(found: Calibrations, level: Any) -> None:
+    weighting = Weighting(level=level, margin=1.0, unit="mean_one", alpha=None)
+    method = replace(SINK_AWARE, weighting=weighting)
+    masses = slow.masses(found.bench.model, found.set_of(method).input_ids)  # [layer, sample, head, position]
+    masses = masses.mean(2, keepdim=True) if level == "layer" else masses
+    above = masses > masses.mean(-1, keepdim=True) + masses.std(-1, correction=0, keepdim=True)
+    share = above.double().mean((0, 2))
+    assert ((share > 0) & (share <= 0.5)).any() and (share > 0.5).any()  # any, most: not the same
+    shares = slow_shares(found, share > 0.5)
+    table = where_it_acts.channel_table(found, method, HALF)
+    for layer in found.bench.model.layers:
+        rows = table[(table["layer"] == layer.block) & (table["role"] == layer.role)]
+        assert rows["share"].tolist() == pytest.approx(shares[layer.name].tolist(), rel=1e-4, abs=1e-7)
+
+
+def test_weights_gone_and_back_are_counted_channel_by_channel(found: Calibrations) -> None:
+    plain, weighted = (
+        {layer.name: layer.module.weight == 0 for layer in pruning_runs.pruned_copy(found, method, HALF).layers}
+        for method in (replace(SINK_AWARE, weighting=None), SINK_AWARE)
+    )
+    table = where_it_acts.channel_table(found, SINK_AWARE, HALF)
+    for layer in found.bench.model.layers:
+        rows = table[(table["layer"] == layer.block) & (table["role"] == layer.role)]
+        before, after = plain[layer.name].tolist(), weighted[layer.name].tolist()
+        found_gone, found_back, found_net = (rows[name].tolist() for name in ("gone", "back", "net"))
+        for channel in range(layer.module.in_features):
+            column = [(one[channel], other[channel]) for one, other in zip(before, after, strict=True)]
+            gone, back = (100 * column.count(pair) / len(column) for pair in ((False, True), (True, False)))
+            assert (found_gone[channel], found_back[channel]) == pytest.approx((gone, back), abs=1e-4)
+            assert found_net[channel] == pytest.approx(gone - back, abs=1e-4)
+        assert sum(found_net) == pytest.approx(0.0, abs=1e-3) and sum(found_gone) > 0  # a row loses as many as before
+    assert where_it_acts.rank_correlation(table) > 0.2  # what reads sinks goes
+
+
+def test_the_correlation_is_that_of_ranks() -> None:
+    table = pd.DataFrame({"share": [0.1, 0.2, 0.3, 0.9], "net": [-5.0, -1.0, -2.0, 50.0]})
+    assert where_it_acts.rank_correlation(table) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15); Pearson's would be 0.98
+    assert where_it_acts.rank_correlation(table.assign(net=-table["net"])) == pytest.approx(-0.8)
+    drawn = pd.DataFrame(torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).T.numpy(), columns=["share", "net"])
+    assert where_it_acts.rank_correlation(drawn) == pytest.approx(spearmanr(drawn["share"], drawn["net"])[0])
+
+
+@pytest.mark.parametrize("weighting", [None, Weighting("sinks_up"), Weighting("random"), Weighting("variance")])
+def test_channels_of_a_method_without_sink_weights_are_refused(found: Calibrations, weighting: Weighting | None) -> None:
+    with pytest.raises(InputError, match="channels must be compared for a method with sink weights, got none: give it a weight"):
+        where_it_acts.channel_table(found, replace(SINK_AWARE, weighting=weighting), HALF)
+
+
+def test_a_twin_is_looked_at_on_clean_text(tmp_path: Path) -> None:
+    model: LanguageModel = tiny.model(tmp_path, causal=True)
+    found = Calibrations(Bench(model, tiny.ids(6, LENGTH), tiny.ids(2, LENGTH), 3, 1, 0), seed=1)
+    table = where_it_acts.channel_table(found, replace(SINK_AWARE, inputs=Inputs()), HALF)
+    assert len(table) == sum(layer.module.in_features for layer in model.layers)
+    assert 0 < max(table["share"].tolist()) <= 1 + 1e-6

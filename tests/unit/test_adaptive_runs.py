@@ -173,10 +173,10 @@ def test_outliers_are_counted_in_every_matrix_on_clean_text(bench: Bench, monkey
     assert policy(bench, "OWL") == pytest.approx(shifted(ranked(wanted, SPREAD), block_sizes(bench.model), 0.45), abs=5e-3)
 
 
-def slow_layer_variance(found: Calibrations) -> list[float]:
+def slow_layer_variance(found: Calibrations, levels: int = 10) -> list[float]:
     """Variance over noise levels of each token's mass (mean over heads), averaged over tokens and windows, from eager maps."""
-    noised = calibration_sets.read(found.bench.model, found.windows, NOISED, seed=found.seed)
-    by_window = [slow.masses(found.bench.model, levels).mean(2) for levels in noised]  # [layer, level, position]
+    noised = calibration_sets.read(found.bench.model, found.windows, Inputs("noised", levels=levels), seed=found.seed)
+    by_window = [slow.masses(found.bench.model, window).mean(2) for window in noised]  # [layer, level, position]
     result = []
     for block in range(BLOCKS):
         values = []
@@ -194,8 +194,12 @@ def test_blocks_with_stable_sinks_are_pruned_less_or_more(uneven: Bench) -> None
     variance = slow_layer_variance(found)
     assert len(found.windows) * NOISED.levels == 30  # read 16 at a time: the levels of a window lie in two parts
     assert adaptive_runs.layer_variance(found).tolist() == pytest.approx(variance, rel=1e-4)
+    assert adaptive_runs.layer_variance(found, levels=3).tolist() == pytest.approx(slow_layer_variance(found, 3), rel=1e-4)
     stable = ranked([-value for value in variance], SPREAD)
     assert policy(uneven, "sink variance") == pytest.approx(shifted(stable, block_sizes(uneven.model), 0.45), abs=1e-4)
+    few = ranked([-value for value in slow_layer_variance(found, 3)], SPREAD)
+    assert policy(uneven, "sink variance", levels=3) == pytest.approx(shifted(few, block_sizes(uneven.model), 0.45), abs=1e-4)
+    assert few != pytest.approx(stable, abs=1e-3)
     unstable = ranked(variance, SPREAD)
     assert policy(uneven, "sink variance, reversed") == pytest.approx(
         shifted(unstable, block_sizes(uneven.model), 0.45), abs=1e-4

@@ -180,3 +180,46 @@ def test_the_table_of_cells_shows_losses_and_levels() -> None:
         low, loss, high = float(row["low"]), float(row["loss"]), float(row["high"])
         assert loss == pytest.approx(float(mean)) and low < loss < high
     assert all(loss > 0 for loss in table["loss"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("effects", "adjusted", "wanted"),
+    [
+        ({(1,): 0.5, (0,): 0.1}, 0.01, "reproduced"),
+        ({(1,): 0.5, (0,): 0.1}, 0.05, "inconclusive"),  # not adjusted for how much is claimed
+        ({(1,): 0.5, (0,): 0.3, (2,): 0.3}, 0.01, "not reproduced"),  # the weights gain most, the others together more
+        ({(1,): 0.0, (0,): 0.4}, 0.01, "not reproduced"),
+        ({(1,): -0.1, (0,): -0.6}, 0.01, "inconclusive"),  # the weights harm least: nothing to attribute
+        ({(1,): 0.1, (0,): -0.6}, 0.01, "inconclusive"),  # the weights gain, the whole change loses
+        ({(1,): -0.1, (0,): -0.6, (0, 1, 2): 2.0}, 0.01, "inconclusive"),  # the whole gains, the weights do not
+        ({(1,): 0.3, (0,): 0.1, (3,): 0.2}, 0.01, "inconclusive"),  # as much as the others together
+        ({(1,): 0.5, (0, 1, 2): -0.8}, 0.01, "inconclusive"),  # a main effect that does not make the whole a gain
+    ],
+)
+def test_a_gain_is_due_to_the_weights_when_there_is_one_and_they_outweigh_the_rest(
+    effects: Mapping[Subset, float], adjusted: float, wanted: str
+) -> None:
+    values = {
+        cell: value + 0.02 * noise(2, 14, seed=40 + index)
+        for index, (cell, value) in enumerate(planted(effects, windows=14).items())
+    }
+    table = attribution.effects(values, seed=0)
+    assert attribution.due_to_weights(values, table, adjusted=adjusted, seed=0) == wanted
+
+
+def test_the_weights_own_effect_must_hold_against_all_fifteen() -> None:
+    """Its interval is above 0, but not its p-value once it is one of fifteen effects."""
+    values = {
+        cell: value + 0.02 * noise(2, 14, seed=40 + index)
+        for index, (cell, value) in enumerate(planted({(1,): 0.5}, windows=14).items())
+    }
+    table = attribution.effects(values, seed=0)
+    is_weights = table["effect"] == "sink weights"
+    for changes in ({"p_holm": 0.05}, {"low": -0.01}, {"low": 0.0}):
+        changed = table.copy()
+        for name, value in changes.items():
+            changed.loc[is_weights, name] = value
+        assert attribution.due_to_weights(values, changed, adjusted=0.01, seed=0) == "inconclusive"
+    others = table.copy()
+    others.loc[~is_weights, ["p_holm", "low"]] = [1.0, -1.0]
+    assert attribution.due_to_weights(values, others, adjusted=0.01, seed=0) == "reproduced"

@@ -152,10 +152,14 @@ def test_a_method_that_was_not_measured_at_this_sparsity_is_named() -> None:
 
 
 def test_gains_by_sparsity_are_those_that_both_were_measured_at() -> None:
-    """In rising order; not structured ones, and not those of the other model."""
-    values = {(method, s): losses(s * shift, draw=i) for i, (method, shift) in enumerate([("new", -0.2), ("old", 0.5)])
-              for s in (0.7, 0.3)}  # fmt: skip
+    """In rising order; not structured ones, and not those of the other model. The share is of what the baseline loses."""
+    values = {
+        (method, s): losses(s * shift, draw=i)
+        for i, (method, shift) in enumerate([("new", 0.3), ("old", 0.5)])
+        for s in (0.7, 0.3)
+    }
     measured = [one for (method, s), loss in values.items() for one in outcomes(method, loss, sparsity=s)]
+    measured += outcomes("dense", BASE[None], sparsity=0.0) + outcomes("dense", BASE[None] - 9.0, sparsity=0.0, model="n")
     measured += outcomes("new", losses(0.0), sparsity=0.9) + outcomes("old", losses(0.0), sparsity=0.1)
     measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.5, pattern="2:4")]
     measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.6, model="n")]
@@ -166,49 +170,63 @@ def test_gains_by_sparsity_are_those_that_both_were_measured_at() -> None:
         method, baseline = row["pair"].split(" - ")
         pair = values[baseline, row["sparsity"]], values[method, row["sparsity"]]
         assert same_row(row, paired_difference(*pair, seed=1)) and row["gain"] == pytest.approx(mean_gain(*pair))
-    assert table["gain"].tolist() == pytest.approx([0.21, 0.49, -0.21, -0.49], abs=0.05)
+        share = 100 * row["gain"] / mean_gain(pair[0], BASE[None])
+        assert row["gain, % of what the baseline loses"] == pytest.approx(share)
+    assert table["gain"].tolist() == pytest.approx([0.06, 0.14, -0.06, -0.14], abs=0.03)
+    assert table["gain, % of what the baseline loses"].tolist()[1] == pytest.approx(40.0, abs=8)
 
 
 def test_the_best_method_has_the_lowest_mean_over_seeds_and_windows() -> None:
-    """A lower loss on most windows, with one seed, in another pattern, model or sparsity does not count."""
+    """A lower loss on most windows, in another pattern, model or sparsity does not count, nor a method that is not asked for."""
     steady, lucky = losses(0.0, spread=0.0), losses(-0.1, spread=0.0)
     lucky[1, :3] += 2.0  # better on 21 of 24, worse on average
     measured = outcomes("lucky", lucky) + outcomes("steady", steady) + outcomes("bad", losses(0.5))
-    measured += outcomes("cut", losses(-1.0), pattern="structured") + outcomes("mild", losses(-1.0), sparsity=0.3)
-    measured += outcomes("bad", losses(-1.0), model="n")
-    assert gain_tables.best_method(measured, model="m", sparsity=0.5) == "steady"
-    assert gain_tables.best_method(measured, model="n", sparsity=0.5) == "bad"
+    measured += outcomes("bad", losses(-1.0), pattern="structured") + outcomes("lucky", losses(-1.0), sparsity=0.3)
+    measured += outcomes("bad", losses(-1.0), model="n") + outcomes("steady", losses(0.0), model="n")
+    measured += outcomes("ours", losses(-2.0))
+    names = ("lucky", "steady", "bad")
+    assert gain_tables.best_method(measured, names, model="m", sparsity=0.5) == "steady"
+    assert gain_tables.best_method(measured, names[1:], model="n", sparsity=0.5) == "bad"
 
 
-def test_extensions_stand_beside_their_base_and_the_best_baseline() -> None:
-    base, best = losses(0.0, draw=1), losses(-0.5, draw=2)
-    values = {"early": losses(-0.2, draw=3), "late": losses(0.1, draw=4), "by head": losses(-0.6, draw=5)}
+def test_extensions_stand_beside_their_own_base_and_the_best_baseline() -> None:
+    bases, best = {"B": losses(0.0, draw=1), "A": losses(1.0, draw=6)}, losses(-0.5, draw=2)
+    values = {"early": losses(-0.2, draw=3), "late": losses(0.01, draw=4), "by head": losses(-0.6, draw=5)}
     groups = {
-        "B": outcomes("early", values["early"]) + outcomes("late", values["late"]),
-        "A": outcomes("by head", values["by head"]),
+        "B": ([*outcomes("early", values["early"]), *outcomes("late", values["late"])], bases["B"]),
+        "A": (outcomes("by head", values["by head"]), bases["A"]),
     }
-    table = gain_tables.extension_table(groups, base=base, best=("SparseGPT", best), seed=2)
+    table = gain_tables.extension_table(groups, best=("SparseGPT", best), seed=2)
     keys = [("B", "early"), ("B", "late"), ("A", "by head")]
     assert list(zip(table["extension"], table["variant"], strict=True)) == keys
     assert set(table["best baseline"]) == {"SparseGPT"} and set(table["model"]) == {"m"}
     for row in table.to_dict("records"):
-        own = values[row["variant"]]
+        own, base = values[row["variant"]], bases[row["extension"]]
         over_best = paired_difference(best, own, seed=2)
         assert same_row(row, paired_difference(base, own, seed=2)) and row["gain"] == pytest.approx(mean_gain(base, own))
         assert (row["gain over best"], row["best, low"], row["best, high"]) == (over_best.estimate, *over_best.interval)
         assert row["gain over best"] == pytest.approx(mean_gain(best, own))
-    assert table["gain"].tolist() == pytest.approx([0.2, -0.1, 0.6], abs=0.05)
-    assert table["gain over best"].tolist() == pytest.approx([-0.3, -0.6, 0.1], abs=0.05)
+    assert table["gain"].tolist() == pytest.approx([0.2, -0.01, 1.6], abs=0.05)
+    assert table["gain over best"].tolist() == pytest.approx([-0.3, -0.51, 0.1], abs=0.05)
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+    assert table["p (Holm)"].tolist() != table["p"].tolist()
 
 
 def test_an_extension_with_other_seeds_than_its_base_is_refused() -> None:
     with pytest.raises(InputError, match="the same units and the same seeds"):
-        gain_tables.extension_table({"A": outcomes("x", losses(0.0, seeds=3))}, base=losses(0.0), best=("b", losses(0.0)), seed=0)
+        gain_tables.extension_table(
+            {"A": (outcomes("x", losses(0.0, seeds=3)), losses(0.0))}, best=("b", losses(0.0, seeds=3)), seed=0
+        )
 
 
-def test_nothing_measured_makes_empty_tables() -> None:
-    assert gain_tables.comparison_table([]).empty and gain_tables.mcnemar_table({}, [("a", "b")], seed=0).empty
-    assert gain_tables.gain_by_sparsity([], [("a", "b")], model="m", seed=0).empty
+def test_nothing_measured_makes_empty_tables_with_their_columns() -> None:
+    assert gain_tables.comparison_table([]).empty and gain_tables.gain_by_sparsity([], [("a", "b")], model="m", seed=0).empty
+    for table, some in (
+        (gain_tables.mcnemar_table({}, [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "documents"}),
+        (gain_tables.gains_over([], base="b", sparsity=0.5, seed=0), {"model", "weighting", "gain", "p (Holm)"}),
+        (gain_tables.extension_table({}, best=("b", losses(0.0)), seed=0), {"model", "extension", "variant", "gain", "p (Holm)"}),
+    ):
+        assert table.empty and some <= set(table.columns)
 
 
 # --- accuracies ----------------------------------------------------------------------------------------------------------
@@ -226,19 +244,20 @@ def test_accuracies_are_compared_document_by_document() -> None:
         ("m", "new", 0.5, "t1"): answers("1111000011110000"), ("m", "old", 0.5, "t1"): answers("0000111111110000"),
         ("m", "new", 0.5, "t2"): answers("1111111111110000"), ("m", "old", 0.5, "t2"): answers("0000000010001111"),
         ("m", "new", 0.3, "t1"): answers("1" * 16), ("n", "old", 0.3, "t1"): answers("0" * 16),  # nothing to pair with
-        ("m", "third", 0.5, "t1"): answers("1111111111111111"),
+        ("m", "third", 0.5, "t1"): answers("1111111111111111"), ("m", "old", 0.3, "t2"): answers("1111111111110011"),
     }  # fmt: skip
-    table = gain_tables.mcnemar_table(results, [("new", "old"), ("third", "old")], seed=3)
-    keys = [("t1", "new - old", 0.5), ("t2", "new - old", 0.5), ("t1", "third - old", 0.5)]
-    assert list(zip(table["task"], table["comparison"], table["sparsity"], strict=True)) == keys and set(table["model"]) == {"m"}
-    assert table["only first"].tolist() == [4, 11, 8] and table["only second"].tolist() == [4, 4, 0]
-    assert table["difference, points"].tolist() == pytest.approx([0.0, 100 * 7 / 16, 50.0])
-    assert table["p"].tolist() == pytest.approx([binomtest(a, a + b).pvalue for a, b in ((4, 4), (11, 4), (8, 0))])
+    new, old, mild = ("new", 0.5), ("old", 0.5), ("old", 0.3)
+    table = gain_tables.mcnemar_table(results, [(new, old), (("third", 0.5), old), (new, mild), (("new", 0.3), mild)], seed=3)
+    names = ["new 50 % - old 50 %"] * 2 + ["third 50 % - old 50 %", "new 50 % - old 30 %"]
+    assert list(zip(table["task"], table["comparison"], strict=True)) == list(zip(["t1", "t2", "t1", "t2"], names, strict=True))
+    assert set(table["model"]) == {"m"} and table["documents"].tolist() == [16] * 4
+    assert table["only first"].tolist() == [4, 11, 8, 0] and table["only second"].tolist() == [4, 4, 0, 2]
+    assert table["difference, points"].tolist() == pytest.approx([0.0, 100 * 7 / 16, 50.0, -12.5])
+    assert table["p"].tolist() == pytest.approx([binomtest(a, a + b).pvalue for a, b in ((4, 4), (11, 4), (8, 0), (0, 2))])
     assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
-    assert table["p (Holm)"].tolist()[2] == pytest.approx(3 * table["p"].tolist()[2])
-    assert table["documents"].tolist() == [16] * 3
-    for row, (first, second) in zip(table.to_dict("records"), (("new", "t1"), ("new", "t2")), strict=False):
-        test = mcnemar(results["m", first, 0.5, second].correct, results["m", "old", 0.5, second].correct, seed=3)
+    assert table["p (Holm)"].tolist()[2] == pytest.approx(4 * table["p"].tolist()[2])
+    for row, task in zip(table.to_dict("records"), ("t1", "t2"), strict=False):
+        test = mcnemar(results["m", "new", 0.5, task].correct, results["m", "old", 0.5, task].correct, seed=3)
         assert (row["low"], row["high"]) == tuple(100 * end for end in test.interval)
         assert row["smallest effect, points"] == 100 * test.smallest_effect and math.isfinite(test.smallest_effect)
 
@@ -246,7 +265,7 @@ def test_accuracies_are_compared_document_by_document() -> None:
 def test_answers_to_other_documents_are_refused() -> None:
     results = {("m", "new", 0.5, "t"): answers("1100"), ("m", "old", 0.5, "t"): answers("110")}
     with pytest.raises(InputError, match="score both models on the same documents"):
-        gain_tables.mcnemar_table(results, [("new", "old")], seed=0)
+        gain_tables.mcnemar_table(results, [(("new", 0.5), ("old", 0.5))], seed=0)
 
 
 def test_tables_are_frames() -> None:

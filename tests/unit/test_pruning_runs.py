@@ -302,6 +302,19 @@ def test_stacking_nothing_is_refused() -> None:
         pruning_runs.stack([])
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_first_windows_are_held_out(count: int) -> None:
+    windows = tiny.ids(5, LENGTH)
+    assert torch.equal(pruning_runs.held_out(windows, count=count), windows[:count])
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1, 6])
+def test_too_few_or_too_many_held_out_windows_are_refused(count: int) -> None:
+    message = rf"held-out windows must be in \[2, 5\] \(those there are\), got {count}: lower windows"
+    with pytest.raises(InputError, match=message):
+        pruning_runs.held_out(tiny.ids(5, LENGTH), count=count)
+
+
 # --- smaller models ------------------------------------------------------------------------------------------------------
 
 

@@ -211,7 +211,9 @@ def test_the_authors_llada_table_stands_beside_ours() -> None:
 
 def test_the_authors_structured_table_stands_beside_ours_with_nothing_where_nothing_was_measured() -> None:
     """The baseline is the same calibration without weights; losses of the same names but unstructured do not count."""
-    found = dense() + outcomes("DWANDA", 0.4, pattern=STRUCTURED, draw=1) + outcomes("DWANDA", 0.9, sparsity=0.3)
+    found = (
+        dense() + outcomes("no sink weights", 0.4, pattern=STRUCTURED, draw=1) + outcomes("no sink weights", 0.9, sparsity=0.3)
+    )
     found += outcomes("sink-aware (Wanda)", 0.2, pattern=STRUCTURED, sparsity=0.3, draw=2)
     found += outcomes("sink-aware (Wanda)", 0.6, model="n", pattern=STRUCTURED)
     table = pruning_tables.paper_structured_table(found, model="m", seed=3)
@@ -224,12 +226,12 @@ def test_the_authors_structured_table_stands_beside_ours_with_nothing_where_noth
     assert [(row["ratio"], row["method"]) for row in table.to_dict("records")] == list(STRUCTURED_ROWS)
     for row in table.to_dict("records"):
         assert paper_columns(row) == STRUCTURED_ROWS[row["ratio"], row["method"]]
-        assert row["our method"] == {"Baseline": "DWANDA", "Sink-Aware": "sink-aware (Wanda)"}[row["method"]]
+        assert row["our method"] == {"Baseline": "no sink weights", "Sink-Aware": "sink-aware (Wanda)"}[row["method"]]
     ours = ["our loss", "our increase", "low", "high"]
     assert [[math.isnan(row[name]) for name in ours] for row in table.to_dict("records")] == [
         [one] * 4 for one in (True, False, False, True)
     ]
-    for index, method, ratio, shift in ((1, "sink-aware (Wanda)", 0.3, 0.2), (2, "DWANDA", 0.5, 0.4)):
+    for index, method, ratio, shift in ((1, "sink-aware (Wanda)", 0.3, 0.2), (2, "no sink weights", 0.5, 0.4)):
         row = table.iloc[index]
         mine = [
             one.loss for one in found if (one.model, one.method, one.sparsity, one.pattern) == ("m", method, ratio, STRUCTURED)
@@ -250,7 +252,7 @@ def test_the_digest_is_regenerated_model_by_model() -> None:
     speeds = {
         "m": {("unstructured", 0.3): (1.1, 1.0, 1.2), ("unstructured", 0.5): (1.2, 0.9, 1.3), (STRUCTURED, 0.3): (1.5, 1.4, 1.6),
               (STRUCTURED, 0.5): (1.9, 1.8, 2.0)},
-        "n": {("unstructured", 0.3): (0.7, 0.6, 0.8), ("unstructured", 0.5): (0.8, 0.6, 0.8), (STRUCTURED, 0.3): (2.1, 2.0, 2.2),
+        "n": {("unstructured", 0.3): (0.7, 0.6, 0.8), ("unstructured", 0.5): (0.8, 0.6, 0.9), (STRUCTURED, 0.3): (2.1, 2.0, 2.2),
               (STRUCTURED, 0.5): (2.2, 2.0, 2.4)},
     }  # fmt: skip
     table = pruning_tables.digest_table(found, results, speeds, seed=6)
@@ -259,6 +261,10 @@ def test_the_digest_is_regenerated_model_by_model() -> None:
     assert table["model"].tolist() == ["m"] * 6 + ["n"] * 6
     assert table["speed-up, zeros"].tolist() == [1.0, 1.1, 1.1, 1.1, 1.1, 1.2, 1.0, 0.7, 0.7, 0.7, 0.7, 0.8]
     assert table["speed-up, smaller"].tolist() == [1.0, 1.5, 1.5, 1.5, 1.5, 1.9, 1.0, 2.1, 2.1, 2.1, 2.1, 2.2]
+    quartiles = [f"{kind}, quartile {number}" for kind in ("zeros", "smaller") for number in (1, 3)]
+    assert [tuple(row) for row in table[quartiles].to_numpy()[[0, 3, 5, 11]]] == [
+        (1.0, 1.0, 1.0, 1.0), (1.0, 1.2, 1.4, 1.6), (0.9, 1.3, 1.8, 2.0), (0.6, 0.9, 2.0, 2.4),
+    ]  # fmt: skip
     for index, row in enumerate(table.to_dict("records")):
         model, base = row["model"], BASE + (4.0 if index > 5 else 0.0)
         key = (model, row["method"], DIGEST[index % 6][1] / 100, "unstructured")

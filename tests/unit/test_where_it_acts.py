@@ -163,15 +163,24 @@ def test_weights_gone_and_back_are_counted_channel_by_channel(found: Calibration
             assert (found_gone[channel], found_back[channel]) == pytest.approx((gone, back), abs=1e-4)
             assert found_net[channel] == pytest.approx(gone - back, abs=1e-4)
         assert sum(found_net) == pytest.approx(0.0, abs=1e-3) and sum(found_gone) > 0  # a row loses as many as before
-    assert where_it_acts.rank_correlation(table) > 0.2  # what reads sinks goes
+    by_role = where_it_acts.rank_correlations(table.assign(model="m"))["rank correlation"].tolist()
+    assert len(by_role) == 7 and sum(by_role) / 7 > 0.2  # what reads sinks goes
 
 
-def test_the_correlation_is_that_of_ranks() -> None:
-    table = pd.DataFrame({"share": [0.1, 0.2, 0.3, 0.9], "net": [-5.0, -1.0, -2.0, 50.0]})
-    assert where_it_acts.rank_correlation(table) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15); Pearson's would be 0.98
-    assert where_it_acts.rank_correlation(table.assign(net=-table["net"])) == pytest.approx(-0.8)
+def test_correlations_are_those_of_ranks_in_each_model_and_role() -> None:
+    """1 - 6 x 2 / (4 x 15) by hand, where Pearson's would be 0.98; pooled over roles or models it would be something else."""
+    shares, nets = [0.1, 0.2, 0.3, 0.9], [-5.0, -1.0, -2.0, 50.0]
+    parts = [
+        pd.DataFrame({"model": model, "role": role, "share": [at + share for share in shares], "net": [sign * n for n in nets]})
+        for model, role, at, sign in (("m", "q", 0.0, 1), ("m", "o", 2.0, -1), ("n", "q", 4.0, -1), ("n", "o", 6.0, 1))
+    ]
+    parts[3]["net"] = [1.0, 2.0, 3.0, 4.0]
+    table = where_it_acts.rank_correlations(pd.concat(parts))
+    assert list(zip(table["model"], table["role"], strict=True)) == [("m", "q"), ("m", "o"), ("n", "q"), ("n", "o")]
+    assert table["rank correlation"].tolist() == pytest.approx([0.8, -0.8, -0.8, 1.0])
     drawn = pd.DataFrame(torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).T.numpy(), columns=["share", "net"])
-    assert where_it_acts.rank_correlation(drawn) == pytest.approx(spearmanr(drawn["share"], drawn["net"])[0])
+    found = where_it_acts.rank_correlations(drawn.assign(model="m", role="q"))["rank correlation"].tolist()
+    assert found == pytest.approx([spearmanr(drawn["share"], drawn["net"])[0]])
 
 
 @pytest.mark.parametrize("weighting", [None, Weighting("sinks_up"), Weighting("random"), Weighting("variance")])

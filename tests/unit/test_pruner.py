@@ -380,7 +380,11 @@ def test_the_methods_that_are_compared_are_those_of_the_release_with_exact_count
     names = {"Wanda": "wanda", "SparseGPT": "sparsegpt", "magnitude": "magnitude"}
     names |= {"sink-aware (Wanda)": "sink_wanda", "sink-aware (SparseGPT)": "sink_sparsegpt"}
     assert {shown: METHODS[shown] for shown in names} == {shown: exact[name] for shown, name in names.items()}
-    assert [name for name, method in METHODS.items() if not method.needs_calibration] == ["random", "magnitude"]
+    assert [name for name, method in METHODS.items() if not method.needs_calibration] == [
+        "random",
+        "magnitude",
+        "magnitude per row",
+    ]
     assert replace(METHODS["DWANDA"], inputs=Inputs()) == METHODS["Wanda"]
     assert replace(METHODS["AR sink-preserve"], weighting=None) == METHODS["Wanda"]
 

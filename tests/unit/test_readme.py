@@ -23,7 +23,7 @@ def test_block_lists_claims_and_notebooks(path: Path) -> None:
     assert readme.readme_block().splitlines() == [
         "| claim | source | model | estimate [95 % interval] | n | profile | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| Sinks move. | paper, abstract | dlm | 2.00 [1.50, 2.50] positions | 8 | quick | **reproduced** |",
+        "| Sinks move. | paper, abstract | dlm | 2.00 [1.50, 2.50] positions | 8 | quick | needs `full` |",
         "| Sinks move. | paper, abstract | smollm2 | - | 0 | quick | **not tested** (no file) |",
         "",
         "- [Notebook 01](notebooks/01_sink_traces.ipynb), Do sinks move? (quick: 1 table, 2 figures, 2 claims; "
@@ -41,7 +41,7 @@ def test_update_replaces_only_the_block_and_notices_staleness(path: Path) -> Non
     assert readme.is_current(path)
     assert not readme.update_readme(path)
     assert path.read_text() == text
-    path.write_text(text.replace("**reproduced**", "**not reproduced**"))
+    path.write_text(text.replace("needs `full`", "**reproduced**"))
     assert not readme.is_current(path)
 
 

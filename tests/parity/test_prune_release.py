@@ -11,6 +11,7 @@ from torch import Tensor
 from lib import measured_weights, models, one_shot, pruner, shrink
 from lib.calibration import CalibrationSet
 from lib.methods import RELEASE, SINKS, Target
+from lib.models import Role
 
 WEIGHTS_ATOL = 1e-4
 
@@ -80,7 +81,7 @@ def test_one_pass_gives_the_recorded_norms(release: SimpleNamespace, budget: int
     found = one_shot.one_shot_statistics(release.model, ids, measured_weights.weigher(SINKS), batch_size=4, memory_budget=budget)
     prefix = "sink_wanda_50.input_norm_sum."
     recorded = {key.removeprefix(prefix): value for key, value in release.expected.items() if key.startswith(prefix)}
-    names = {
+    names: dict[str, Role] = {
         "q_proj": "q",
         "attn_out": "o",
         "o_proj": "o",

@@ -162,8 +162,9 @@ def test_controls_take_out_as_many_tokens_as_there_are_sinks(samples: int, posit
             activation_norm=torch.rand(score.shape, generator=stream),
             generator=stream,
         )
-        expected = torch.minimum(sinks, (ids == 1).sum(1)) if control == "mask" else sinks
-        assert torch.equal((weight == 0).sum(1), expected)
+        others = (score <= 0.5) & ((ids == 1) if control == "mask" else torch.ones_like(ids, dtype=torch.bool))
+        assert torch.equal((weight == 0).sum(1), torch.minimum(sinks, others.sum(1)))
+        assert not ((weight == 0) & (score > 0.5)).any()
         assert control != "mask" or bool((ids[weight == 0] == 1).all())
 
 

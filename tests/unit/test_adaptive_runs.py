@@ -283,20 +283,30 @@ def test_noisy_rows_go_through_the_gently_pruned_weights(bench: Bench, monkeypat
 
 
 def test_the_cost_is_that_of_the_first_seeds_masks_in_bfloat16(bench: Bench) -> None:
-    outcomes, cost = adaptive_runs.phase_outcomes(bench, PLAIN, PLANS[:2], sparsity=0.5, seeds=[5, 6])
+    """Behind pruned blocks, so that the masks of the phases are not nested and their union differs by seed."""
+    method = replace(PLAIN, sequential=True)
+    outcomes, cost = adaptive_runs.phase_outcomes(bench, method, PLANS[:2], sparsity=0.5, seeds=[5, 6])
     assert [(one.seed, one.method) for one in outcomes] == [(seed, plan.name) for seed in (5, 6) for plan in PLANS[:2]]
     union, masks, size = 0, 0, sum(block_sizes(bench.model))
     found = Calibrations(bench, 5)
     gentle = torch.full((BLOCKS,), 0.4, dtype=torch.float64)
     target = adaptive_runs.exact_target(bench.model, gentle, sparsity=0.4)
     other = adaptive_runs.exact_target(bench.model, gentle + 0.2, sparsity=0.6)
-    first, second = (pruning_runs.pruned_copy(found, PLAIN, each) for each in (target, other))
+    first, second = (pruning_runs.pruned_copy(found, method, each) for each in (target, other))
     for one, two in zip(first.layers, second.layers, strict=True):
         union += int(((one.module.weight != 0) | (two.module.weight != 0)).sum())
         masks += 2 * one.module.weight.numel() // 8
     assert cost["gentle at first"].all_phases == 2 * union + masks and cost["gentle at first"].dense == 2 * size
     assert cost["gentle at first"].one_mask == pytest.approx(size + size / 8, abs=len(first.layers))
     assert list(cost) == ["one", "gentle at first"] and cost["one"].mean_sparsity == 0.5
+
+
+def test_the_number_of_noise_levels_reaches_the_policy(bench: Bench) -> None:
+    options: dict[str, Any] = {"sparsity": 0.45, "spread": SPREAD}
+    for levels in (2, 3):
+        _, shown = adaptive_runs.allocation_outcomes(bench, MAGNITUDE, ["sink variance"], seeds=[2], levels=levels, **options)
+        assert shown["sink variance"].tolist() == policy(bench, "sink variance", levels=levels)
+    assert policy(bench, "sink variance", levels=2) != pytest.approx(policy(bench, "sink variance", levels=3), abs=1e-3)
 
 
 def test_sparsegpt_is_refused_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

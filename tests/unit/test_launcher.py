@@ -57,6 +57,8 @@ def make_project(root: Path) -> Path:
         shutil.copy(ROOT / name, root / name)
     settings = yaml.safe_load((ROOT / "configs" / "quick.yaml").read_text())
     settings["variance_analysis"]["answering_models"] = []
+    for section in ("pruning_baselines", "sink_aware_pruning"):
+        settings[section]["models"] = []
     (root / "configs" / "quick.yaml").write_text(yaml.safe_dump(settings | {"models": {}}))
     write_notebook(root / "notebooks" / "01_toy.ipynb", WRITES)
     write_notebook(root / "notebooks" / "02_bad.ipynb", "x = 1", "raise ValueError('rule,\\n got x')")

@@ -248,6 +248,7 @@ def test_the_digest_is_regenerated_model_by_model() -> None:
         ("m", DENSE, 0.0, "t"): answers(30), ("m", "magnitude", 0.3, "t"): answers(20), ("m", "magnitude", 0.5, "t"): answers(1),
         ("m", "sink-aware (Wanda)", 0.5, "t"): answers(10), ("m", DENSE, 0.0, "poor"): answers(5),
         ("m", "magnitude", 0.3, "poor"): answers(40), ("n", DENSE, 0.0, "other"): answers(40),
+        ("n", DENSE, 0.0, "t"): answers(5),  # usable on the other model alone
     }  # fmt: skip
     speeds = {
         "m": {("unstructured", 0.3): (1.1, 1.0, 1.2), ("unstructured", 0.5): (1.2, 0.9, 1.3), (STRUCTURED, 0.3): (1.5, 1.4, 1.6),

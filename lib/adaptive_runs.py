@@ -148,15 +148,17 @@ def block_sparsities(
 
 
 def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
-    """Return the share of outliers of each block's Wanda importances on clean text, the score of OWL."""
+    """Return the share of outliers among all Wanda importances of each block on clean text, the score of OWL.
+
+    Source: OWL (arXiv 2310.05175): an outlier exceeds a multiple of the mean over the whole block, all its matrices together.
+    """
     method = Method("wanda", sequential=False)
-    statistics = found.statistics_of(method)
-    shares: dict[int, list[float]] = {}
-    for layer in found.bench.model.layers:
-        of_layer = statistics_of(statistics[layer.block], layer.role)
-        share = allocation.outlier_share(pruner.importance(layer.module.weight, method, of_layer))
-        shares.setdefault(layer.block, []).append(share)
-    return torch.tensor([sum(of_block) / len(of_block) for _, of_block in sorted(shares.items())], dtype=torch.float64)
+    scores = []
+    for block, statistics in enumerate(found.statistics_of(method)):
+        layers = [layer for layer in found.bench.model.layers if layer.block == block]
+        parts = [pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role)) for layer in layers]
+        scores.append(allocation.outlier_share(torch.cat([part.flatten() for part in parts])[None]))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @torch.inference_mode()

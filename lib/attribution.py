@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib import paired, pruning_runs
 from lib.calibration_sets import CLEAN, Inputs
+from lib.errors import require
 from lib.methods import SINKS, Method, Target
 from lib.paired import PairedDifference
 from lib.pruning_runs import Bench, Outcome
@@ -66,7 +67,13 @@ def measure(bench: Bench, *, sparsity: float, seeds: Sequence[int], noised: Inpu
 
 
 def quality(outcomes: Sequence[Outcome]) -> dict[Cell, Float[Tensor, "seed window"]]:
-    """Return minus the loss of every cell: higher is better, so that an effect is a gain."""
+    """Return minus the loss of every cell: higher is better, so that an effect is a gain.
+
+    Raises:
+        InputError: outcomes of several models, which would count as calibrations.
+    """
+    names = sorted({found.model for found in outcomes})
+    require(len(names) <= 1, "a factorial must be of one model", ", ".join(names), "take them one by one")
     return {cell: -pruning_runs.stack([o.loss for o in outcomes if o.method == name_of(cell)]) for cell in cells()}
 
 
@@ -116,14 +123,14 @@ def due_to_weights(
 
     Returns:
         `"reproduced"` when the weights' main effect exceeds those of the other three changes together, is above 0 itself
-        (interval, and p-value adjusted over all effects), and the whole released change gains; `"not reproduced"` when the other
-        three exceed the weights; else `"inconclusive"`, also when there is no gain to attribute.
+        (interval, and p-value adjusted over all effects), and the whole released change gains; `"not reproduced"` when it gains
+        and the other three exceed the weights; else `"inconclusive"`, also when there is no gain to attribute.
     """
     difference = weights_beyond_the_rest(values, seed=seed)
-    if adjusted >= ALPHA or difference.interval[0] <= 0 <= difference.interval[1]:
+    unclear = adjusted >= ALPHA or difference.interval[0] <= 0 <= difference.interval[1]
+    if unclear or total(values, seed=seed).interval[0] <= 0:
         return "inconclusive"
     if difference.interval[1] < 0:
         return "not reproduced"
     alone = table[table["effect"] == FACTORS[WEIGHTS]].iloc[0]
-    gains = total(values, seed=seed).interval[0] > 0 and alone["low"] > 0 and alone["p_holm"] < ALPHA
-    return "reproduced" if gains else "inconclusive"
+    return "reproduced" if alone["low"] > 0 and alone["p_holm"] < ALPHA else "inconclusive"

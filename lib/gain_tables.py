@@ -1,5 +1,6 @@
 """Gains of one compressed model over another on the same windows or documents, adjusted for how many are tested."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -172,9 +173,10 @@ def gain_by_sparsity(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str
         for sparsity in sorted(measured[0] & measured[1]):
             pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, baseline)]
             found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
-            lost = float((pair[1] - dense_loss(outcomes, model)).mean())
+            lost = paired.paired_difference(pair[1], dense_loss(outcomes, model), seed=seed)
+            share = 100 * found.result.estimate / lost.estimate if lost.interval[0] > 0 else math.nan
             own = {"model": model, "pair": f"{method} - {baseline}", "sparsity": sparsity}
-            rows.append({**own, **gain_columns(found), "gain, % of what the baseline loses": 100 * found.result.estimate / lost})
+            rows.append({**own, **gain_columns(found), "gain, % of what the baseline loses": share})
     return pd.DataFrame(rows)
 
 

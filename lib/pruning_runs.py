@@ -211,7 +211,7 @@ def pruned_copy(found: Calibrations, method: Method, target: Target) -> Language
         own = {id(layer.module.weight) for layer in model.layers}
         shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}
         network = copy.deepcopy(model.network, shared)
-    return replace(model, network=network, layers=linear_layers(network))
+    return replace(model, network=network, layers=linear_layers(network), fingerprint="")
 
 
 def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[float], *, seeds: Sequence[int]) -> list[Outcome]:
@@ -240,7 +240,14 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
 
 
 def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
-    """Return the smaller model that a method leaves; the bench's model stays as it is."""
+    """Return the smaller model that a method leaves; the bench's model stays as it is.
+
+    Raises:
+        InputError: a method whose ranking of groups and channels is not defined here.
+    """
+    if method.importance not in ("magnitude", "wanda") or (method.importance == "wanda" and method.sequential):
+        order = "sequential" if method.sequential else "one-shot"
+        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {order} {method.importance}: change it")
     model, norms = found.bench.model, None
     if method.needs_calibration:
         statistics = found.statistics_of(method)

@@ -12,6 +12,7 @@ from lib import data, evaluation, paired
 from lib.pruning_runs import DENSE, STRUCTURED, Outcome
 from lib.tasks import TaskResult
 
+Condition = tuple[str, str, str, float]
 Results = Mapping[tuple[str, str, float, str], TaskResult]
 Speeds = Mapping[str, Mapping[tuple[str, float], tuple[float, float, float]]]
 
@@ -36,9 +37,20 @@ def dense_loss(outcomes: Sequence[Outcome], model: str) -> Float[Tensor, "one wi
     return losses(outcomes, model=model, method=DENSE, sparsity=0.0)
 
 
-def conditions(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, float]]:
+def conditions(outcomes: Sequence[Outcome]) -> list[Condition]:
     """List (model, method, pattern, sparsity) of what was measured, once each, in order."""
     return list(dict.fromkeys((found.model, found.method, found.pattern, found.sparsity) for found in outcomes))
+
+
+def loss_columns(outcomes: Sequence[Outcome], condition: Condition, *, seed: int) -> dict[str, float]:
+    """Return loss, increase over dense and its interval of one (model, method, pattern, sparsity); NaN if not measured."""
+    if condition not in conditions(outcomes):
+        return dict.fromkeys(("loss", "increase", "low", "high"), math.nan)
+    model, method, pattern, sparsity = condition
+    found = losses(outcomes, model=model, method=method, sparsity=sparsity, pattern=pattern)
+    increase = paired.paired_difference(found, dense_loss(outcomes, model), seed=seed)
+    low, high = increase.interval
+    return {"loss": float(found.mean()), "increase": increase.estimate, "low": low, "high": high}
 
 
 def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
@@ -52,19 +64,11 @@ def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
         One row a condition: `loss` in nats per token; `increase`, its 95 % interval over windows and calibration seeds; `seeds`.
     """
     rows = []
-    for model, method, pattern, sparsity in conditions(outcomes):
-        found = losses(outcomes, model=model, method=method, sparsity=sparsity, pattern=pattern)
-        measured = [
-            o.measured_sparsity
-            for o in outcomes
-            if (o.model, o.method, o.pattern, o.sparsity) == (model, method, pattern, sparsity)
-        ]
-        increase = paired.paired_difference(found, dense_loss(outcomes, model), seed=seed)
-        rows.append({
-            "model": model, "method": method, "pattern": pattern, "sparsity": sparsity,
-            "measured sparsity": sum(measured) / len(measured), "loss": float(found.mean()), "increase": increase.estimate,
-            "low": increase.interval[0], "high": increase.interval[1], "seeds": len(found),
-        })  # fmt: skip
+    for condition in conditions(outcomes):
+        measured = [o.measured_sparsity for o in outcomes if (o.model, o.method, o.pattern, o.sparsity) == condition]
+        named = dict(zip(("model", "method", "pattern", "sparsity"), condition, strict=True))
+        mean = sum(measured) / len(measured)
+        rows.append({**named, "measured sparsity": mean, **loss_columns(outcomes, condition, seed=seed), "seeds": len(measured)})
     return pd.DataFrame(rows)
 
 
@@ -99,7 +103,7 @@ def usable_tasks(results: Results) -> set[tuple[str, str]]:
     return found
 
 
-def paper_table(outcomes: Sequence[Outcome], results: Results, *, model: str) -> pd.DataFrame:
+def paper_table(outcomes: Sequence[Outcome], results: Results, *, model: str, seed: int) -> pd.DataFrame:
     """Put our numbers at 50 % beside the authors' LLaDA-8B table, in its shape.
 
     Source: README of the release (paper.md section 1.4); `NaN` where it prints nothing.
@@ -108,13 +112,12 @@ def paper_table(outcomes: Sequence[Outcome], results: Results, *, model: str) ->
     for row in data.read_rows("paper_llada_50"):
         method = row["method"]
         sparsity = 0.0 if method == DENSE else 0.5
-        ours: dict[str, float] = {
-            "our loss, nats per token": float(losses(outcomes, model=model, method=method, sparsity=sparsity).mean())
-        }
+        found = loss_columns(outcomes, (model, method, "unstructured", sparsity), seed=seed)
+        ours = {"our loss, nats per token": found["loss"]}
         for (name, kind, level, task), result in results.items():
             if (name, kind, level) == (model, method, sparsity):
                 ours[f"our {task}, %"] = 100 * sum(result.correct) / len(result.correct)
-        rows.append({"method": method, **{f"paper {key}": value for key, value in row.items() if key != "method"}, **ours})
+        rows.append({"method": method, **{f"paper {key}": float(value) for key, value in row.items() if key != "method"}, **ours})
     return pd.DataFrame(rows)
 
 
@@ -128,14 +131,10 @@ def paper_structured_table(outcomes: Sequence[Outcome], *, model: str, seed: int
     rows = []
     for row in data.read_rows("paper_structured"):
         ratio, method = float(row["ratio"]), ours[row["method"]]
-        found = {"our loss": math.nan, "our increase": math.nan, "low": math.nan, "high": math.nan}
-        if (model, method, STRUCTURED, ratio) in conditions(outcomes):
-            loss = losses(outcomes, model=model, method=method, sparsity=ratio, pattern=STRUCTURED)
-            increase = paired.paired_difference(loss, dense_loss(outcomes, model), seed=seed)
-            values = (float(loss.mean()), increase.estimate, *increase.interval)
-            found = dict(zip(found, values, strict=True))
-        paper = {f"paper {key}": value for key, value in row.items() if key not in ("ratio", "method")}
-        rows.append({"ratio": ratio, "method": row["method"], **paper, "our method": method, **found})
+        found = loss_columns(outcomes, (model, method, STRUCTURED, ratio), seed=seed)
+        ours_columns = {"our loss": found["loss"], "our increase": found["increase"], "low": found["low"], "high": found["high"]}
+        paper = {f"paper {key}": float(value) for key, value in row.items() if key not in ("ratio", "method")}
+        rows.append({"ratio": ratio, "method": row["method"], **paper, "our method": method, **ours_columns})
     return pd.DataFrame(rows)
 
 
@@ -158,18 +157,18 @@ def digest_table(outcomes: Sequence[Outcome], results: Results, speeds: Speeds, 
     for model, speed in speeds.items():
         for row in data.read_rows("digest_gsm8k"):
             method, sparsity = row["method"], float(row["sparsity"])
-            found = losses(outcomes, model=model, method=method, sparsity=sparsity)
-            increase = paired.paired_difference(found, dense_loss(outcomes, model), seed=seed)
+            found = loss_columns(outcomes, (model, method, "unstructured", sparsity), seed=seed)
             line: dict[str, object] = {
                 "model": model, "method": method, "pruned, %": 100 * sparsity, "digest GSM8K, %": float(row["GSM8K"]),
-                "increase of the loss": increase.estimate, "low": increase.interval[0], "high": increase.interval[1],
+                "increase of the loss": found["increase"], "low": found["low"], "high": found["high"],
             }  # fmt: skip
             for task in sorted({task for name, task in usable if name == model}):
                 result = results.get((model, method, sparsity, task))
                 line[f"{task}, %"] = math.nan if result is None else 100 * sum(result.correct) / len(result.correct)
             line["digest speed-up"] = float(row["speed-up"])
             for label, pattern in (("zeros", "unstructured"), ("smaller", STRUCTURED)):
-                middle, low, high = speed.get((pattern, sparsity), (1.0, 1.0, 1.0))
+                unknown = (math.nan,) * 3 if sparsity else (1.0,) * 3  # the dense row is its own baseline
+                middle, low, high = speed.get((pattern, sparsity), unknown)
                 line |= {f"speed-up, {label}": middle, f"{label}, quartile 1": low, f"{label}, quartile 3": high}
             rows.append(line)
     return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib.config import InputError
-from lib.pruning import UNSTRUCTURED, check_removed, check_sparsity, parse_pattern, removed_count
+from lib.pruning import UNSTRUCTURED, check_removed, check_sparsity, parse_pattern, removed_count, smallest
 
 DAMPING = 0.01
 BLOCK = 128
@@ -100,17 +100,23 @@ def sparsegpt(
 
 
 def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] | None) -> Float[Tensor, "out column"]:
-    """Prune a block column by column in place, moving each error to the columns that follow in it; return the errors."""
-    errors = torch.zeros_like(part)
-    for column in range(part.shape[1]):
+    """Prune a block column by column in place, moving each error to the columns that follow in it; return the errors.
+
+    It works on the transposed block, where a column lies in one piece of memory.
+    """
+    work, keep = part.T.contiguous(), kept.T.contiguous()
+    errors, diagonal = torch.zeros_like(work), local.diagonal()[:, None]
+    share = torch.where(keep, 0.0, 1.0 / diagonal)  # of a weight in its error: 0 where it stays
+    for column, (values, error) in enumerate(zip(work.unbind(), errors.unbind(), strict=True)):
         if groups and column % groups[1] == 0:
-            _mark_group_(kept, part, local, column, groups)
-        pruned = torch.where(kept[:, column], part[:, column], 0.0)
-        error = (part[:, column] - pruned) / local[column, column]
-        part[:, column:] -= error[:, None] * local[column, column:][None]
-        part[:, column] = pruned
-        errors[:, column] = error
-    return errors
+            span = slice(column, column + groups[1])
+            keep[span] = _kept_of_group((work[span] / diagonal[span]) ** 2, groups)
+            share[span] = torch.where(keep[span], 0.0, 1.0 / diagonal[span])
+        torch.mul(values, share[column], out=error)
+        work[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+    part.copy_(torch.where(keep, work, 0.0).T)
+    kept.copy_(keep.T)
+    return errors.T
 
 
 def _share(total: int, start: int, stop: int, width: int) -> int:
@@ -123,14 +129,11 @@ def _removed(part: Tensor, local: Tensor, sparsity: float, *, count: int, inclus
     cost = part**2 / local.diagonal()[None] ** 2
     if inclusive:
         return cost <= cost.flatten().sort().values[int(cost.numel() * sparsity)]
-    gone = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
-    return gone.scatter(0, cost.flatten().argsort(stable=True)[:count], True).view(cost.shape)
+    return smallest(cost.reshape(1, -1), count).view(cost.shape)
 
 
-def _mark_group_(kept: Tensor, part: Tensor, local: Tensor, column: int, groups: tuple[int, int]) -> None:
-    """Choose what goes from the group of M columns that begins here, with the weights as they stand now."""
+def _kept_of_group(cost: Float[Tensor, "column out"], groups: tuple[int, int]) -> Bool[Tensor, "column out"]:
+    """Choose what stays of a group of M columns, with the weights as they stand when the sweep reaches it."""
     n, m = groups
-    span = slice(column, column + m)
-    cost = part[:, span] ** 2 / local.diagonal()[None, span] ** 2
-    smallest = cost.argsort(dim=1, stable=True)[:, : m - n]
-    kept[:, span] = kept.new_ones(cost.shape).scatter(1, smallest, False)
+    smallest = cost.argsort(dim=0, stable=True)[: m - n]
+    return torch.ones_like(cost, dtype=torch.bool).scatter(0, smallest, False)

@@ -66,22 +66,25 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
         cent of the channel.
 
     Raises:
-        InputError: a method without sink weights.
+        InputError: a method without sink weights, or a sequential one.
 
     Source: a row only compares its own weights, so weights act only through channels whose energy is concentrated on sinks.
     """
-    if method.weighting is None or method.weighting.kind != "sinks_down":
-        raise InputError("channels must be compared for a method with sink weights, got none: give it a weighting")
+    if method.weighting is None or method.weighting.kind != "sinks_down" or method.sequential:
+        raise InputError("channels must be compared for a one-shot method with sink weights, got another: use the released one")
     plain = replace(method, weighting=None)
     weighted, kept = keep_masks(found, method, target), keep_masks(found, plain, target)
     everything = found.set_of(plain)
     on_sinks = 1.0 - _aggregate(found, method)
     energy = one_shot.dense_statistics(found.bench.model, everything)
-    sink_energy = one_shot.dense_statistics(found.bench.model, CalibrationSet(everything.input_ids, (on_sinks > 0.5).float()))
+    # a set must weigh something: without any sink everything is measured, and the share is 0
+    some = bool((on_sinks > 0.5).any())
+    counted = CalibrationSet(everything.input_ids, (on_sinks > 0.5).float() if some else None)
+    sink_energy = one_shot.dense_statistics(found.bench.model, counted)
     rows = []
     for layer in found.bench.model.layers:
         total = statistics_of(energy[layer.block], layer.role).squares[0]
-        share = statistics_of(sink_energy[layer.block], layer.role).squares[0] / total.clamp(min=1e-30)
+        share = statistics_of(sink_energy[layer.block], layer.role).squares[0] / total.clamp(min=1e-30) * some
         gone = (kept[layer.name] & ~weighted[layer.name]).float().mean(0)
         back = (~kept[layer.name] & weighted[layer.name]).float().mean(0)
         rows.append(pd.DataFrame({

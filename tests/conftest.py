@@ -1,14 +1,27 @@
 """Shapes in signatures are checked at run time here, and nothing reaches for the network."""
 
 import os
+import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jaxtyping
+import matplotlib.pyplot as plt
+import pytest
 
 import tests.typecheck  # noqa: F401  (the hook looks the checker up by name)
 
 # Before the first import of lib: only modules imported after it are checked.
 jaxtyping.install_import_hook("lib", "tests.typecheck.checked")
+
+
+@pytest.fixture
+def strict_figures() -> Iterator[None]:
+    """Take a warning for a failure, because it would stand in the notebook, and close what was drawn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    plt.close("all")

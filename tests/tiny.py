@@ -131,3 +131,12 @@ def words() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = WhitespaceSplit()
     core.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The words of `words`, and one more for every other id of a tiny network."""
+    made = words()
+    made.add_tokens([f"x{index}" for index in range(MASK - len(made))])
+    made.add_special_tokens({"mask_token": "[MASK]"})
+    assert made.mask_token_id == MASK
+    return made

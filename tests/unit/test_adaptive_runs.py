@@ -155,19 +155,17 @@ def test_blocks_with_more_outliers_are_pruned_less(uneven: Bench, monkeypatch: p
     assert wanted.index(min(wanted)) == 1 and max(wanted) - min(wanted) == pytest.approx(2 * SPREAD)
 
 
-def test_outliers_are_counted_in_every_matrix_on_clean_text(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importances above so many times the mean of their matrix; a factor that tiny matrices reach."""
+def test_outliers_are_counted_over_whole_blocks_on_clean_text(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importances above so many times the mean of their block, not of their matrix; a factor that tiny matrices reach."""
     share = allocation.outlier_share
     monkeypatch.setattr(allocation, "outlier_share", lambda importance: share(importance, factor=2.5))
     found = Calibrations(bench, seed=2)
     inputs = slow.captured(bench.model, found.windows)
-    shares: list[list[float]] = [[] for _ in range(BLOCKS)]
+    by_block: list[list[float]] = [[] for _ in range(BLOCKS)]
     for layer in bench.model.layers:
         norm = slow.statistics(inputs[layer.name], products=False)["squares"].sqrt()
-        importance = (layer.module.weight.double().abs() * norm).flatten().tolist()
-        border = 2.5 * sum(importance) / len(importance)
-        shares[layer.block].append(sum(value > border for value in importance) / len(importance))
-    wanted = [sum(of_block) / len(of_block) for of_block in shares]
+        by_block[layer.block] += (layer.module.weight.double().abs() * norm).flatten().tolist()
+    wanted = [sum(v > 2.5 * sum(every) / len(every) for v in every) / len(every) for every in by_block]
     assert adaptive_runs.outlier_scores(found).tolist() == pytest.approx(wanted, abs=2e-4)
     assert max(wanted) - min(wanted) > 2e-3
     assert policy(bench, "OWL") == pytest.approx(shifted(ranked(wanted, SPREAD), block_sizes(bench.model), 0.45), abs=5e-3)

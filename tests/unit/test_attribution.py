@@ -103,6 +103,8 @@ def test_quality_is_minus_the_loss_seed_by_seed() -> None:
     outcomes = outcomes_of(values)
     found = attribution.quality(outcomes)
     assert set(found) == set(values) and all(torch.equal(found[cell], values[cell]) for cell in values)
+    with pytest.raises(InputError, match="a factorial must be of one model, got m, m2: take them one by one"):
+        attribution.quality([*outcomes, replace(outcomes[0], model="m2")])
     with pytest.raises(InputError, match="must have outcomes on both sides, got none"):
         attribution.quality([outcome for outcome in outcomes if outcome.method != attribution.name_of((0, 1, 1, 0))])
 
@@ -190,6 +192,7 @@ def test_the_table_of_cells_shows_losses_and_levels() -> None:
         ({(1,): 0.5, (0,): 0.3, (2,): 0.3}, 0.01, "not reproduced"),  # the weights gain most, the others together more
         ({(1,): 0.0, (0,): 0.4}, 0.01, "not reproduced"),
         ({(1,): -0.1, (0,): -0.6}, 0.01, "inconclusive"),  # the weights harm least: nothing to attribute
+        ({(1,): -0.5, (0,): -0.1}, 0.01, "inconclusive"),  # the weights harm most: there is no gain either
         ({(1,): 0.1, (0,): -0.6}, 0.01, "inconclusive"),  # the weights gain, the whole change loses
         ({(1,): -0.1, (0,): -0.6, (0, 1, 2): 2.0}, 0.01, "inconclusive"),  # the whole gains, the weights do not
         ({(1,): 0.3, (0,): 0.1, (3,): 0.2}, 0.01, "inconclusive"),  # as much as the others together

@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from lib import attention, diffusion, evaluation, models, sampler
 from lib.config import ROOT
@@ -20,23 +19,14 @@ QUESTIONS = ["w1 w2 w3", "w4", "w5 w6 w7", "w8 w9", "w0", "w2 w2 w9"]  # three l
 ROWS = [{"question": question, "answer": ""} for question in QUESTIONS]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """The words of `tiny.words`, and one more for every other id of a tiny network."""
-    made = tiny.words()
-    made.add_tokens([f"x{index}" for index in range(tiny.MASK - len(made))])
-    made.add_special_tokens({"mask_token": "[MASK]"})
-    assert made.mask_token_id == tiny.MASK
-    return made
-
-
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tokenizer())
+    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
 def dlm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tokenizer())
+    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tiny.tokenizer())
 
 
 def logits(model: LanguageModel, ids: list[int]) -> Tensor:
@@ -71,7 +61,7 @@ def test_answers_are_those_of_single_questions_in_their_order(kind: str, request
     expected = [slow_answer(model, question) for question in QUESTIONS]
     # first the usual end of the document, then a token that occurs: all that follows it is cut, and nothing else
     for end in (2, expected[0][3]):
-        words = tokenizer()
+        words = tiny.tokenizer()
         words.eos_token = words.convert_ids_to_tokens(end)
         got = evaluation.answer_sums(dataclasses.replace(model, tokenizer=words), ROWS)
         kept = [ids[: ids.index(end)] if end in ids else ids for ids in expected]

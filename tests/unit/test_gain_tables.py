@@ -272,3 +272,13 @@ def test_tables_are_frames() -> None:
     found = replace(gain_tables.gain(losses(-0.1), losses(0.0), name="x", model="m", sparsity=0.5, seed=0), name="renamed")
     table = gain_tables.comparison_table([found])
     assert isinstance(table, pd.DataFrame) and table["comparison"].tolist() == ["renamed"]
+
+
+@pytest.mark.parametrize("change", [-0.01, 0.0])
+def test_there_is_no_share_of_a_loss_that_did_not_rise(change: float) -> None:
+    measured = (
+        outcomes("dense", BASE[None], sparsity=0.0) + outcomes("old", BASE[None] + change) + outcomes("new", BASE[None] - 0.5)
+    )
+    table = gain_tables.gain_by_sparsity(measured, [("new", "old")], model="m", seed=1)
+    assert table["gain"].item() == pytest.approx(0.5 + change)
+    assert math.isnan(table["gain, % of what the baseline loses"].item())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from lib import diffusion, harness, sampler, scoring
 from lib.config import ROOT, InputError
@@ -32,22 +32,14 @@ PLAIN = EvaluationSettings(draws=3)
 LENGTH = 64  # of the tiny networks
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """The words of `tiny.words`, and one more for every other id of a tiny network."""
-    made = tiny.words()
-    made.add_tokens([f"x{index}" for index in range(tiny.MASK - len(made))])
-    made.add_special_tokens({"mask_token": "[MASK]"})
-    return made
-
-
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tokenizer())
+    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
 def dlm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tokenizer())
+    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +309,7 @@ def raw(model: LanguageModel, context: str, *, new: int = 6, **options: Any) -> 
 
 
 def decoded(ids: list[int]) -> str:
-    made = tokenizer()
+    made = tiny.tokenizer()
     kept = ids[: ids.index(2)] if 2 in ids else ids
     return cast(str, made.decode([token for token in kept if token not in made.all_special_ids]))
 
@@ -352,7 +344,7 @@ def test_requests_of_one_length_share_forward_passes(dlm: LanguageModel, monkeyp
 
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: str) -> None:
     """Let every generation be the same words."""
-    row = torch.tensor([tokenizer()(tokens, add_special_tokens=False)["input_ids"]])
+    row = torch.tensor([tiny.tokenizer()(tokens, add_special_tokens=False)["input_ids"]])
     monkeypatch.setattr(harness.sampler, "sample", lambda model, prompt, **_: torch.cat([prompt, row.expand(len(prompt), -1)], 1))
 
 

@@ -1,12 +1,9 @@
 """The figures of notebooks 03 and 04: what is drawn is what the table says, in its look, with units, and nothing is cut off."""
 
-import warnings
-from collections.abc import Iterator
 from itertools import combinations, pairwise, product
 from math import nan
 from typing import Any, cast
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,18 +20,10 @@ from lib.pruning_figures import DENSE, STYLES, style_of
 from lib.sink_pruning_figures import CELL_SHIFTS, CELL_STYLES, CONTROLS, SINK_COLOR, binned_mean
 
 MODELS = ["dlm", "ar", "own"]
+pytestmark = pytest.mark.usefixtures("strict_figures")
 METHODS = [name for name in STYLES if name != DENSE]
 FOOTER = "profile quick; model dlm; seeds 0, 1, 2; 16 windows of 128 tokens; commit 0123456; " * 2
 CHANGES = ["noised text", "sink weights", "one-shot", "sum of norms"]
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    """A warning is a failure: it would stand in the notebook."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    plt.close("all")
 
 
 def drawn(figure: Any, *, unit: str = "nats per token") -> list[Axes]:

@@ -391,3 +391,14 @@ def test_each_speed_up_is_the_dense_time_over_that_of_its_own_model(noisy: Bench
         with torch.no_grad():
             wanted = cast(Any, network_body(variant))(input_ids=noisy.windows[:4], use_cache=False).last_hidden_state
         assert torch.allclose(output, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["random", "Wanda", "SparseGPT"])
+def test_rankings_of_groups_that_are_not_defined_are_refused(noisy: Bench, name: str) -> None:
+    with pytest.raises(InputError, match="structured pruning must be by magnitude or one-shot Wanda, got"):
+        pruning_runs.structured(noisy, {name: MIXED[name]}, [0.5], seeds=[0])
+
+
+def test_a_pruned_copy_does_not_pass_for_the_checkpoint(noisy: Bench) -> None:
+    copied = pruning_runs.pruned_copy(Calibrations(noisy, 0), MIXED["magnitude"], HALF)
+    assert noisy.model.fingerprint and not copied.fingerprint

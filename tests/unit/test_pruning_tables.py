@@ -1,16 +1,14 @@
 """Tables of pruned models: increases in pairs, the authors' numbers as printed, and nothing where nothing was measured."""
 
-import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from lib import data, pruning_tables
+from lib import pruning_tables
 from lib.paired import paired_difference
 from lib.pruning_runs import DENSE, STRUCTURED, Outcome
 from lib.scoring import EvaluationSettings
@@ -39,16 +37,6 @@ DIGEST = [  # paper.md section 1.7: method, pruned, GSM8K, speed-up
     ("sink-aware (Wanda)", 30.0, 75.8, 1.4),
     ("sink-aware (Wanda)", 50.0, 73.2, 1.8),
 ]
-
-
-@pytest.fixture(autouse=True)
-def rows_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files hold numbers; `data.read_rows` promises texts, which the checker of types refuses where a row begins with one."""
-
-    def read_rows(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (data.DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    monkeypatch.setattr(data, "read_rows", read_rows)
 
 
 def own(*shape: int, draw: int) -> Tensor:
@@ -193,7 +181,7 @@ def test_the_authors_llada_table_stands_beside_ours() -> None:
         ("m", DENSE, 0.0, "t"): answers(30), ("m", "Wanda", 0.5, "t"): answers(20), ("m", "Wanda", 0.3, "t"): answers(1),
         ("n", "SparseGPT", 0.5, "t"): answers(2), ("m", "SparseGPT", 0.5, "u"): answers(10),
     }  # fmt: skip
-    table = pruning_tables.paper_table(found, results, model="m")
+    table = pruning_tables.paper_table(found, results, model="m", seed=0)
     names = ["Avg", "MMLU", "ARC-C", "PIQA", "WinoG", "GSM8K", "HellaSwag"]
     assert [name for name in table.columns if name.startswith("paper ")] == [f"paper {name}" for name in names]
     assert table["method"].tolist() == list(LLADA)
@@ -240,6 +228,16 @@ def test_the_authors_structured_table_stands_beside_ours_with_nothing_where_noth
         assert row["our loss"] == pytest.approx(float(torch.stack(mine).mean()))
         assert (row["our increase"], row["low"], row["high"]) == (result.estimate, *result.interval)
         assert row["our increase"] == pytest.approx(shift, abs=0.03)
+
+
+def test_what_was_not_measured_stands_as_nan() -> None:
+    found = dense() + outcomes("Wanda", 0.4)
+    table = pruning_tables.paper_table(found, {}, model="m", seed=0).set_index("method")["our loss, nats per token"]
+    assert table.isna().to_dict() == {name: name not in (DENSE, "Wanda") for name in LLADA}
+    digest = pruning_tables.digest_table(found, {}, {"m": {("unstructured", 0.3): (1.5, 1.4, 1.6)}}, seed=0)
+    assert digest["increase of the loss"].isna().tolist() == [False, *[True] * 5]
+    assert digest["speed-up, zeros"].tolist() == pytest.approx([1.0, *[1.5] * 4, math.nan], nan_ok=True)
+    assert digest["speed-up, smaller"].tolist() == pytest.approx([1.0, *[math.nan] * 5], nan_ok=True)
 
 
 def test_the_digest_is_regenerated_model_by_model() -> None:

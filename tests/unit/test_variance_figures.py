@@ -1,13 +1,10 @@
 """The figures of notebook 02: what is drawn is what is returned, axes say their units, and gaps in the data do no harm."""
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
 from itertools import product
 from math import nan
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,15 +17,7 @@ from lib.traces import SinkTrace, mark_steps
 from lib.variance_figures import BLOCKED, PAIRS, READINGS
 
 MODELS = ["dlm", "ar", "own"]
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    """A warning is a failure: it would stand in the notebook."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("strict_figures")
 
 
 def drawn(figure: Any) -> list[Axes]:

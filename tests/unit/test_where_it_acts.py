@@ -185,7 +185,9 @@ def test_correlations_are_those_of_ranks_in_each_model_and_role() -> None:
 
 @pytest.mark.parametrize("weighting", [None, Weighting("sinks_up"), Weighting("random"), Weighting("variance")])
 def test_channels_of_a_method_without_sink_weights_are_refused(found: Calibrations, weighting: Weighting | None) -> None:
-    with pytest.raises(InputError, match="channels must be compared for a method with sink weights, got none: give it a weight"):
+    with pytest.raises(
+        InputError, match="channels must be compared for a one-shot method with sink weights, got another: use the released one"
+    ):
         where_it_acts.channel_table(found, replace(SINK_AWARE, weighting=weighting), HALF)
 
 
@@ -195,3 +197,13 @@ def test_a_twin_is_looked_at_on_clean_text(tmp_path: Path) -> None:
     table = where_it_acts.channel_table(found, replace(SINK_AWARE, inputs=Inputs()), HALF)
     assert len(table) == sum(layer.module.in_features for layer in model.layers)
     assert 0 < max(table["share"].tolist()) <= 1 + 1e-6
+
+
+def test_without_any_sink_nothing_is_on_sinks(found: Calibrations) -> None:
+    table = where_it_acts.channel_table(found, replace(SINK_AWARE, weighting=replace(SINKS, margin=50.0)), HALF)
+    assert not table[["share", "gone", "back", "net"]].to_numpy().any()
+
+
+def test_channels_of_a_sequential_method_are_refused(found: Calibrations) -> None:
+    with pytest.raises(InputError, match="channels must be compared for a one-shot method with sink weights"):
+        where_it_acts.channel_table(found, replace(SINK_AWARE, sequential=True), HALF)

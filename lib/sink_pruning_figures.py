@@ -58,6 +58,8 @@ def _stacked(table: pd.DataFrame, column: str, *, columns: int) -> tuple[Figure,
     for ax, name in zip(used, parts, strict=True):
         _gain_axis(ax)
         ax.set_title(name, loc="left", fontsize=10)
+        if columns > 1:
+            ax.tick_params(axis="x", labelsize=8)  # larger numbers touch in a narrow panel
     return figure, list(zip(used, parts.values(), strict=True))
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import yaml
 
 from lib.errors import InputError, require
-from lib.sections import ModelSource, PruningBaselines, SinkAwarePruning, SinkTraces, VarianceAnalysis, between, one_of
+from lib.sections import (
+    JointQuantization,
+    ModelSource,
+    PruningBaselines,
+    SinkAwarePruning,
+    SinkTraces,
+    VarianceAnalysis,
+    between,
+    one_of,
+)
 
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
 
@@ -32,12 +41,14 @@ class Config:
     variance_analysis: VarianceAnalysis
     pruning_baselines: PruningBaselines
     sink_aware_pruning: SinkAwarePruning
+    joint_quantization: JointQuantization
 
     def __post_init__(self) -> None:
         named = {
             "variance_analysis.answering_models": self.variance_analysis.answering_models,
             "pruning_baselines.models": self.pruning_baselines.models,
             "sink_aware_pruning.models": self.sink_aware_pruning.models,
+            "joint_quantization.models": self.joint_quantization.models,
         }
         for name, chosen in named.items():
             require(

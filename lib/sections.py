@@ -203,3 +203,42 @@ class SinkAwarePruning(Compression):
             f"{self.sparsity:g}",
             "add it to sparsities",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointQuantization(Compression):
+    """Settings of notebook 05."""
+
+    patterns: tuple[str, ...]
+    bits: tuple[int, ...] = field(metadata=between(3, 8))
+    group_size: int = field(metadata=between(1, 65536))
+    group_sizes: tuple[int, ...] = field(metadata=between(0, 65536))
+    rounding_bits: tuple[int, ...] = field(metadata=between(2, 8))
+    families: tuple[str, ...]
+    ways: tuple[str, ...]
+    levels: int = field(metadata=between(1, 1000))
+    mask_ratios: tuple[float, ...] = field(metadata=between(0.01, 1.0))
+    unit_windows: int = field(metadata=between(2, 4096))
+    unit_draws: int = field(metadata=between(1, 4096))
+    formats: tuple[str, ...]
+    byte_budgets: tuple[float, ...] = field(metadata=between(0.01, 1.0))
+    time_budgets: tuple[float, ...] = field(metadata=between(0.01, 1.0))
+    random_draws: int = field(metadata=between(1, 1000))
+    timed_rows: int = field(metadata=between(1, 65536))
+    timing_repeats: int = field(metadata=between(3, 1000))
+
+    def __post_init__(self) -> None:
+        require(
+            4 in self.bits and 3 in self.rounding_bits and 0.5 in self.sparsities,
+            "joint_quantization.bits must hold 4, rounding_bits 3, and sparsities 0.5",
+            f"{list(self.bits)}, {list(self.rounding_bits)} and {list(self.sparsities)}",
+            "the comparison at equal bytes needs them",
+        )
+        require(
+            self.group_size in self.group_sizes,
+            "joint_quantization.group_size must be one of group_sizes",
+            str(self.group_size),
+            "add it to group_sizes",
+        )
+        for bits in (*self.bits, *self.rounding_bits):
+            require(bits in (2, 3, 4, 8), "joint_quantization.bits must be among 2, 3, 4, 8", str(bits), "choose one of them")

@@ -13,13 +13,17 @@ LAYERS = (
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
+    | {"joint_compression"}
     | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
     {"evaluation", "scoring", "harness", "tasks", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
-    | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"},
+    | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "containers"}
+    | {"configurations", "measured_formats", "hardware_aware"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}
+    | {"joint_tables", "joint_figures", "hardware_tables"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
@@ -34,6 +38,7 @@ PURE = (
     "allocation",
     "token_weights",
     "quantization",
+    "joint_compression",
 )
 PURE_MAY_IMPORT = {
     "torch",
@@ -46,6 +51,8 @@ PURE_MAY_IMPORT = {
     "lib.config",
     "lib.sinks",
     "lib.pruning",
+    "lib.sparsegpt",
+    "lib.quantization",
 }
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330

@@ -1,4 +1,4 @@
-"""What nbval lets pass: numbers of SparseGPT, and nothing beside them."""
+"""What nbval lets pass: numbers of SparseGPT and GPTQ, and nothing beside them."""
 
 import re
 from pathlib import Path
@@ -19,18 +19,19 @@ def sanitized(table: pd.DataFrame, form: str) -> str:
     return text
 
 
-def table(sparsegpt: float, wanda: float) -> pd.DataFrame:
+def table(sweep: str, loss: float, wanda: float) -> pd.DataFrame:
     """Make a table like those of the notebooks."""
-    methods = ["dense", "sink-aware (SparseGPT)", "Wanda"]
-    return pd.DataFrame({"method": methods, "loss": ["3.4", f"{sparsegpt:g}", f"{wanda:g}"], "seeds": [1, 1, 1]})
+    methods = ["dense", sweep, "Wanda"]
+    return pd.DataFrame({"method": methods, "loss": ["3.4", f"{loss:g}", f"{wanda:g}"], "seeds": [1, 1, 1]})
 
 
+@pytest.mark.parametrize("sweep", ["sink-aware (SparseGPT)", "GPTQ, noised text"])
 @pytest.mark.parametrize("form", ["html", "text"])
-def test_rows_of_sparsegpt_may_differ_and_no_others(form: str) -> None:
-    seen = sanitized(table(3.59331, 3.7), form)
-    assert sanitized(table(3.6, 3.7), form) == seen
-    assert sanitized(table(3.59331, 3.71), form) != seen
-    assert sanitized(table(3.59331, 3.7).drop(index=1), form) != seen, "the row itself must be there"
+def test_rows_of_sweeps_may_differ_and_no_others(form: str, sweep: str) -> None:
+    seen = sanitized(table(sweep, 3.59331, 3.7), form)
+    assert sanitized(table(sweep, 3.6, 3.7), form) == seen
+    assert sanitized(table(sweep, 3.59331, 3.71), form) != seen
+    assert sanitized(table(sweep, 3.59331, 3.7).drop(index=1), form) != seen, "the row itself must be there"
 
 
 @pytest.mark.parametrize(("text", "same"), [("took 3.2 s", True), ("took 3.2 nats", False)])

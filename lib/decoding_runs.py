@@ -1,0 +1,303 @@
+"""Decoders compared with the plain sampler: passes, tokens a second, the same tokens, text quality, answers to a task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from lm_eval.evaluator import evaluate as run_harness
+from torch import Tensor
+
+from lib import paired, sampler, tasks, timing
+from lib.decoding import Decoded, DecodingPlan, decode
+from lib.errors import require
+from lib.evaluation import share_interval
+from lib.harness import HarnessModel, denoising_plan, end_tokens
+from lib.models import LanguageModel, logits_at
+from lib.scoring import EvaluationSettings
+from lib.tasks import LoadedTask
+
+Plan = DecodingPlan | Literal["plain sampler"]
+PLAIN: Literal["plain sampler"] = "plain sampler"  # `sampler.sample`: greedy, one token a step, nothing kept
+JUDGED_ROWS = 16  # texts that the judge reads at one time
+
+
+@dataclass(frozen=True)
+class DecoderRun:
+    """What one decoder made of all prompts, and how long it took in rounds that it shared with the others.
+
+    Attributes:
+        decoder: its name.
+        plan: what it is.
+        new: tokens after the prompts.
+        is_text: those up to the first end token, which is one of them.
+        forwards: passes through the network over all prompts.
+        computed_tokens: query positions that went through the network.
+        seconds: of each timed round.
+        timed_tokens: tokens asked for in a timed round; those behind an end token count, as the plain sampler makes them too.
+        nats: negative log-likelihood of a text under the judge, in nats per token; None without a judge.
+    """
+
+    decoder: str
+    plan: Plan
+    new: Int[Tensor, "prompt token"] = field(repr=False)
+    is_text: Bool[Tensor, "prompt token"] = field(repr=False)
+    forwards: int
+    computed_tokens: int
+    seconds: Float[Tensor, "repeat"]
+    timed_tokens: int
+    nats: Float[Tensor, "prompt"] | None
+
+    @property
+    def distinct(self) -> Float[Tensor, "prompt"]:
+        """Share of distinct tokens of each text; a judge likes repetition, which this shows."""
+        texts = [row[kept] for row, kept in zip(self.new, self.is_text, strict=True)]
+        return torch.tensor([len(text.unique()) / len(text) for text in texts], dtype=torch.float64)
+
+
+def compare(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompt position"],
+    plans: Mapping[str, Plan],
+    *,
+    new_tokens: int,
+    block_length: int,
+    repeats: int,
+    judge: LanguageModel | None = None,
+    batch_size: int = 1,
+    timed_prompts: int | None = None,
+) -> list[DecoderRun]:
+    """Let every decoder continue the same prompts, and time them in turn.
+
+    Args:
+        model: a diffusion model.
+        prompts: of equal length, two or more.
+        plans: decoders by the name that tables show; one of them `"plain sampler"`.
+        new_tokens: tokens after every prompt.
+        block_length: tokens of a block, the plain sampler's too.
+        repeats: timed rounds.
+        judge: an autoregressive model with the same tokens, which says how likely the texts are.
+        batch_size: prompts decoded together.
+        timed_prompts: only the first prompts are timed; None is all of them.
+
+    Returns:
+        One run a decoder, in the order of `plans`.
+
+    Raises:
+        InputError: no plain sampler, or not exactly one; too few prompts; a judge of another kind or with other tokens; what a
+            decoder refuses.
+    """
+    _check(model, prompts, plans, judge)
+    cells: dict[str, tuple[LanguageModel, Plan]] = {name: (model, plan) for name, plan in plans.items()}
+    sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
+    return list(_measure(cells, prompts, judge=judge, repeats=repeats, timed_prompts=timed_prompts, sizes=sizes).values())
+
+
+def grid(
+    models: Mapping[str, LanguageModel],
+    prompts: Int[Tensor, "prompt position"],
+    plans: Mapping[str, Plan],
+    *,
+    new_tokens: int,
+    block_length: int,
+    repeats: int,
+    judge: LanguageModel | None = None,
+    batch_size: int = 1,
+    timed_prompts: int | None = None,
+) -> dict[tuple[str, str], DecoderRun]:
+    """Let every decoder run on every format of a model's weights, all timed in turn.
+
+    Args:
+        models: one model in several formats, by name; the first one is the dense one.
+        prompts, plans, new_tokens, block_length, repeats, judge, batch_size, timed_prompts: as in `compare`.
+
+    Returns:
+        Runs by (format, decoder).
+
+    Raises:
+        InputError: no model, or what `compare` refuses.
+    """
+    require(len(models) > 0, "a grid must have at least one model", "none", "give the dense one")
+    for model in models.values():
+        _check(model, prompts, plans, judge)
+    pairs = [(kind, name) for kind in models for name in plans]
+    cells: dict[tuple[str, str], tuple[LanguageModel, Plan]] = {pair: (models[pair[0]], plans[pair[1]]) for pair in pairs}
+    sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
+    return _measure(cells, prompts, judge=judge, repeats=repeats, timed_prompts=timed_prompts, sizes=sizes)
+
+
+def _measure(
+    cells: Mapping[Any, tuple[LanguageModel, Plan]],
+    prompts: Tensor,
+    *,
+    judge: LanguageModel | None,
+    repeats: int,
+    timed_prompts: int | None,
+    sizes: Mapping[str, int],
+) -> dict[Any, DecoderRun]:
+    """Decode once for the texts, then in timed rounds."""
+    texts = {key: run_decoder(model, prompts, plan, **sizes) for key, (model, plan) in cells.items()}
+    timed = prompts[:timed_prompts]
+    calls = {str(key): partial(run_decoder, model, timed, plan, **sizes) for key, (model, plan) in cells.items()}
+    device = next(iter(cells.values()))[0].device
+    seconds = timing.interleaved(calls, repeats=repeats, device=device)
+    start, runs = prompts.shape[1], {}
+    for key, done in texts.items():
+        model, plan = cells[key]
+        is_text = text_positions(done.ids[:, start:], ends=_ends(model))
+        nats = None if judge is None else judged(judge, done.ids, is_text)
+        name = key if isinstance(key, str) else " + ".join(key)
+        counts = (done.forwards, done.computed_tokens, seconds[str(key)], len(timed) * sizes["new_tokens"])
+        runs[key] = DecoderRun(name, plan, done.ids[:, start:].cpu(), is_text.cpu(), *counts, nats)
+    return runs
+
+
+def run_decoder(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompt position"],
+    plan: Plan,
+    *,
+    new_tokens: int,
+    block_length: int,
+    batch_size: int,
+) -> Decoded:
+    """Continue prompts, `batch_size` at one time, with the plain sampler or by a plan."""
+    parts = []
+    for part in prompts.split(batch_size):
+        if isinstance(plan, DecodingPlan):
+            stop = None if model.tokenizer is None else cast(int | None, model.tokenizer.eos_token_id)
+            sizes = {"new_tokens": new_tokens, "block_length": block_length}
+            parts.append(decode(model, part, **sizes, plan=plan, stop_token_id=stop))
+        else:
+            ids = sampler.sample(model, part, new_tokens=new_tokens, steps=new_tokens, block_length=block_length)
+            parts.append(Decoded(ids, new_tokens, new_tokens * ids.numel()))
+    forwards, computed = sum(part.forwards for part in parts), sum(part.computed_tokens for part in parts)
+    return Decoded(torch.cat([part.ids for part in parts]), forwards, computed)
+
+
+def text_positions(new: Int[Tensor, "prompt token"], *, ends: set[int]) -> Bool[Tensor, "prompt token"]:
+    """Mark the tokens up to the first end token, which is one of them.
+
+    >>> text_positions(torch.tensor([[5, 2, 7, 2], [5, 6, 7, 8]]), ends={2}).tolist()
+    [[True, True, False, False], [True, True, True, True]]
+    """
+    is_end = torch.isin(new, torch.tensor(sorted(ends), dtype=new.dtype, device=new.device))
+    return is_end.cumsum(1) - is_end.long() == 0
+
+
+@torch.inference_mode()
+def judged(
+    judge: LanguageModel, ids: Int[Tensor, "prompt position"], is_text: Bool[Tensor, "prompt token"]
+) -> Float[Tensor, "prompt"]:
+    """Return the negative log-likelihood of each text after its prompt, in nats per token, in float64 on the CPU.
+
+    Args:
+        judge: an autoregressive model.
+        ids: prompts and new tokens.
+        is_text: which of the new tokens, the last positions of `ids`, count.
+    """
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    where[:, ids.shape[1] - is_text.shape[1] :] = is_text
+    found = []
+    for rows, asked in zip(ids.split(JUDGED_ROWS), where.split(JUDGED_ROWS), strict=True):
+        rows, asked = rows.to(judge.device), asked.to(judge.device)
+        nats = torch.zeros(rows.shape, dtype=torch.float64, device=judge.device)
+        nats[asked] = F.cross_entropy(logits_at(judge, rows, asked), rows[asked], reduction="none").double()
+        found.append(nats.sum(1) / asked.sum(1))
+    return torch.cat(found).cpu()
+
+
+def accuracies(
+    model: LanguageModel,
+    task: LoadedTask,
+    plans: Mapping[str, Plan],
+    *,
+    settings: EvaluationSettings,
+    seed: int,
+    limit: int | None = None,
+) -> pd.DataFrame:
+    """Answer a generation task with every decoder, each compared with the plain sampler document by document.
+
+    Args:
+        model: a diffusion model with its tokenizer.
+        task: such as `tasks.load_tasks(["tiny_topic_generated"])` holds; lm_eval asks and scores.
+        plans: decoders by name, one of them `"plain sampler"`.
+        settings: lengths and blocks; guidance and steps are the plain sampler's alone.
+        seed: of the bootstrap.
+        limit: only the first documents.
+
+    Returns:
+        One row a decoder: `accuracy` with its 95 % Wilson interval, `difference` to the plain sampler with its interval, `p` of
+        the exact McNemar test, how many documents only one of the two answers, and `documents`.
+
+    Raises:
+        InputError: no plain sampler, guidance, or what a task or a decoder refuses.
+
+    Source: the loop of `tasks.evaluate` with another generator.
+    """
+    _check_plain(plans)
+    require(settings.cfg_scale == 0, "decoders must be compared without guidance", f"{settings.cfg_scale}", "set cfg_scale to 0")
+    right = {name: answers(model, task, plan, settings=settings, limit=limit) for name, plan in plans.items()}
+    plain = right[next(name for name, plan in plans.items() if plan == PLAIN)]
+    rows = []
+    for name, marks in right.items():
+        low, high = share_interval(sum(marks), len(marks))
+        pair = paired.mcnemar(marks, plain, seed=seed)
+        found = {"decoder": name, "accuracy": sum(marks) / len(marks), "accuracy low": low, "accuracy high": high}
+        found |= {"difference": pair.difference, "difference low": pair.interval[0], "difference high": pair.interval[1]}
+        found |= {"p": pair.p_value, "only this": pair.only_first, "only plain": pair.only_second, "documents": len(marks)}
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
+def answers(
+    model: LanguageModel, task: LoadedTask, plan: Plan, *, settings: EvaluationSettings, limit: int | None = None
+) -> tuple[bool, ...]:
+    """Return which documents of a generation task a decoder answers correctly."""
+    if not isinstance(plan, DecodingPlan):
+        return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit)[task.name].correct
+    adapter = _Decoder(model, settings=settings, plan=plan)
+    with tasks.quiet():
+        given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
+        samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
+    return tasks._scores([row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])])[
+        task.metric
+    ]
+
+
+class _Decoder(HarnessModel):
+    """The lm_eval adapter with another generator."""
+
+    def __init__(self, model: LanguageModel, *, settings: EvaluationSettings, plan: DecodingPlan) -> None:
+        super().__init__(model, settings=settings)
+        self.plan = plan
+
+    def _generate(self, prompts: Int[Tensor, "batch prompt"], new: int) -> Int[Tensor, "batch new"]:
+        length, _, block = denoising_plan(new, self.settings)
+        sizes = {"new_tokens": length, "block_length": block, "batch_size": len(prompts)}
+        start = prompts.shape[1]
+        return run_decoder(self.model, prompts, self.plan, **sizes).ids[:, start : start + new]
+
+
+def _ends(model: LanguageModel) -> set[int]:
+    return set() if model.tokenizer is None else end_tokens(model)
+
+
+def _check_plain(plans: Mapping[str, Plan]) -> None:
+    count = sum(plan == PLAIN for plan in plans.values())
+    require(count == 1, f"plans must hold the {PLAIN} once, to compare with", f"{count} of them", f"add {PLAIN!r}")
+
+
+def _check(model: LanguageModel, prompts: Tensor, plans: Mapping[str, Plan], judge: LanguageModel | None) -> None:
+    _check_plain(plans)
+    require(len(prompts) > 1, "prompts must be two or more, as intervals are over prompts", str(len(prompts)), "add some")
+    if judge is None:
+        return
+    require(judge.is_causal, "a judge must be autoregressive", judge.name, "use the autoregressive twin")
+    if model.tokenizer is not None and judge.tokenizer is not None:
+        same = model.tokenizer.get_vocab() == judge.tokenizer.get_vocab()
+        require(same, f"a judge must have the tokens of {model.name}", f"those of {judge.name}", "use a judge with its tokenizer")

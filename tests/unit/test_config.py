@@ -187,6 +187,24 @@ def test_settings_at_the_border_are_accepted() -> None:
     assert loaded.other_tokens_per_step == () and loaded.temperature == 0.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": [8]}, "bits must hold 4, rounding_bits 3, and sparsities 0.5, got [8]"),
+        ({"rounding_bits": [4]}, "bits must hold 4, rounding_bits 3, and sparsities 0.5, got [4], [4]"),
+        ({"sparsities": [0.25]}, "bits must hold 4, rounding_bits 3, and sparsities 0.5"),
+        ({"bits": [4, 5]}, "bits must be among 2, 3, 4, 8, got 5"),
+        ({"rounding_bits": [4, 3, 1]}, "rounding_bits must be in [2, 8], got 1"),
+        ({"group_size": 48}, "group_size must be one of group_sizes, got 48"),
+        ({"byte_budgets": [30]}, "byte_budgets must be in [0.01, 1.0], got 30"),
+    ],
+)
+def test_compression_settings_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    plain: dict[str, object] = {"bits": [4], "rounding_bits": [4, 3], "sparsities": [0.5], "group_size": 64, "group_sizes": [64]}
+    with pytest.raises(InputError, match=re.escape(f"joint_quantization.{message}")):
+        config.load("quick", overrides={f"joint_quantization.{name}": value for name, value in (plain | changes).items()})
+
+
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match=r"quick, full, paper, got 'quik': did you mean 'quick'"):
         config.load("quik")

@@ -57,7 +57,7 @@ def make_project(root: Path) -> Path:
         shutil.copy(ROOT / name, root / name)
     settings = yaml.safe_load((ROOT / "configs" / "quick.yaml").read_text())
     settings["variance_analysis"]["answering_models"] = []
-    for section in ("pruning_baselines", "sink_aware_pruning"):
+    for section in ("pruning_baselines", "sink_aware_pruning", "joint_quantization"):
         settings[section]["models"] = []
     (root / "configs" / "quick.yaml").write_text(yaml.safe_dump(settings | {"models": {}}))
     write_notebook(root / "notebooks" / "01_toy.ipynb", WRITES)

@@ -17,6 +17,7 @@ from lib.sections import (
     PruningBaselines,
     SinkAwarePruning,
     SinkTraces,
+    Timing,
     VarianceAnalysis,
     between,
     one_of,
@@ -42,6 +43,7 @@ class Config:
     pruning_baselines: PruningBaselines
     sink_aware_pruning: SinkAwarePruning
     joint_quantization: JointQuantization
+    timing: Timing
 
     def __post_init__(self) -> None:
         named = {
@@ -49,6 +51,7 @@ class Config:
             "pruning_baselines.models": self.pruning_baselines.models,
             "sink_aware_pruning.models": self.sink_aware_pruning.models,
             "joint_quantization.models": self.joint_quantization.models,
+            "timing.models": self.timing.models,
         }
         for name, chosen in named.items():
             require(

@@ -242,3 +242,37 @@ class JointQuantization(Compression):
         )
         for bits in (*self.bits, *self.rounding_bits):
             require(bits in (2, 3, 4, 8), "joint_quantization.bits must be among 2, 3, 4, 8", str(bits), "choose one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Settings of notebook 06."""
+
+    models: tuple[str, ...]
+    judge: str
+    rows: tuple[int, ...] = field(metadata=between(1, 1048576))
+    batch: int = field(metadata=between(1, 4096))
+    positions: int = field(metadata=between(8, 8192))
+    repeats: int = field(metadata=between(3, 1000))
+    prompts: int = field(metadata=between(2, 4096))
+    prompt_tokens: int = field(metadata=between(1, 4096))
+    new_tokens: int = field(metadata=between(2, 8192))
+    block_length: int = field(metadata=between(1, 8192))
+    threshold: float = field(metadata=between(0.0, 1.0))
+    refresh_every: int = field(metadata=between(1, 8192))
+    decoding_batch: int = field(metadata=between(1, 4096))
+    timed_prompts: int = field(metadata=between(2, 4096))
+    decoding_repeats: int = field(metadata=between(3, 1000))
+    late_share: float = field(metadata=between(0.01, 0.99))
+    coreset_prompts: int = field(metadata=between(2, 4096))
+    task_name: str
+    task_documents: int = field(metadata=between(2, 100000))
+    extra_models: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            self.new_tokens % self.block_length == 0,
+            f"timing.block_length must divide the {self.new_tokens} new_tokens",
+            str(self.block_length),
+            "choose a divisor",
+        )

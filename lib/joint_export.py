@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from lib import joint_runs, pruner
 from lib.export import QuantizedWeight
@@ -60,9 +62,13 @@ def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
         folder: the checkpoint.
         ids: tokens to compare on, `[batch, position]`.
     """
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # bars of loading and unpacking would stand in the notebook
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     loaded.to(model.device)
     found, wanted = (network(input_ids=ids.to(model.device), use_cache=False).logits for network in (loaded, model.network))
     return torch.equal(found, wanted)

@@ -144,6 +144,7 @@ def by_noise(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ax.axhline(0.0, color="black", linewidth=0.8)
     pf.loss_axis(ax, pf.numbers(table, "increase", "low", "high"))
     figures.mask_ratio_axis(ax)
+    ax.set_xlim(1.03, -0.03)  # room for markers at both ends
     ax.set_ylabel("increase of the loss\n(nats per masked token)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, table

@@ -86,7 +86,9 @@ def shrunk(
         rows, columns = _kept_indices(layer.role, *kept, shape=shape)
         _cut_(weights, layer.name.removesuffix(".weight"), rows, columns)
     network = type(model.network)(config).eval().requires_grad_(False)
-    torch.nn.Module.to(network, device=model.device, dtype=model.network.dtype)
+    torch.nn.Module.to(network, device=model.device)
+    for parameter in network.parameters():  # not the buffers: rotary frequencies stay in float32, as loaders leave them
+        parameter.data = parameter.data.to(model.network.dtype)
     network.load_state_dict(weights)
     network.set_attn_implementation("sdpa")
     return replace(model, network=network, layers=linear_layers(network), fingerprint="")

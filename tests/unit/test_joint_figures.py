@@ -26,9 +26,9 @@ def test_the_front_fills_what_is_on_it() -> None:
     ax = figure.axes[0]
     assert {(8.0, 0.0), (4.0, 0.1), (4.0, 0.3)} <= drawn(ax) and len(shown) == 3
     faces = {
-        (float(line.get_xdata()[0]), float(line.get_ydata()[0])): line.get_markerfacecolor()
+        tuple(float(value[0]) for value in np.asarray(line.get_xydata()).T): line.get_markerfacecolor()
         for line in ax.lines
-        if line.get_linestyle() == "None" and len(line.get_xdata())
+        if line.get_linestyle() == "None" and len(np.asarray(line.get_xydata()))
     }
     assert faces[4.0, 0.3] == "white" and faces[4.0, 0.1] != "white"
 
@@ -83,7 +83,7 @@ def test_sensitivities_are_laid_out_by_layer_and_role() -> None:
     figure, _ = joint_figures.sensitivity(pd.DataFrame(rows))
     panels = {ax.get_title(): ax for ax in figure.axes if ax.get_title()}
     assert set(panels) == {"int4", "structured 50 %"}
-    np.testing.assert_allclose(panels["int4"].images[0].get_array(), [[0, 1], [10, 11], [20, 21]])
+    assert np.asarray(panels["int4"].images[0].get_array()).tolist() == [[0, 1], [10, 11], [20, 21]]
     labels = [text.get_text() for text in panels["structured 50 %"].get_xticklabels()]
     assert labels == ["attention", "MLP"]
 

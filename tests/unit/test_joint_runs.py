@@ -186,7 +186,7 @@ def test_the_loss_by_noise_is_the_mean_over_the_masked_tokens(model: LanguageMod
     windows = tiny.ids(3, LENGTH, seed=4)
     found = joint_runs.loss_by_noise(model, windows, ratios=[0.25, 1.0], seed=0)
     assert found.shape == (2, 3)
-    masked = torch.full_like(windows, model.mask_token_id)
+    masked = torch.full_like(windows, tiny.MASK)
     logits = model.network(input_ids=masked).logits.log_softmax(-1)
     assert model.logit_shift == 0
     wanted = -logits.gather(2, windows[:, :, None])[:, :, 0].double().mean(1)

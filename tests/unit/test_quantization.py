@@ -16,7 +16,7 @@ from lib.config import InputError
 from lib.quantization import SCALE_RULES, Grid, Quantized, group_scales, round_to_nearest, stored_bytes
 from tests.unit.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
 
-RECORDED = Path(__file__).parents[1] / "parity" / "torchao"
+RECORDED = Path(__file__).parents[1] / "parity" / "torchao_records"
 ERRORS = json.loads((RECORDED / "errors.json").read_text(encoding="utf-8"))
 
 
@@ -85,7 +85,7 @@ def test_codes_are_those_of_torchao_when_scales_are_the_same(bits: int) -> None:
 
 def test_the_records_are_those_of_the_installed_torchao() -> None:
     pytest.importorskip("torchao", reason="the recorded outputs are compared instead")
-    from tests.parity.torchao import record
+    from tests.parity.torchao_records import record
 
     for bits, mapping in ((3, "SYMMETRIC"), (4, "SYMMETRIC_NO_CLIPPING_ERR")):
         found = relative_error(record.rounded(matrix("heavy"), bits, 64, mapping), matrix("heavy"))

@@ -88,6 +88,23 @@ def test_transformers_alone_reads_the_smaller_network(tmp_path: Path, family: st
     assert bool(moved < ATOL) == causal  # whether the first position sees the last
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_bfloat16_network_is_cut_as_exactly_as_it_reloads(tmp_path: Path, family: str) -> None:
+    """Rotary frequencies stay in float32: rounded ones would turn far positions by a visible angle."""
+    folder = tiny.folder(tmp_path / "dense", family=family, causal=False, dtype=torch.bfloat16)
+    model = models.load(folder, dtype=torch.bfloat16)
+    small = shrink.shrunk(model, *shrink.choose(model, sparsity=0.5)).network
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    small.save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    frequencies = (network.model.rotary_emb.inv_freq for network in (small, loaded, model.network))
+    first, second, third = frequencies
+    assert first.dtype == torch.float32 and torch.equal(first, second) and torch.equal(first, third)
+    ids = tiny.ids(2, 60, seed=1)
+    with torch.no_grad():
+        assert torch.equal(small(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
 def norms_of(model: LanguageModel, given: CalibrationSet) -> dict[tuple[int, str], Tensor]:
     found = one_shot.dense_statistics(model, given)
     roles = ("o", "down")

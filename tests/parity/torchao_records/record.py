@@ -1,4 +1,4 @@
-"""Record what torchao makes of the test matrices: `pip install torchao==0.18.0; python -m tests.parity.torchao.record`.
+"""Record what torchao 0.18.0 makes of the test matrices: install it, then `python -m tests.parity.torchao_records.record`.
 
 torchao is not in the lock: transformers imports it in every process when it is there, which takes time and prints warnings.
 """

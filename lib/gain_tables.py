@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,10 @@ GAIN_COLUMNS = ("gain", "low", "high", "p", "smallest effect", "seeds", "p (Holm
 MCNEMAR_COLUMNS = (
     "model", "task", "comparison", "difference, points", "low", "high", "only first", "only second", "p", "p (Holm)",
     "smallest effect, points", "documents",
+)  # fmt: skip
+ACCURACY_COLUMNS = (
+    "model", "task", "comparison", "difference, points", "low", "high", "p", "p (Holm)", "smallest effect, points",
+    "lowest", "highest", "calibrations", "documents",
 )  # fmt: skip
 Condition = tuple[str, float]
 
@@ -95,6 +100,42 @@ def mcnemar_table(results: Results, pairs: Sequence[tuple[Condition, Condition]]
         for index, (model, task, name, test) in enumerate(found)
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=pd.Index(MCNEMAR_COLUMNS))
+
+
+def accuracy_table(by_calibration: Sequence[Results], pairs: Sequence[tuple[Condition, Condition]], *, seed: int) -> pd.DataFrame:
+    """Compare accuracies on the same documents and with the same calibrations, Holm-adjusted over all rows.
+
+    Args:
+        by_calibration: results of each calibration, by (model, method, sparsity, task); a method that needs none may stand in
+            the first alone.
+        pairs: ((method, sparsity), (baseline, sparsity)).
+        seed: of the bootstrap and of the sign flips.
+
+    Returns:
+        One row a (pair, model, task) that was measured on both sides: the mean difference (positive when the first is more
+        accurate), its interval over documents and calibrations, the sign-flip p-value over documents, the smallest difference
+        that could have been seen (infinite when no document tells the two apart), and the lowest and the highest difference of
+        a single calibration.
+
+    Raises:
+        InputError: the two sides have other documents, or some of the calibrations only.
+    """
+    found, results = [], by_calibration[0] if by_calibration else {}
+    for first, second in pairs:
+        for model, method, sparsity, task in results:
+            if (method, sparsity) == first and (model, *second, task) in results:
+                sides = [_correct(by_calibration, (model, *condition, task)) for condition in (first, second)]
+                name = f"{condition_name(first)} - {condition_name(second)}"
+                result = paired.paired_difference(*sides, seed=seed)
+                found.append((model, task, name, result, (sides[0] - sides[1]).mean(1)))
+    adjusted = paired.holm({index: row[3].p_value for index, row in enumerate(found)})
+    rows = [
+        (model, task, name, 100 * result.estimate, 100 * result.interval[0], 100 * result.interval[1], result.p_value,
+         adjusted[index], 100 * result.smallest_effect or math.inf, 100 * float(single.min()), 100 * float(single.max()),
+         len(single), result.n)
+        for index, (model, task, name, result, single) in enumerate(found)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=pd.Index(ACCURACY_COLUMNS))
 
 
 def condition_name(condition: Condition) -> str:
@@ -209,3 +250,8 @@ def extension_table(
                 "gain over best": over_best.estimate, "best, low": over_best.interval[0], "best, high": over_best.interval[1],
             })  # fmt: skip
     return adjusted_table(rows, first=("model", "extension", "variant"))
+
+
+def _correct(by_calibration: Sequence[Results], key: tuple[str, str, float, str]) -> Float[Tensor, "seed document"]:
+    """Return 1 for right and 0 for wrong answers of one model, a row for each calibration that it was measured with."""
+    return torch.stack([torch.tensor(results[key].correct).double() for results in by_calibration if key in results])

@@ -140,15 +140,23 @@ class Compression:
     extra_models: tuple[str, ...] = ()
 
 
+def _at_most_seeds(section: Compression, name: str, *fields: str) -> None:
+    for field_name in fields:
+        asked = getattr(section, field_name)
+        require(asked <= section.seeds, f"{name}.{field_name} must be at most seeds", str(asked), "lower it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruningBaselines(Compression):
     """Settings of notebook 03."""
 
     structured_sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
     patterns: tuple[str, ...]
+    task_seeds: int = field(metadata=between(1, 64))
     timing_repeats: int = field(metadata=between(3, 1000))
 
     def __post_init__(self) -> None:
+        _at_most_seeds(self, "pruning_baselines", "task_seeds")
         require(
             {0.3, 0.5} <= set(self.sparsities),
             "pruning_baselines.sparsities must hold 0.3 and 0.5",
@@ -173,6 +181,7 @@ class SinkAwarePruning(Compression):
     levels: int = field(metadata=between(2, 1000))
     control_seeds: int = field(metadata=between(1, 64))
     dose_seeds: int = field(metadata=between(1, 64))
+    task_seeds: int = field(metadata=between(1, 64))
     num_stds: tuple[float, ...] = field(metadata=between(-10.0, 10.0))
     epsilons: tuple[float, ...] = field(metadata=between(-1.0, 1000.0))
     alphas: tuple[float, ...] = field(metadata=between(0.01, 1000.0))
@@ -182,13 +191,7 @@ class SinkAwarePruning(Compression):
     trajectory_states: int = field(metadata=between(1, 1000))
 
     def __post_init__(self) -> None:
-        for name in ("control_seeds", "dose_seeds"):
-            require(
-                getattr(self, name) <= self.seeds,
-                f"sink_aware_pruning.{name} must be at most seeds",
-                str(getattr(self, name)),
-                "lower it",
-            )
+        _at_most_seeds(self, "sink_aware_pruning", "control_seeds", "dose_seeds", "task_seeds")
         for name in ("layer_spread", "phase_spread"):
             spread = getattr(self, name)
             require(

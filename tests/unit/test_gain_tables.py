@@ -223,6 +223,7 @@ def test_nothing_measured_makes_empty_tables_with_their_columns() -> None:
     assert gain_tables.comparison_table([]).empty and gain_tables.gain_by_sparsity([], [("a", "b")], model="m", seed=0).empty
     for table, some in (
         (gain_tables.mcnemar_table({}, [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "documents"}),
+        (gain_tables.accuracy_table([], [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "calibrations"}),
         (gain_tables.gains_over([], base="b", sparsity=0.5, seed=0), {"model", "weighting", "gain", "p (Holm)"}),
         (gain_tables.extension_table({}, best=("b", losses(0.0)), seed=0), {"model", "extension", "variant", "gain", "p (Holm)"}),
     ):
@@ -266,6 +267,35 @@ def test_answers_to_other_documents_are_refused() -> None:
     results = {("m", "new", 0.5, "t"): answers("1100"), ("m", "old", 0.5, "t"): answers("110")}
     with pytest.raises(InputError, match="score both models on the same documents"):
         gain_tables.mcnemar_table(results, [(("new", 0.5), ("old", 0.5))], seed=0)
+
+
+def test_accuracies_over_calibrations_pair_documents_and_calibrations() -> None:
+    """'new' wins on average by losing with one calibration; magnitude has one calibration; 'absent' was never measured."""
+    patterns = {"new": ("11110000", "11111110", "10000000"), "old": ("11000000", "11000000", "11000000")}
+    by_calibration = [
+        {("m", method, 0.5, "t"): answers(of_seed[seed]) for method, of_seed in patterns.items()} for seed in range(3)
+    ]
+    by_calibration[0][("m", "magnitude", 0.3, "t")] = answers("11111111")
+    new, old, magnitude = ("new", 0.5), ("old", 0.5), ("magnitude", 0.3)
+    pairs = [(new, old), (magnitude, new), (old, old), (new, ("absent", 0.5)), (("absent", 0.5), old)]
+    table = gain_tables.accuracy_table(by_calibration, pairs, seed=4)
+    assert table["comparison"].tolist() == ["new 50 % - old 50 %", "magnitude 30 % - new 50 %", "old 50 % - old 50 %"]
+    assert table["difference, points"].tolist() == pytest.approx([25.0, 50.0, 0.0])
+    assert table["lowest"].tolist() == pytest.approx([-12.5, 12.5, 0.0])
+    assert table["highest"].tolist() == pytest.approx([62.5, 87.5, 0.0])
+    assert table["calibrations"].tolist() == [3, 3, 3] and table["documents"].tolist() == [8, 8, 8]
+    sides = [torch.tensor([[mark == "1" for mark in row] for row in patterns[name]]).double() for name in ("new", "old")]
+    expected, row = paired_difference(sides[0], sides[1], seed=4), table.to_dict("records")[0]
+    assert (row["low"], row["high"], row["p"]) == (100 * expected.interval[0], 100 * expected.interval[1], expected.p_value)
+    assert row["low"] < -12.5 + 25 and row["smallest effect, points"] == 100 * expected.smallest_effect
+    assert table["smallest effect, points"].tolist()[2] == math.inf, "no document tells the two apart"
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+
+
+def test_accuracies_with_some_of_the_calibrations_are_refused() -> None:
+    by_calibration = [{("m", name, 0.5, "t"): answers("1100") for name in names} for names in (("a", "b"), ("a", "b"), ("a",))]
+    with pytest.raises(InputError, match="the same units and the same seeds"):
+        gain_tables.accuracy_table(by_calibration, [(("a", 0.5), ("b", 0.5))], seed=0)
 
 
 def test_tables_are_frames() -> None:

@@ -1,15 +1,19 @@
 """Times of short calls: as many in a round as a clock can tell, peak memory, what a kernel refuses, and the machine's name."""
 
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from scipy.stats import binom
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lib.errors import InputError, require
 from lib.timing import interleaved
@@ -25,7 +29,8 @@ class Timing:
     Attributes:
         seconds: of one call, by round.
         inner: calls in each timed round; a GPU runs them one behind the other without waiting for the host.
-        peak_memory: bytes that a call takes from a GPU at most above what was there before; NaN on a CPU.
+        peak_memory: bytes that torch allocates at most during a call, above what was there before; a CPU library's own workspace
+            is not counted.
     """
 
     seconds: Float[Tensor, "repeat"]
@@ -141,13 +146,22 @@ def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 @torch.inference_mode()
 def _peak_memory(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        return math.nan
+        return _peak_on_host(call)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
     return float(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _peak_on_host(call: Callable[[], object]) -> float:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at the first profile; else each one writes two lines to the console
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:
+        call()
+    found = cast(Any, record.profiler).kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    return float(max(accumulate((size for _, size in changes), initial=0)))
 
 
 def _cpu_model() -> str:

@@ -1,25 +1,20 @@
-"""Decoders compared with the plain sampler: passes, tokens a second, the same tokens, text quality, answers to a task."""
+"""Decoders compared with the plain sampler: passes, tokens a second, the same tokens, text quality."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from lm_eval.evaluator import evaluate as run_harness
 from torch import Tensor
 
-from lib import paired, sampler, tasks, timing
+from lib import sampler, timing
 from lib.decoding import Decoded, DecodingPlan, decode
 from lib.errors import require
-from lib.evaluation import share_interval
-from lib.harness import HarnessModel, denoising_plan, end_tokens
+from lib.harness import end_tokens
 from lib.models import LanguageModel, logits_at
-from lib.scoring import EvaluationSettings
-from lib.tasks import LoadedTask
 
 Plan = DecodingPlan | Literal["plain sampler"]
 PLAIN: Literal["plain sampler"] = "plain sampler"  # `sampler.sample`: greedy, one token a step, nothing kept
@@ -91,7 +86,7 @@ def compare(
         InputError: no plain sampler, or not exactly one; too few prompts; a judge of another kind or with other tokens; what a
             decoder refuses.
     """
-    _check(model, prompts, plans, judge)
+    check(model, prompts, plans, judge)
     cells: dict[str, tuple[LanguageModel, Plan]] = {name: (model, plan) for name, plan in plans.items()}
     sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
     return list(_measure(cells, prompts, judge=judge, repeats=repeats, timed_prompts=timed_prompts, sizes=sizes).values())
@@ -123,7 +118,7 @@ def grid(
     """
     require(len(models) > 0, "a grid must have at least one model", "none", "give the dense one")
     for model in models.values():
-        _check(model, prompts, plans, judge)
+        check(model, prompts, plans, judge)
     pairs = [(kind, name) for kind in models for name in plans]
     cells: dict[tuple[str, str], tuple[LanguageModel, Plan]] = {pair: (models[pair[0]], plans[pair[1]]) for pair in pairs}
     sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
@@ -211,89 +206,27 @@ def judged(
     return torch.cat(found).cpu()
 
 
-def accuracies(
-    model: LanguageModel,
-    task: LoadedTask,
-    plans: Mapping[str, Plan],
-    *,
-    settings: EvaluationSettings,
-    seed: int,
-    limit: int | None = None,
-) -> pd.DataFrame:
-    """Answer a generation task with every decoder, each compared with the plain sampler document by document.
-
-    Args:
-        model: a diffusion model with its tokenizer.
-        task: such as `tasks.load_tasks(["tiny_topic_generated"])` holds; lm_eval asks and scores.
-        plans: decoders by name, one of them `"plain sampler"`.
-        settings: lengths and blocks; guidance and steps are the plain sampler's alone.
-        seed: of the bootstrap.
-        limit: only the first documents.
-
-    Returns:
-        One row a decoder: `accuracy` with its 95 % Wilson interval, `difference` to the plain sampler with its interval, `p` of
-        the exact McNemar test, how many documents only one of the two answers, and `documents`.
-
-    Raises:
-        InputError: no plain sampler, guidance, or what a task or a decoder refuses.
-
-    Source: the loop of `tasks.evaluate` with another generator.
-    """
-    _check_plain(plans)
-    require(settings.cfg_scale == 0, "decoders must be compared without guidance", f"{settings.cfg_scale}", "set cfg_scale to 0")
-    right = {name: answers(model, task, plan, settings=settings, limit=limit) for name, plan in plans.items()}
-    plain = right[next(name for name, plan in plans.items() if plan == PLAIN)]
-    rows = []
-    for name, marks in right.items():
-        low, high = share_interval(sum(marks), len(marks))
-        pair = paired.mcnemar(marks, plain, seed=seed)
-        found = {"decoder": name, "accuracy": sum(marks) / len(marks), "accuracy low": low, "accuracy high": high}
-        found |= {"difference": pair.difference, "difference low": pair.interval[0], "difference high": pair.interval[1]}
-        found |= {"p": pair.p_value, "only this": pair.only_first, "only plain": pair.only_second, "documents": len(marks)}
-        rows.append(found)
-    return pd.DataFrame(rows)
-
-
-def answers(
-    model: LanguageModel, task: LoadedTask, plan: Plan, *, settings: EvaluationSettings, limit: int | None = None
-) -> tuple[bool, ...]:
-    """Return which documents of a generation task a decoder answers correctly."""
-    if not isinstance(plan, DecodingPlan):
-        return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit)[task.name].correct
-    adapter = _Decoder(model, settings=settings, plan=plan)
-    with tasks.quiet():
-        given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
-        samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    return tasks._scores([row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])])[
-        task.metric
-    ]
-
-
-class _Decoder(HarnessModel):
-    """The lm_eval adapter with another generator."""
-
-    def __init__(self, model: LanguageModel, *, settings: EvaluationSettings, plan: DecodingPlan) -> None:
-        super().__init__(model, settings=settings)
-        self.plan = plan
-
-    def _generate(self, prompts: Int[Tensor, "batch prompt"], new: int) -> Int[Tensor, "batch new"]:
-        length, _, block = denoising_plan(new, self.settings)
-        sizes = {"new_tokens": length, "block_length": block, "batch_size": len(prompts)}
-        start = prompts.shape[1]
-        return run_decoder(self.model, prompts, self.plan, **sizes).ids[:, start : start + new]
-
-
 def _ends(model: LanguageModel) -> set[int]:
     return set() if model.tokenizer is None else end_tokens(model)
 
 
-def _check_plain(plans: Mapping[str, Plan]) -> None:
+def check_plain(plans: Mapping[str, Plan]) -> None:
+    """Refuse plans without the plain sampler, or with several.
+
+    Raises:
+        InputError: see above.
+    """
     count = sum(plan == PLAIN for plan in plans.values())
     require(count == 1, f"plans must hold the {PLAIN} once, to compare with", f"{count} of them", f"add {PLAIN!r}")
 
 
-def _check(model: LanguageModel, prompts: Tensor, plans: Mapping[str, Plan], judge: LanguageModel | None) -> None:
-    _check_plain(plans)
+def check(model: LanguageModel, prompts: Tensor, plans: Mapping[str, Plan], judge: LanguageModel | None) -> None:
+    """Refuse before any decoding what cannot be compared.
+
+    Raises:
+        InputError: not one plain sampler, fewer than two prompts, or a judge that is not autoregressive or has other tokens.
+    """
+    check_plain(plans)
     require(len(prompts) > 1, "prompts must be two or more, as intervals are over prompts", str(len(prompts)), "add some")
     if judge is None:
         return

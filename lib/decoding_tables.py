@@ -24,8 +24,9 @@ def table(runs: Sequence[DecoderRun], *, seed: int) -> pd.DataFrame:
         seed: of the bootstrap over prompts.
 
     Returns:
-        One row a decoder: `forwards` and `computed tokens` of all prompts; `tokens/s` and `speed-up`, medians over the timed
-        rounds with quartiles (`low`, `high`), and the 95 % interval of the median, `speed_up_low` to `speed_up_high`;
+        One row a decoder: `forwards` and `computed tokens` of all prompts; `tokens/s` and `speed_up`, medians over the timed
+        rounds with quartiles (`low` and `high`, `q1` and `q3`), and the 95 % interval of the median, `speed_up_low` to
+        `speed_up_high`;
         `agreement`, the share of the plain sampler's text that has the same token in the same place; `nats`, per token under
         the judge (NaN without one); `distinct`, the share of distinct tokens of a text. The
         last three are means over prompts with 95 % paired bootstrap intervals: `agreement` of its own, `nats` and `distinct` of
@@ -109,9 +110,9 @@ def _row(run: DecoderRun, plain: DecoderRun, *, seed: int) -> dict[str, object]:
     same = paired.paired_difference(share, torch.zeros_like(share), seed=seed)
     row = {"decoder": run.decoder, "forwards": run.forwards, "computed tokens": run.computed_tokens}
     row |= _with_quartiles("tokens/s", run.timed_tokens / run.seconds)
-    row |= {"speed-up": middle, "speed-up low": low, "speed-up high": high}
+    row |= {"speed_up": middle, "speed_up_q1": low, "speed_up_q3": high}
     surely = median_interval(plain.seconds / run.seconds)
-    row |= {"speed_up": middle, "speed_up_low": surely[0], "speed_up_high": surely[1], "repeats": len(run.seconds)}
+    row |= {"speed_up_low": surely[0], "speed_up_high": surely[1], "repeats": len(run.seconds)}
     row |= {"agreement": same.estimate, "agreement low": same.interval[0], "agreement high": same.interval[1]}
     row |= _against("nats", run.nats, plain.nats, seed=seed)
     return {**row, **_against("distinct", run.distinct, plain.distinct, seed=seed), "prompts": len(run.new)}

@@ -279,3 +279,16 @@ class Timing:
             str(self.block_length),
             "choose a divisor",
         )
+        late = int(self.late_share * self.block_length + 1e-9)
+        require(
+            1 <= late < self.block_length,
+            f"timing.late_share must leave 1 to {self.block_length - 1} tokens of a block of {self.block_length}",
+            f"{self.late_share:g}",
+            f"use {1 / self.block_length:.3g} for one of them",
+        )
+        require(
+            self.timed_prompts <= self.prompts,
+            f"timing.timed_prompts must be at most the {self.prompts} prompts",
+            str(self.timed_prompts),
+            "lower it",
+        )

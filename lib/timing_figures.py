@@ -37,11 +37,12 @@ def roofline(table: pd.DataFrame, peaks: Peaks, integers: Peaks | None) -> tuple
     rows = ran(table)
     rows = rows.assign(intensity=rows["operations"] / rows["bytes"], rate=rows["operations"] / rows["seconds"] / 1e9)
     figure, ax = figures.subplots(height=4.6)
-    ends = np.array([rows["intensity"].min() / 2, max(rows["intensity"].max(), 4 * peaks.ridge)])
-    for roof, line in ((peaks, "-"), (integers, "--")):
+    ends = float(rows["intensity"].min()) / 2, max(float(rows["intensity"].max()), 4 * peaks.ridge)
+    for roof, line, label in ((peaks, "-", "roof, floating point"), (integers, "--", "roof, 8-bit integers")):
         if roof is not None:
             x = np.geomspace(*ends, 200)
-            ax.plot(x, np.minimum(roof.operations, roof.bandwidth * x) / 1e9, color="#999999", linestyle=line, linewidth=1.2)
+            y = np.minimum(roof.operations, roof.bandwidth * x) / 1e9
+            ax.plot(x, y, color="#999999", linestyle=line, linewidth=1.2, label=label)
     for name, style in FORMAT_STYLES.items():
         some = pf.select(rows, format=name)
         if len(some):
@@ -77,7 +78,8 @@ def layers(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             figures.errorbar_points(ax, places, some["speed_up"], low, high, style=style, label=form)
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(counts)), [str(count) for count in counts])
-        ax.set_title(name)
+        shape = pf.select(rows, layer=name).iloc[0]
+        ax.set_title(f"{name}, {shape['in_features']} to {shape['out_features']}", fontsize="medium")
         ax.set_yscale("log")
         plain_ticks(ax, axis="y")
     axes[0, 0].set_ylabel(SPEED_UP)
@@ -123,8 +125,8 @@ def decoders(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     figure, ax = figures.subplots(height=4.6)
     for (_, row), style in zip(table.iterrows(), _looks(len(table)), strict=True):
-        x, y = [row["speed-up"]], [row["nats difference"]]
-        ax.plot([row["speed-up low"], row["speed-up high"]], y * 2, color=style.color, linewidth=1.2)
+        x, y = [row["speed_up"]], [row["nats difference"]]
+        ax.plot([row["speed_up_q1"], row["speed_up_q3"]], y * 2, color=style.color, linewidth=1.2)
         low, high = [row["nats difference low"]], [row["nats difference high"]]
         figures.errorbar_points(ax, x, y, low, high, style=style, label=str(row["decoder"]))
     ax.axhline(0.0, color="black", linewidth=0.8)

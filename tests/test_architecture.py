@@ -11,7 +11,7 @@ LAYERS = (
     {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"},
     {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
-    {"diffusion", "sampler", "caches"},
+    {"diffusion", "sampler", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
     | {"joint_compression"}
     | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
@@ -19,11 +19,13 @@ LAYERS = (
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
     | {"joint_runs", "joint_grid", "joint_export", "export", "containers"}
-    | {"configurations", "measured_formats", "hardware_aware"},
+    | {"configurations", "measured_formats", "hardware_aware"}
+    | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
+    | {"decoding_runs", "decoding_tasks", "decoding_tables"},
     {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}
-    | {"joint_tables", "joint_figures", "hardware_tables"}
+    | {"joint_tables", "joint_figures", "hardware_tables", "timing_figures"}
     | {"readme", "html_report", "execution", "batch", "launcher"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

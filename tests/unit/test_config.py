@@ -205,6 +205,21 @@ def test_compression_settings_that_do_not_fit_are_refused(changes: dict[str, obj
         config.load("quick", overrides={f"joint_quantization.{name}": value for name, value in (plain | changes).items()})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"new_tokens": 40}, "block_length must divide the 40 new_tokens, got 16"),
+        ({"late_share": 0.05}, "late_share must leave 1 to 15 tokens of a block of 16, got 0.05: use 0.0625 for one of them"),
+        ({"timed_prompts": 5}, "timed_prompts must be at most the 4 prompts, got 5"),
+    ],
+)
+def test_timing_settings_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    plain: dict[str, object] = {"new_tokens": 32, "block_length": 16, "late_share": 0.0625, "prompts": 4, "timed_prompts": 4}
+    config.load("quick", overrides={f"timing.{name}": value for name, value in plain.items()})
+    with pytest.raises(InputError, match=re.escape(f"timing.{message}")):
+        config.load("quick", overrides={f"timing.{name}": value for name, value in (plain | changes).items()})
+
+
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match=r"quick, full, paper, got 'quik': did you mean 'quick'"):
         config.load("quik")

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import decoding, decoding_runs, models, sampler, tasks, timing
-from lib.config import ROOT, InputError
+from lib import decoding, decoding_runs, models, sampler, timing
+from lib.config import InputError
 from lib.decoding import Decoded, DecodingPlan
 from lib.decoding_runs import PLAIN, Plan
 from lib.models import LanguageModel
-from lib.scoring import EvaluationSettings
 from tests import tiny
 
 PROMPT, NEW, BLOCK = 5, 8, 4
@@ -126,70 +125,6 @@ def test_an_early_stop_knows_the_tokenizers_end(dlm: LanguageModel) -> None:
 # Answers to a task
 
 
-@pytest.fixture(scope="module")
-def reference() -> LanguageModel:
-    return models.load(ROOT / "models" / "reference" / "dlm")
-
-
-SETTINGS = EvaluationSettings(gen_length=6, steps=6, block_length=6, batch_size=4)
-
-
-def test_answers_of_an_exact_plan_are_the_plain_samplers(reference: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And they come from the plan's decoder: lm_eval sees the same texts both ways."""
-    task = tasks.load_tasks(["tiny_topic_generated"])["tiny_topic_generated"]
-    made: list[Tensor] = []
-
-    def decode(*args: Any, **options: Any) -> Decoded:
-        result = decoding.decode(*args, **options)
-        assert (options["new_tokens"], options["block_length"]) == (6, 6)
-        made.append(result.ids)
-        return result
-
-    monkeypatch.setattr(decoding_runs, "decode", decode)
-    plain = decoding_runs.answers(reference, task, PLAIN, settings=SETTINGS, limit=6)
-    assert not made
-    same = decoding_runs.answers(reference, task, DecodingPlan(steps_per_block=6), settings=SETTINGS, limit=6)
-    assert same == plain and sum(len(ids) for ids in made) == 6
-
-
-def test_accuracies_pair_documents_with_the_plain_sampler(dlm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = {0.1: [True] * 12 + [False] * 8, 0.2: [False] * 20}
-    plain = [False] * 10 + [True] * 2 + [False] * 7 + [True]
-
-    def answers(_: LanguageModel, __: Any, plan: Plan, **options: Any) -> tuple[bool, ...]:
-        assert options == {"settings": SETTINGS, "limit": 20}
-        return tuple(marks[plan.threshold or 0] if isinstance(plan, DecodingPlan) else plain)
-
-    monkeypatch.setattr(decoding_runs, "answers", answers)
-    plans: dict[str, Plan] = {"a": DecodingPlan(threshold=0.1), "slow": PLAIN, "b": DecodingPlan(threshold=0.2)}
-    task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
-    table = decoding_runs.accuracies(dlm, task, plans, settings=SETTINGS, seed=0, limit=20).set_index("decoder")
-    assert table["accuracy"].to_dict() == {"a": 0.6, "slow": 0.15, "b": 0.0}
-    assert table["difference"].to_dict() == pytest.approx({"a": 0.45, "slow": 0.0, "b": -0.15})
-    assert table.loc["a", ["only this", "only plain"]].tolist() == [10, 1]
-    assert table["p"].to_dict() == pytest.approx({"a": 2 * 12 / 2**11, "slow": 1.0, "b": 2 / 2**3})
-    for name in ("accuracy", "difference"):
-        lows, middles, highs = (table[f"{name}{end}"].tolist() for end in (" low", "", " high"))
-        assert all(low <= middle <= high for low, middle, high in zip(lows, middles, highs, strict=True))
-    assert table["difference low"].tolist()[0] > 0 and set(table["documents"]) == {20}
-
-
-def test_lm_eval_scores_what_the_decoder_writes(reference: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that always writes "People" is right where that is the topic, and nowhere else."""
-    task = tasks.load_tasks(["tiny_topic_generated"])["tiny_topic_generated"]
-    tokens: list[int] = reference.tokenizer(" People\n", add_special_tokens=False)["input_ids"]  # pyright: ignore
-    tokens = [*tokens, *[9] * 6][:6]
-
-    def decode(_: LanguageModel, prompts: Tensor, **__: Any) -> Decoded:
-        return Decoded(torch.cat([prompts, torch.tensor([tokens] * len(prompts))], dim=1), 1, 1)
-
-    monkeypatch.setattr(decoding_runs, "decode", decode)
-    got = decoding_runs.answers(reference, task, DUAL, settings=SETTINGS)
-    (part,) = task.parts.values()
-    topics = [document["topic"] for document in part.dataset["test"]]
-    assert list(got) == [topic == "People" for topic in topics] and 0 < sum(got) < len(got)
-
-
 # Refusals
 
 
@@ -220,10 +155,3 @@ def test_judges_that_cannot_judge_are_refused(dlm: LanguageModel, ar: LanguageMo
         decoding_runs.compare(own, prompts, PLANS, **SIZES, repeats=1, judge=foreign)
     with pytest.raises(InputError, match="at least one model"):
         decoding_runs.grid({}, prompts, PLANS, **SIZES, repeats=1)
-
-
-def test_guidance_is_refused(dlm: LanguageModel) -> None:
-    task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
-    settings = dataclasses.replace(SETTINGS, cfg_scale=0.5)
-    with pytest.raises(InputError, match=r"without guidance, got 0\.5"):
-        decoding_runs.accuracies(dlm, task, PLANS, settings=settings, seed=0)

@@ -59,6 +59,7 @@ def make_project(root: Path) -> Path:
     settings["variance_analysis"]["answering_models"] = []
     for section in ("pruning_baselines", "sink_aware_pruning", "joint_quantization"):
         settings[section]["models"] = []
+    settings["timing"] |= {"models": [], "judge": ""}
     (root / "configs" / "quick.yaml").write_text(yaml.safe_dump(settings | {"models": {}}))
     write_notebook(root / "notebooks" / "01_toy.ipynb", WRITES)
     write_notebook(root / "notebooks" / "02_bad.ipynb", "x = 1", "raise ValueError('rule,\\n got x')")

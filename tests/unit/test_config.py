@@ -220,6 +220,19 @@ def test_timing_settings_that_do_not_fit_are_refused(changes: dict[str, object],
         config.load("quick", overrides={f"timing.{name}": value for name, value in (plain | changes).items()})
 
 
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("pruning_baselines", "task_seeds"),
+        *(("sink_aware_pruning", name) for name in ("control_seeds", "dose_seeds", "task_seeds")),
+    ],
+)
+def test_no_more_calibrations_are_asked_for_than_there_are(section: str, name: str) -> None:
+    config.load("quick", overrides={f"{section}.seeds": 2, f"{section}.{name}": 2})
+    with pytest.raises(InputError, match=f"{section}.{name} must be at most seeds, got 3"):
+        config.load("quick", overrides={f"{section}.seeds": 2, f"{section}.{name}": 3})
+
+
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match=r"quick, full, paper, got 'quik': did you mean 'quick'"):
         config.load("quik")

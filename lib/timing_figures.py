@@ -37,7 +37,8 @@ def roofline(table: pd.DataFrame, peaks: Peaks, integers: Peaks | None) -> tuple
     rows = ran(table)
     rows = rows.assign(intensity=rows["operations"] / rows["bytes"], rate=rows["operations"] / rows["seconds"] / 1e9)
     figure, ax = figures.subplots(height=4.6)
-    ends = float(rows["intensity"].min()) / 2, max(float(rows["intensity"].max()), 4 * peaks.ridge)
+    intensity = pf.numbers(rows, "intensity")
+    ends = float(intensity.min()) / 2, max(float(intensity.max()), 4 * peaks.ridge)
     for roof, line, label in ((peaks, "-", "roof, floating point"), (integers, "--", "roof, 8-bit integers")):
         if roof is not None:
             x = np.geomspace(*ends, 200)
@@ -79,7 +80,7 @@ def layers(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(counts)), [str(count) for count in counts])
         shape = pf.select(rows, layer=name).iloc[0]
-        ax.set_title(f"{name}, {shape['in_features']} to {shape['out_features']}", fontsize="medium")
+        ax.set_title(f"{name}, {shape['in_features']:g} to {shape['out_features']:g}", fontsize="medium")
         ax.set_yscale("log")
         plain_ticks(ax, axis="y")
     axes[0, 0].set_ylabel(SPEED_UP)

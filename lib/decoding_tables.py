@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import paired
+from lib import late_steps, paired
 from lib.call_times import median_interval
 from lib.decoding_runs import PLAIN, DecoderRun
 from lib.errors import require
+from lib.late_steps import LateExamples, LateStep
+from lib.models import LanguageModel
 from lib.timing import speed_up
 
 QUARTILES = (0.25, 0.5, 0.75)
@@ -43,6 +45,29 @@ def agreement(run: DecoderRun, plain: DecoderRun) -> Float[Tensor, "prompt"]:
     """Return the share of the plain sampler's text of each prompt that has the same token at the same place."""
     same = (run.new == plain.new) & plain.is_text
     return same.sum(1).double() / plain.is_text.sum(1)
+
+
+def late_table(model: LanguageModel, held_out: LateExamples, steps: Mapping[str, LateStep | None], *, seed: int) -> pd.DataFrame:
+    """Compare predictors of late tokens with leaving the same passes out.
+
+    Args:
+        model: that the examples come from.
+        held_out: examples of prompts that nothing was fitted on.
+        steps: predictors by name; None is the control, the best token of the last pass.
+        seed: of the bootstrap over prompts.
+
+    Returns:
+        One row a predictor: `agreement`, the share of tokens that the full sampler wrote too, mean over prompts; `difference` to
+        the control with its 95 % paired interval, `low` to `high`; `prompts`.
+    """
+    control, rows = late_steps.agreement(model, held_out, None), []
+    for name, step in steps.items():
+        share = late_steps.agreement(model, held_out, step)
+        pair = paired.paired_difference(share, control, seed=seed)
+        ends = dict(zip(("low", "high"), pair.interval, strict=True))
+        found = {"predictor": name, "agreement": float(share.mean()), "difference": pair.estimate, **ends, "prompts": pair.n}
+        rows.append(found)
+    return pd.DataFrame(rows)
 
 
 def composition(runs: Mapping[tuple[str, str], DecoderRun], *, dense: str) -> pd.DataFrame:

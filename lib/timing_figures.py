@@ -20,7 +20,8 @@ FORMAT_STYLES: Mapping[str, Style] = MappingProxyType({
     "int8 dynamic": Style("#0072B2", "s"), "int8 weights": Style("#56B4E9", "s"), "int4 weights": Style("#CC79A7", "P"),
 })  # fmt: skip
 SERIES = tuple(Style(color, marker) for color, marker in zip(
-    ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#777777", "#56B4E9", "#8C6D31"), "osDvPX<^>", strict=True
+    ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#777777", "#56B4E9", "#8C6D31", "#332288", "#88CCEE",
+     "#882255"), "osDvPX<^>ph*", strict=True
 ))  # fmt: skip
 SPEED_UP = "speed-up over dense (times)"
 DIGEST = (1.4, 1.8)  # what the digest states for 30 % and 50 %

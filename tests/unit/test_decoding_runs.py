@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Seconds 1, 2, 3 for the first call of a round, 2, 4, 6 for the second and so on; collects what is timed."""
     seen: list[list[str]] = []
 
-    def interleaved(calls: Mapping[str, Any], *, repeats: int, device: torch.device) -> dict[str, Tensor]:
+    def interleaved(calls: Mapping[str, Any], *, repeats: int, warm_up: int, device: torch.device) -> dict[str, Tensor]:
         seen.append([*calls])
         for call in calls.values():
             call()

@@ -95,3 +95,19 @@ def test_incomplete_runs_are_refused() -> None:
     del runs["small", "fast"]
     with pytest.raises(InputError, match=r"every decoder, got none of small \+ fast: measure the whole grid"):
         decoding_tables.composition(runs, dense="dense")
+
+
+def test_predictors_of_late_tokens_are_compared_prompt_by_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = {None: [0.5, 0.0, 1.0], "good": [1.0, 0.5, 1.0], "bad": [0.0, 0.0, 0.5]}
+
+    def agreement(_: Any, __: Any, step: Any) -> torch.Tensor:
+        return torch.tensor(shares[step], dtype=torch.float64)
+
+    monkeypatch.setattr(decoding_tables.late_steps, "agreement", agreement)
+    nothing: Any = None
+    steps: Any = {"control": None, "good": "good", "bad": "bad"}
+    table = decoding_tables.late_table(nothing, nothing, steps, seed=0).set_index("predictor")
+    assert table["agreement"].tolist() == pytest.approx([0.5, 2.5 / 3, 0.5 / 3]) and table["prompts"].tolist() == [3, 3, 3]
+    assert table["difference"].tolist() == pytest.approx([0.0, 1 / 3, -1 / 3])
+    assert (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
+    assert table.loc["good", "low"] >= 0 and table.loc["bad", "high"] <= 0

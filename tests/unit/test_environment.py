@@ -143,6 +143,7 @@ def test_what_the_user_set_wins() -> None:
     chosen = environment.settings({"OMP_NUM_THREADS": "7", "PYTHONPATH": "/mine"})
     assert "OMP_NUM_THREADS" not in chosen
     assert chosen["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+    assert chosen["TORCH_CPP_LOG_LEVEL"] == "ERROR"
     assert environment.settings(chosen)["PYTHONPATH"] == chosen["PYTHONPATH"], "set twice, it does not grow"
 
 

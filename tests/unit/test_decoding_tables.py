@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from lib import decoding_tables
 from lib.config import InputError
 from lib.decoding import DecodingPlan
 from lib.decoding_runs import PLAIN, DecoderRun
+from lib.late_steps import LateExamples, LateStep
+from tests import tiny
 
 FAST = DecodingPlan(threshold=0.5)
 TEXT = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 7, 7, 7]])
@@ -97,17 +100,21 @@ def test_incomplete_runs_are_refused() -> None:
         decoding_tables.composition(runs, dense="dense")
 
 
-def test_predictors_of_late_tokens_are_compared_prompt_by_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = {None: [0.5, 0.0, 1.0], "good": [1.0, 0.5, 1.0], "bad": [0.0, 0.0, 0.5]}
+def test_predictors_of_late_tokens_are_compared_prompt_by_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = {0: [0.5, 0.0, 1.0], 1: [1.0, 0.5, 1.0], 2: [0.0, 0.0, 0.5]}
 
-    def agreement(_: Any, __: Any, step: Any) -> torch.Tensor:
-        return torch.tensor(shares[step], dtype=torch.float64)
+    def agreement(_: Any, __: Any, step: LateStep | None) -> torch.Tensor:
+        return torch.tensor(shares[0 if step is None else step.neighbours], dtype=torch.float64)
 
     monkeypatch.setattr(decoding_tables.late_steps, "agreement", agreement)
-    nothing: Any = None
-    steps: Any = {"control": None, "good": "good", "bad": "bad"}
-    table = decoding_tables.late_table(nothing, nothing, steps, seed=0).set_index("predictor")
+    one, many, ids = torch.ones(1), torch.ones(1, 1), torch.tensor([3])
+    good, bad = (LateStep("nearest", one, one, many, many, one, number) for number in (1, 2))
+    examples = LateExamples(many, ids, ids, many, ids, ids)
+    steps = {"control": None, "good": good, "bad": bad}
+    model = tiny.model(tmp_path, causal=False)
+    table = decoding_tables.late_table(model, examples, steps, seed=0).set_index("predictor")
     assert table["agreement"].tolist() == pytest.approx([0.5, 2.5 / 3, 0.5 / 3]) and table["prompts"].tolist() == [3, 3, 3]
     assert table["difference"].tolist() == pytest.approx([0.0, 1 / 3, -1 / 3])
-    assert (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
-    assert table.loc["good", "low"] >= 0 and table.loc["bad", "high"] <= 0
+    lows, highs = table["low"].tolist(), table["high"].tolist()
+    assert all(low <= middle <= high for low, middle, high in zip(lows, table["difference"].tolist(), highs, strict=True))
+    assert lows[1] >= 0 and highs[2] <= 0

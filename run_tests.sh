@@ -35,7 +35,7 @@ OMP_NUM_THREADS=1 check tests "$SINKS_PYTHON" -m pytest -q -n 2 --dist loadscope
 if [ -z "$quick" ]; then
     warn
     export SINKS_OUTPUT="$scratch" OMP_NUM_THREADS="$threads"
-    check notebooks "$SINKS_PYTHON" -m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env \
+    check notebooks "$SINKS_PYTHON" -m pytest -q -p no:cacheprovider -p tests.notebooks.nbval_stderr --nbval-lax --nbval-current-env \
         --nbval-sanitize-with tests/notebooks/sanitize.cfg notebooks
 fi
 

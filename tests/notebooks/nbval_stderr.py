@@ -1,0 +1,10 @@
+"""A plugin for nbval: stderr is not compared. Refreshed notebooks hold none, and bars of libraries differ from run to run."""
+
+import pytest
+from nbval.plugin import IPyNbFile
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Leave stderr out of the comparison of a notebook's outputs."""
+    if isinstance(collector, IPyNbFile):
+        collector.skip_compare = (*collector.skip_compare, "stderr")

@@ -3,20 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 
 from lib import joint_figures
 from lib.joint_grid import ORDERS, SPARSEGPT, WANDA
-
-
-def drawn(ax: Axes) -> set[tuple[float, float]]:
-    """The points of all markers, rounded."""
-    return {
-        (round(float(x), 6), round(float(y), 6))
-        for line in ax.lines
-        if line.get_marker() not in ("None", "", None, "_", "|")
-        for x, y in zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata()), strict=True)
-    }
+from tests.drawing import drawn
 
 
 def test_the_front_fills_what_is_on_it() -> None:

@@ -3,22 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 
 from lib import timing_figures
 from lib.roofline import Peaks
+from tests.drawing import drawn
 
 PEAKS = Peaks(operations=2e9, bandwidth=1e9)  # the roof bends at 2 operations a byte
-
-
-def drawn(ax: Axes) -> set[tuple[float, float]]:
-    """The points of all markers, rounded."""
-    return {
-        (round(float(x), 6), round(float(y), 6))
-        for line in ax.lines
-        if line.get_marker() not in ("None", "", None, "_", "|")
-        for x, y in zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata()), strict=True)
-    }
 
 
 def layers() -> pd.DataFrame:

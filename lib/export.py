@@ -24,6 +24,7 @@ from lib.models import LanguageModel
 from lib.provenance import PARTIAL, write_text
 
 BITS = range(2, 9)  # what compressed-tensors packs, without the one bit that a symmetric code cannot use
+LOADING_SETTINGS = ("is_local", "local_files_only")  # how transformers found a tokenizer here; its writer would keep them
 KEPT_FILE = "kept.json"  # not safetensors: servers load every such file of a folder as weights
 
 
@@ -167,7 +168,10 @@ def write_beside(
         config.quantization_config = quantization
     config.save_pretrained(folder)
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        tokenizer = copy.deepcopy(model.tokenizer)
+        for name in LOADING_SETTINGS:
+            tokenizer.init_kwargs.pop(name, None)
+        tokenizer.save_pretrained(folder)
     if kept is not None:
         parts = {"groups": kept.groups, "channels": kept.channels}
         write_text(

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from lib import containers, export, models, quantization, shrink
 from lib.config import InputError
@@ -137,6 +138,17 @@ def test_a_new_process_without_this_project_reloads_it_bit_for_bit(reloaded: Any
 
 def test_the_tokenizer_goes_along(reloaded: Any) -> None:
     assert reloaded[0]["tokens"] == [1, 4, 5, tiny.MASK]
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_how_the_tokenizer_was_found_does_not_go_along(tmp_path: Path, model: LanguageModel, offline: bool) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "found")
+    found = PreTrainedTokenizerFast.from_pretrained(tmp_path / "found")
+    found.init_kwargs["local_files_only"] = offline  # as transformers sets it, with the network or without
+    export.save_plain(replace(model, tokenizer=found), tmp_path / "out")
+    written = (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert "local" not in written and str(tmp_path) not in written
+    assert json.loads(written)["mask_token"] == "[MASK]" and found.init_kwargs["local_files_only"] is offline
 
 
 def test_a_plain_export_is_the_same_model_to_this_project(reloaded: Any) -> None:

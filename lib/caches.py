@@ -133,6 +133,7 @@ def block_pass(model: LanguageModel, *, kind: BlockCache, block: range) -> Pass:
     store = new_store(model)
 
     def run(ids: Int[Tensor, "batch position"], fresh: bool) -> Hidden:
+        """Compute all positions, or those that the kept keys and values do not stand for."""
         first = 0 if fresh else max(block.start - model.logit_shift, 0)
         last = block.stop if kind == "dual" and not fresh else ids.shape[1]
         positions = torch.arange(first, last, device=ids.device)[None]

@@ -1,7 +1,7 @@
 """Decoders compared with the plain sampler: passes, tokens a second, the same tokens, text quality."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -54,101 +54,94 @@ class DecoderRun:
         return torch.tensor([len(text.unique()) / len(text) for text in texts], dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Workload:
+    """How much is decoded, and how often it is timed.
+
+    Attributes:
+        new_tokens: tokens after every prompt.
+        block_length: tokens of a block, the plain sampler's too.
+        repeats: timed rounds.
+        batch_size: prompts decoded together.
+        timed_prompts: only the first prompts are timed; None is all of them.
+    """
+
+    new_tokens: int
+    block_length: int
+    repeats: int
+    batch_size: int = 1
+    timed_prompts: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What `run_decoder` takes of it."""
+        return {"new_tokens": self.new_tokens, "block_length": self.block_length, "batch_size": self.batch_size}
+
+
 def compare(
     model: LanguageModel,
     prompts: Int[Tensor, "prompt position"],
     plans: Mapping[str, Plan],
+    work: Workload,
     *,
-    new_tokens: int,
-    block_length: int,
-    repeats: int,
     judge: LanguageModel | None = None,
-    batch_size: int = 1,
-    timed_prompts: int | None = None,
 ) -> list[DecoderRun]:
-    """Let every decoder continue the same prompts, and time them in turn.
-
-    Args:
-        model: a diffusion model.
-        prompts: of equal length, two or more.
-        plans: decoders by the name that tables show; one of them `"plain sampler"`.
-        new_tokens: tokens after every prompt.
-        block_length: tokens of a block, the plain sampler's too.
-        repeats: timed rounds.
-        judge: an autoregressive model with the same tokens, which says how likely the texts are.
-        batch_size: prompts decoded together.
-        timed_prompts: only the first prompts are timed; None is all of them.
-
-    Returns:
-        One run a decoder, in the order of `plans`.
-
-    Raises:
-        InputError: no plain sampler, or not exactly one; too few prompts; a judge of another kind or with other tokens; what a
-            decoder refuses.
-    """
-    check(model, prompts, plans, judge)
-    cells: dict[str, tuple[LanguageModel, Plan]] = {name: (model, plan) for name, plan in plans.items()}
-    sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
-    return list(_measure(cells, prompts, judge=judge, repeats=repeats, timed_prompts=timed_prompts, sizes=sizes).values())
+    """Let every decoder continue the same prompts: the `grid` of one model, its runs named after the plans and in their order."""
+    runs = grid({"": model}, prompts, plans, work, judge=judge)
+    return [replace(run, decoder=name) for (_, name), run in runs.items()]
 
 
 def grid(
     models: Mapping[str, LanguageModel],
     prompts: Int[Tensor, "prompt position"],
     plans: Mapping[str, Plan],
+    work: Workload,
     *,
-    new_tokens: int,
-    block_length: int,
-    repeats: int,
     judge: LanguageModel | None = None,
-    batch_size: int = 1,
-    timed_prompts: int | None = None,
 ) -> dict[tuple[str, str], DecoderRun]:
-    """Let every decoder run on every format of a model's weights, all timed in turn.
+    """Let every decoder run on every format of a model's weights, first once for the texts, then in rounds that all share.
 
     Args:
-        models: one model in several formats, by name; the first one is the dense one.
-        prompts, plans, new_tokens, block_length, repeats, judge, batch_size, timed_prompts: as in `compare`.
+        models: one diffusion model in several formats, by name; the first one is the dense one.
+        prompts: of equal length, two or more.
+        plans: decoders by the name that tables show; one of them `"plain sampler"`.
+        work: lengths and rounds.
+        judge: an autoregressive model with the same tokens, which says how likely the texts are.
 
     Returns:
         Runs by (format, decoder).
 
     Raises:
-        InputError: no model, or what `compare` refuses.
+        InputError: no model; no plain sampler, or several; too few prompts; a judge of another kind or with other tokens; what a
+            decoder refuses.
     """
     require(len(models) > 0, "a grid must have at least one model", "none", "give the dense one")
     for model in models.values():
         check(model, prompts, plans, judge)
-    pairs = [(kind, name) for kind in models for name in plans]
-    cells: dict[tuple[str, str], tuple[LanguageModel, Plan]] = {pair: (models[pair[0]], plans[pair[1]]) for pair in pairs}
-    sizes = {"new_tokens": new_tokens, "block_length": block_length, "batch_size": batch_size}
-    return _measure(cells, prompts, judge=judge, repeats=repeats, timed_prompts=timed_prompts, sizes=sizes)
+    cells = {(kind, name): (models[kind], plans[name]) for kind in models for name in plans}
+    texts = {key: run_decoder(model, prompts, plan, **work.sizes) for key, (model, plan) in cells.items()}
+    timed = prompts[: work.timed_prompts]
+    calls = {" + ".join(key): partial(run_decoder, model, timed, plan, **work.sizes) for key, (model, plan) in cells.items()}
+    device = next(iter(models.values())).device
+    seconds = timing.interleaved(calls, repeats=work.repeats, warm_up=1, device=device)  # the texts have warmed up before
+    return {
+        key: DecoderRun(
+            decoder=" + ".join(key),
+            plan=plan,
+            **_text(model, texts[key].ids, start=prompts.shape[1], judge=judge),
+            forwards=texts[key].forwards,
+            computed_tokens=texts[key].computed_tokens,
+            seconds=seconds[" + ".join(key)],
+            timed_tokens=len(timed) * work.new_tokens,
+        )
+        for key, (model, plan) in cells.items()
+    }
 
 
-def _measure(
-    cells: Mapping[Any, tuple[LanguageModel, Plan]],
-    prompts: Tensor,
-    *,
-    judge: LanguageModel | None,
-    repeats: int,
-    timed_prompts: int | None,
-    sizes: Mapping[str, int],
-) -> dict[Any, DecoderRun]:
-    """Decode once for the texts, then in timed rounds."""
-    texts = {key: run_decoder(model, prompts, plan, **sizes) for key, (model, plan) in cells.items()}
-    timed = prompts[:timed_prompts]
-    calls = {str(key): partial(run_decoder, model, timed, plan, **sizes) for key, (model, plan) in cells.items()}
-    device = next(iter(cells.values()))[0].device
-    seconds = timing.interleaved(calls, repeats=repeats, warm_up=1, device=device)  # the texts have warmed up before
-    start, runs = prompts.shape[1], {}
-    for key, done in texts.items():
-        model, plan = cells[key]
-        is_text = text_positions(done.ids[:, start:], ends=_ends(model))
-        nats = None if judge is None else judged(judge, done.ids, is_text)
-        name = key if isinstance(key, str) else " + ".join(key)
-        counts = (done.forwards, done.computed_tokens, seconds[str(key)], len(timed) * sizes["new_tokens"])
-        runs[key] = DecoderRun(name, plan, done.ids[:, start:].cpu(), is_text.cpu(), *counts, nats)
-    return runs
+def _text(model: LanguageModel, ids: Tensor, *, start: int, judge: LanguageModel | None) -> dict[str, Any]:
+    """Return the fields of a run that say what was written after the prompts, of `start` tokens."""
+    is_text = text_positions(ids[:, start:], ends=_ends(model))
+    return {"new": ids[:, start:].cpu(), "is_text": is_text.cpu(), "nats": None if judge is None else judged(judge, ids, is_text)}
 
 
 def run_decoder(

@@ -1,7 +1,9 @@
 """Right and wrong answers by decoder: a generation task of lm_eval, each document paired with the plain sampler's answer."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import pandas as pd
@@ -11,6 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from lib import paired, tasks
+from lib.data import read_rows
 from lib.decoding import DecodingPlan
 from lib.decoding_runs import PLAIN, Plan, check_plain, run_decoder
 from lib.errors import require
@@ -19,6 +22,48 @@ from lib.harness import HarnessModel, denoising_plan
 from lib.models import LanguageModel
 from lib.scoring import EvaluationSettings
 from lib.tasks import LoadedTask
+
+WRITTEN = "tiny_topic_written"
+WRITTEN_CONFIG: Mapping[str, Any] = MappingProxyType({
+    "task": WRITTEN,
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "Title: {{title}}\nText: {{text}}\nDescription:",  # as articles stand in the training text
+    "doc_to_target": "topic",
+    "generation_kwargs": {"until": ["\nText:"], "max_gen_toks": 32, "do_sample": False},
+    "filter_list": [
+        {
+            "name": "none",
+            "filter": [{"function": "regex", "regex_pattern": r"Topic: *([^\n]*\S)"}, {"function": "take_first"}],
+        }
+    ],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+})  # fmt: skip
+
+
+def load(name: str) -> LoadedTask:
+    """Load a task of generation: `"tiny_topic_written"`, or one that `tasks.load_tasks` knows.
+
+    In the former the model is shown an article and writes a description, then the topic, which alone is scored. So the answer
+    stands late in a text of several blocks and depends on all that was decoded before it, as after a chain of thought.
+
+    Raises:
+        InputError: an unknown name, or a task that generates nothing.
+        UnavailableError: a data set cannot be fetched.
+
+    >>> round(load("tiny_topic_written").chance, 3)
+    0.173
+    """
+    if name != WRITTEN:
+        task = tasks.load_tasks([name])[name]
+        check_task(task)
+        return task
+    texts = {row["title"]: row["text"] for row in read_rows("tiny_description", folder=tasks.FOLDER)}
+    topics = {row["title"]: row["topic"] for row in read_rows("tiny_topic", folder=tasks.FOLDER)}
+    rows = [{"title": title, "text": texts[title], "topic": topic} for title, topic in topics.items() if title in texts]
+    commonest = Counter(row["topic"] for row in rows).most_common(1)[0][1]
+    part = tasks.local_task(WRITTEN_CONFIG, {"test": rows})
+    return LoadedTask(WRITTEN, {WRITTEN: part}, "exact_match", commonest / len(rows))
 
 
 def accuracies(
@@ -34,7 +79,7 @@ def accuracies(
 
     Args:
         model: a diffusion model with its tokenizer.
-        task: such as `tasks.load_tasks(["tiny_topic_generated"])` holds; lm_eval asks and scores.
+        task: as `load` returns it; lm_eval asks and scores.
         plans: decoders by name, one of them `"plain sampler"`.
         settings: lengths and blocks; guidance and steps are the plain sampler's alone.
         seed: of the bootstrap.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib import decoding, decoding_runs, models, sampler, timing
 from lib.config import InputError
 from lib.decoding import Decoded, DecodingPlan
-from lib.decoding_runs import PLAIN, Plan
+from lib.decoding_runs import PLAIN, Plan, Workload
 from lib.models import LanguageModel
 from tests import tiny
 
@@ -51,8 +51,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_texts_and_counts_are_those_of_the_decoders(dlm: LanguageModel, clock: list[list[str]], batch_size: int) -> None:
     prompts = tiny.ids(3, PROMPT, seed=2)
-    runs = decoding_runs.compare(dlm, prompts, PLANS, **SIZES, repeats=3, batch_size=batch_size, timed_prompts=2)
-    assert clock == [["fast", "slow", "schedule"]]  # one set of rounds for all
+    runs = decoding_runs.compare(dlm, prompts, PLANS, Workload(NEW, BLOCK, repeats=3, batch_size=batch_size, timed_prompts=2))
+    assert clock == [[" + fast", " + slow", " + schedule"]]  # one set of rounds for all
     fast, slow, schedule = runs
     assert [run.decoder for run in runs] == list(PLANS) and [run.plan for run in runs] == list(PLANS.values())
     parts = prompts.split(batch_size)
@@ -70,7 +70,7 @@ def test_a_grid_runs_every_decoder_on_every_format_in_one_set_of_rounds(dlm: Lan
     other = tiny.network(causal=False, seed=5)
     changed = dataclasses.replace(dlm, network=other, layers=models.linear_layers(other))
     prompts, plans = tiny.ids(2, PROMPT), {"slow": PLAIN, "fast": DUAL}
-    runs = decoding_runs.grid({"dense": dlm, "other": changed}, prompts, plans, **SIZES, repeats=2)
+    runs = decoding_runs.grid({"dense": dlm, "other": changed}, prompts, plans, Workload(NEW, BLOCK, repeats=2))
     assert list(runs) == [("dense", "slow"), ("dense", "fast"), ("other", "slow"), ("other", "fast")]
     assert [runs[key].seconds[0] for key in runs] == [1, 2, 3, 4] and len(clock) == 1 and len(clock[0]) == 4
     for (kind, name), run in runs.items():
@@ -106,7 +106,7 @@ def test_compare_judges_new_tokens_and_stops_texts_at_the_end_token(
     texts = torch.tensor([[7, 8, 7, 2, 7, 7, 7, 7], [4, 5, 6, 7, 8, 9, 10, 11]])
     made = Decoded(torch.cat([prompts, texts], dim=1), 1, 1)
     monkeypatch.setattr(decoding_runs, "run_decoder", lambda *_, **__: made)
-    (run,) = decoding_runs.compare(own, prompts, {"slow": PLAIN}, **SIZES, repeats=1, judge=judge)
+    (run,) = decoding_runs.compare(own, prompts, {"slow": PLAIN}, Workload(NEW, BLOCK, repeats=1), judge=judge)
     assert run.is_text.sum(1).tolist() == [4, 8]
     assert run.distinct.tolist() == [0.75, 1.0]
     assert run.nats is not None and torch.equal(run.nats, decoding_runs.judged(judge, made.ids, run.is_text))
@@ -120,9 +120,6 @@ def test_an_early_stop_knows_the_tokenizers_end(dlm: LanguageModel) -> None:
     plan = DecodingPlan(threshold=1.0, early_stop=True)
     got = decoding_runs.run_decoder(own, tiny.ids(1, PROMPT), plan, **SIZES, batch_size=1).ids[0, PROMPT:]
     assert got[1:].tolist() == [int(plain[1])] * (NEW - 1)
-
-
-# Answers to a task
 
 
 # Refusals
@@ -140,18 +137,18 @@ def test_what_cannot_be_compared_is_refused(dlm: LanguageModel, changes: dict[st
     given: dict[str, Any] = {"prompts": tiny.ids(2, PROMPT), "plans": PLANS, **changes}
     prompts, plans = given["prompts"], given["plans"]
     with pytest.raises(InputError, match=message):
-        decoding_runs.compare(dlm, prompts, plans, **SIZES, repeats=1)
+        decoding_runs.compare(dlm, prompts, plans, Workload(NEW, BLOCK, repeats=1))
     with pytest.raises(InputError, match=message):
-        decoding_runs.grid({"dense": dlm}, prompts, plans, **SIZES, repeats=1)
+        decoding_runs.grid({"dense": dlm}, prompts, plans, Workload(NEW, BLOCK, repeats=1))
 
 
 def test_judges_that_cannot_judge_are_refused(dlm: LanguageModel, ar: LanguageModel, tmp_path: Path) -> None:
     prompts = tiny.ids(2, PROMPT)
     with pytest.raises(InputError, match="a judge must be autoregressive"):
-        decoding_runs.compare(dlm, prompts, PLANS, **SIZES, repeats=1, judge=dlm)
+        decoding_runs.compare(dlm, prompts, PLANS, Workload(NEW, BLOCK, repeats=1), judge=dlm)
     own = dataclasses.replace(dlm, tokenizer=tiny.tokenizer())
     foreign = dataclasses.replace(ar, tokenizer=tiny.words())
     with pytest.raises(InputError, match="a judge must have the tokens of"):
-        decoding_runs.compare(own, prompts, PLANS, **SIZES, repeats=1, judge=foreign)
+        decoding_runs.compare(own, prompts, PLANS, Workload(NEW, BLOCK, repeats=1), judge=foreign)
     with pytest.raises(InputError, match="at least one model"):
-        decoding_runs.grid({}, prompts, PLANS, **SIZES, repeats=1)
+        decoding_runs.grid({}, prompts, PLANS, Workload(NEW, BLOCK, repeats=1))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -106,6 +107,34 @@ def test_lm_eval_scores_what_the_decoder_writes(reference: LanguageModel, monkey
     assert list(got) == [topic == "People" for topic in topics] and 0 < sum(got) < len(got)
 
 
+def test_the_written_topic_is_read_off_the_end_of_a_text(reference: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before the topic does not count, nor what follows the end token; a text without a topic is wrong."""
+    task = decoding_tasks.load("tiny_topic_written")
+    (part,) = task.parts.values()
+    documents = list(part.dataset["test"])
+    shown = [part.doc_to_text(document) for document in documents]
+    assert len(documents) == 220 and all(text.startswith("Title: ") and text.endswith("\nDescription:") for text in shown)
+    assert not any("Topic:" in text for text in shown) and {document["title"] for document in documents} >= {"Houston"}
+
+    def writes(text: str) -> list[bool]:
+        tokens: list[int] = reference.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
+        assert len(tokens) <= 32
+
+        def decode(_: LanguageModel, prompts: Tensor, **options: Any) -> Decoded:
+            assert (options["new_tokens"], options["block_length"]) == (32, 16)
+            return Decoded(torch.cat([prompts, torch.tensor([[*tokens, *[9] * 32][:32]] * len(prompts))], dim=1), 1, 1)
+
+        monkeypatch.setattr(decoding_runs, "decode", decode)
+        settings = EvaluationSettings(gen_length=64, steps=64, block_length=16)
+        return list(decoding_tasks.answers(reference, task, DUAL, settings=settings))
+
+    people = [document["topic"] == "People" for document in documents]
+    assert writes(" Geography of a place\nTopic: People<|eos|>\nTopic: Arts") == people and 0 < sum(people) < 220
+    assert writes(" A writer\nTopic: People\nText: Topic: Arts") == people
+    assert not any(writes(" People") + writes(" A writer\nTopic: People of Rome<|eos|>"))
+    assert task.chance == max(Counter(document["topic"] for document in documents).values()) / 220
+
+
 def test_guidance_is_refused(dlm: LanguageModel) -> None:
     task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
     settings = dataclasses.replace(SETTINGS, cfg_scale=0.5)
@@ -117,3 +146,5 @@ def test_a_task_without_generation_is_refused(dlm: LanguageModel) -> None:
     task = tasks.load_tasks(["tiny_topic"])["tiny_topic"]
     with pytest.raises(InputError, match=r"one of generation, got tiny_topic \(multiple_choice\)"):
         decoding_tasks.accuracies(dlm, task, PLANS, settings=SETTINGS, seed=0)
+    with pytest.raises(InputError, match=r"one of generation, got tiny_topic \(multiple_choice\)"):
+        decoding_tasks.load("tiny_topic")

@@ -12,6 +12,7 @@ import yaml
 
 from lib.errors import InputError, require
 from lib.sections import (
+    Grid,
     JointQuantization,
     ModelSource,
     PruningBaselines,
@@ -44,6 +45,7 @@ class Config:
     sink_aware_pruning: SinkAwarePruning
     joint_quantization: JointQuantization
     timing: Timing
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -94,8 +96,8 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
 
 
 def to_dict(config: Config) -> dict[str, object]:
-    """Return the settings as plain dicts and lists, ready for JSON."""
-    return _plain(asdict(config))  # type: ignore[return-value]
+    """Return the settings as plain dicts and lists, ready for JSON; a profile without a grid has no such group."""
+    return {key: _plain(value) for key, value in asdict(config).items() if value is not None}
 
 
 def output_root() -> Path:

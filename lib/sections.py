@@ -292,3 +292,51 @@ class Timing:
             str(self.timed_prompts),
             "lower it",
         )
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Where the calibration windows of the grid come from, how many there are, and how many tokens each has."""
+
+    corpus: str = field(metadata=one_of("wikitext2", "c4", "articles"))
+    windows: int = field(metadata=between(1, 65536))
+    positions: int = field(metadata=between(8, 32768))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The experiment grid of `./run_all.sh paper`, with models of its own: notebooks hold theirs in memory at the same time."""
+
+    models: dict[str, ModelSource]
+    references: dict[str, ModelSource]
+    dream_models: tuple[str, ...]
+    calibrations: dict[str, CalibrationText]
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    patterns: tuple[str, ...]
+    structured_methods: tuple[str, ...]
+    structured_sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
+    other_methods: tuple[str, ...]
+    other_sparsity: float = field(metadata=between(0.01, 0.99))
+    seeds: int = field(metadata=between(1, 64))
+    task_names: tuple[str, ...]
+    rows: str | None
+    limit: int | None = field(metadata=between(1, 1000000))
+    loss_windows: int = field(metadata=between(0, 65536))
+    loss_positions: int = field(metadata=between(8, 32768))
+    loss_draws: int = field(metadata=between(1, 4096))
+    batch_size: int = field(metadata=between(1, 4096))
+    weights: str = field(metadata=one_of("memory", "streamed"))
+    keep_weights: bool
+    teraflops: float | None = field(metadata=between(1e-6, 1e6))
+
+    def __post_init__(self) -> None:
+        require(len(self.calibrations) > 0, "grid.calibrations must hold at least one", "none", "name one such as wikitext2")
+        both = sorted(set(self.models) & set(self.references))
+        require(not both, "grid.models and grid.references must have different names", ", ".join(both), "rename one")
+        require(
+            set(self.dream_models) <= set(self.models),
+            f"grid.dream_models must be among grid.models, {', '.join(self.models)}",
+            str(list(self.dream_models)),
+            "leave the others out",
+        )

@@ -1,0 +1,165 @@
+"""What a worker of the grid does: make the weights of one variant, then measure them, cell by cell."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lib import calibration_sets, corpora, export, models, one_shot, pruner, shrink, standins, tasks
+from lib.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
+from lib.checkpoints import read_json
+from lib.config import ModelSource
+from lib.evaluation import share_interval
+from lib.methods import Target
+from lib.models import LanguageModel
+from lib.provenance import write_json
+from lib.runtime import set_threads
+from lib.scoring import EvaluationSettings
+from lib.sink_effect import text_loss
+
+MEASURED = "measured.json"
+SAMPLES_AT_ONCE = 4  # calibration windows of a forward pass, at most; they are longer than the texts of tasks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how this run computes; none of it changes a result.
+
+    Attributes:
+        source: checkpoint here.
+        device, dtype: of the network.
+        weights: folder that keeps the pruned weights, or None.
+        rows: folder of local rows instead of the hub's, or None.
+    """
+
+    source: ModelSource
+    device: str
+    dtype: torch.dtype
+    weights: Path | None
+    rows: Path | None
+
+
+def work(
+    shared: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], *, batch_size: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compute the cells of one variant.
+
+    Args:
+        shared: `variant` as `cells.to_plain` gives it, and `place`: the fields of a `Place` as JSON values.
+        cells: what is missing, each with its `id` and `settings`.
+        batch_size: rows of a forward pass.
+
+    Yields:
+        (cell id, result), as soon as each is known.
+
+    Raises:
+        UnavailableError: a checkpoint or data set that cannot be fetched.
+        InputError: settings that do not fit the model.
+    """
+    set_threads()
+    place = _place(shared["place"])
+    variant = from_plain(shared["variant"], source=place.source)
+    model, gone = weights(variant, place, batch_size=batch_size)
+    for cell in cells:
+        settings = cell["settings"]
+        measure = loss if settings["task"] == LOSS else accuracy
+        yield cell["id"], {"measured_sparsity": gone, **measure(model, variant, settings, place, batch_size=batch_size)}
+
+
+def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[LanguageModel, float]:
+    """Return a variant's model and the share of its linear weights that is gone; kept weights are read, new ones kept.
+
+    Raises:
+        UnavailableError: the checkpoint or the calibration text cannot be fetched.
+        InputError: a method that does not fit the model.
+    """
+    given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype, "device": place.device}
+    if place.weights is not None and (place.weights / MEASURED).exists():
+        return models.load(ModelSource(str(place.weights)), **given), read_json(place.weights / MEASURED)["sparsity"]
+    model = models.load(place.source, **given)
+    before = _linear_weights(model)
+    if variant.options is None:
+        return model, 0.0
+    model = pruned(model, variant, place, batch_size=min(SAMPLES_AT_ONCE, batch_size))
+    left = sum(int(layer.module.weight.count_nonzero()) for layer in model.layers)
+    gone = round(1 - left / before, 6)
+    if place.weights is not None:
+        export.save_plain(model, place.weights)
+        write_json(place.weights / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})  # last: it says that all is there
+    return model, gone
+
+
+def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> LanguageModel:
+    """Prune a dense model as a variant says, in place unless it becomes smaller.
+
+    Raises:
+        UnavailableError: the calibration text cannot be fetched.
+        InputError: a method that does not fit the model.
+    """
+    method, text, windows = variant.options, variant.calibration, None
+    if method is None:
+        return model
+    if text is not None:
+        sizes = {"count": text.windows, "length": text.positions, "seed": variant.seed}
+        tokenizer = models.tokenizer_of(model)
+        windows = corpora.windows(cast(corpora.Corpus, text.corpus), tokenizer, **sizes, rows=place.rows)
+    if variant.pattern != STRUCTURED_PATTERN:
+        target = Target(variant.sparsity, variant.pattern)
+        pruner.prune_(model, method, target, windows=windows, seed=variant.seed, batch_size=batch_size)
+        return model
+    norms = None
+    if windows is not None:
+        given = {"inputs": method.inputs, "weighting": method.weighting, "seed": variant.seed, "batch_size": batch_size}
+        calibration = calibration_sets.build(model, windows, **given)
+        statistics = one_shot.dense_statistics(model, calibration, batch_size=batch_size)
+        norms = {
+            (block, role): found[role].input_norm(method.aggregate)[0]
+            for block, found in enumerate(statistics)
+            for role in ("o", "down")
+        }
+    return shrink.shrunk(model, *shrink.choose(model, sparsity=variant.sparsity, input_norms=norms))
+
+
+def loss(model: LanguageModel, _: Variant, settings: Mapping[str, Any], place: Place, *, batch_size: int) -> dict[str, Any]:
+    """Measure the NELBO (the exact loss of an autoregressive model) on WikiText-2 test windows, in nats per token of each."""
+    del batch_size  # one text at a time, its masks together
+    size, tokenizer = settings["loss"], models.tokenizer_of(model)
+    given = {"count": size["windows"], "length": size["positions"], "seed": settings["seed of masks"], "rows": place.rows}
+    windows = corpora.windows("wikitext2", tokenizer, **given, split="test")
+    values = text_loss(model, windows, draws=size["draws"], seed=settings["seed of masks"])
+    return {"nats per token": [round(float(value), 6) for value in values]}
+
+
+def accuracy(
+    model: LanguageModel, variant: Variant, settings: Mapping[str, Any], place: Place, *, batch_size: int
+) -> dict[str, Any]:
+    """Answer a task; what is kept is right or wrong, document by document, so that variants can be compared in pairs."""
+    name = settings["task"]
+    known = EvaluationSettings(**settings["evaluation"], batch_size=batch_size)
+    if place.rows is None or name in tasks.local_names():
+        task = tasks.load_tasks([name], family=variant.family)[name]
+    else:
+        task = standins.load(name, place.rows, family=variant.family)
+    found = tasks.evaluate(model, {name: task}, settings=known, limit=settings["limit"])[name]
+    low, high = share_interval(sum(found.correct), len(found.correct))
+    return {
+        "metric": found.metric,
+        "documents": len(found.correct),
+        "accuracy": round(found.accuracy, 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "chance": found.chance,
+        "truncated": found.truncated,
+        "scores": {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()},
+    }
+
+
+def _place(made: Mapping[str, Any]) -> Place:
+    folders = {name: None if made[name] is None else Path(made[name]) for name in ("weights", "rows")}
+    return Place(ModelSource(**made["source"]), made["device"], getattr(torch, made["dtype"]), **folders)
+
+
+def _linear_weights(model: LanguageModel) -> int:
+    return sum(layer.module.weight.numel() for layer in model.layers)

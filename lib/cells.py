@@ -1,0 +1,266 @@
+"""The experiment grid: from settings to cells, each one number of one pruned model, grouped by the weights they share."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from lib import checkpoints, corpora, provenance, tasks
+from lib.calibration_sets import Inputs
+from lib.config import Config, InputError, ModelSource
+from lib.errors import require
+from lib.methods import METHODS, RELEASE, Method, pattern_target, without_noise
+from lib.pruning import UNSTRUCTURED
+from lib.runtime import choose_device
+from lib.scoring import EvaluationSettings
+from lib.sections import CalibrationText, Grid
+from lib.token_weights import Weighting
+
+DENSE, LOSS, STRUCTURED_PATTERN = "dense", "nelbo", "structured"
+# Which heads and channels go; names as in notebook 03, whose table has the authors' numbers beside.
+STRUCTURED: Mapping[str, Method] = MappingProxyType({
+    "magnitude": METHODS["magnitude"],
+    "Wanda": Method("wanda", sequential=False),
+    "no sink weights": replace(RELEASE["sink_wanda"], weighting=None),
+    "sink-aware (Wanda)": RELEASE["sink_wanda"],
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides the weights of one pruned model, and so all numbers that are measured on them.
+
+    Attributes:
+        model: short name; what it is stands in `source`.
+        source: checkpoint.
+        content: fingerprint of a local checkpoint; empty for one on the hub, which its revision names.
+        is_causal: an autoregressive reference.
+        family: whose published settings its evaluation follows.
+        method: name in `methods.METHODS` or `STRUCTURED`; `"dense"` is the model as it is.
+        options: the method's own; None for the dense model.
+        sparsity, pattern: as in `methods.Target`, or the pattern `"structured"`.
+        calibration: windows that the method reads; None when it reads none.
+        seed: of the calibration.
+    """
+
+    model: str
+    source: ModelSource
+    content: str
+    is_causal: bool
+    family: tasks.Family
+    method: str = DENSE
+    options: Method | None = None
+    sparsity: float = 0.0
+    pattern: str = UNSTRUCTURED
+    calibration: CalibrationText | None = None
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """One phrase for progress lines."""
+        what = "" if self.method == DENSE else f" {self.sparsity:.0%}" if self.pattern == UNSTRUCTURED else f" {self.pattern}"
+        return f"{self.model}, {self.method}{what}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a task, or the loss, of one variant; its settings decide the result, whatever machine runs it."""
+
+    variant: Variant
+    task: str
+    settings: Mapping[str, Any] = field(repr=False)
+    data: str = field(repr=False)
+
+    def spec(self, *, code: str) -> dict[str, Any]:
+        """Return what the store and the workers take: plain JSON values."""
+        settings = {**to_plain(self.variant), "task": self.task, **self.settings}
+        return {"settings": settings, "code": code, "data": self.data}
+
+
+def expand(config: Config) -> list[Cell]:
+    """Return every cell of a profile's grid, model by model, cheap variants first.
+
+    Args:
+        config: a profile with a grid.
+
+    Raises:
+        InputError: no grid, an unknown method, task or pattern, or rows that are missing.
+    """
+    grid = config.grid
+    if grid is None:
+        raise InputError(f"a profile must have a grid to sweep, got none in {config.profile}: use the paper profile")
+    check(grid)
+    cells = []
+    for name, source, is_causal in _models(grid):
+        family: tasks.Family = "dream" if name in grid.dream_models else "llada"
+        dense = Variant(name, source, _content(source), is_causal, family)
+        for variant in (dense, *_variants(dense, grid, seed=config.seed)):
+            cells += [_cell(variant, task, grid, config) for task in _tasks(grid, family)]
+    return cells
+
+
+def check(grid: Grid) -> None:
+    """Refuse names that nothing goes by, before anything is read.
+
+    Raises:
+        InputError: see above.
+    """
+    for what, chosen, known in (
+        ("methods", (*grid.methods, *grid.other_methods), METHODS),
+        ("structured_methods", grid.structured_methods, STRUCTURED),
+        ("task_names", grid.task_names, tasks.OFFICIAL["llada"] | tasks.OFFICIAL["dream"] | dict.fromkeys(tasks.local_names())),
+    ):
+        for name in chosen:
+            require(name in known, f"grid.{what} must be among {', '.join(known)}", repr(name), "use one of these")
+    for pattern in grid.patterns:
+        pattern_target(pattern)
+
+
+def groups(cells: Sequence[Cell]) -> dict[Variant, list[Cell]]:
+    """Group cells by the weights they share, in the order of their first cell."""
+    found: dict[Variant, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.variant, []).append(cell)
+    return found
+
+
+def variant_key(variant: Variant, *, code: str) -> str:
+    """Return the name of a variant's weights in the store: a hash of what decides them."""
+    text = json.dumps([to_plain(variant), code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def code_version(root: Path) -> str:
+    """Hash the modules that a cell's computation reaches, whatever folder the clone lies in."""
+    return provenance.folder_hash(_reached(root / "lib", "cell_work"), root)[:24]
+
+
+def _reached(lib: Path, name: str) -> list[Path]:
+    """List the modules that one module imports, directly or through others, itself included."""
+    reached, waiting = {"__init__"}, {name}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting |= provenance._imported((lib / f"{module}.py").read_text(encoding="utf-8"), lib) - reached
+    return [lib / f"{module}.py" for module in sorted(reached - set(provenance.SETTINGS_MODULES))]
+
+
+def _models(grid: Grid) -> Iterator[tuple[str, ModelSource, bool]]:
+    for is_causal, models in ((False, grid.models), (True, grid.references)):
+        for name, source in models.items():
+            yield name, source, is_causal
+
+
+def _content(source: ModelSource) -> str:
+    """Return the fingerprint of a local checkpoint; reading 16 GB takes some seconds."""
+    return checkpoints.fingerprint(checkpoints.local_path(source)) if checkpoints.is_local(source) else ""
+
+
+def _variants(dense: Variant, grid: Grid, *, seed: int) -> Iterator[Variant]:
+    """Yield the pruned variants of one model: the main calibration's, then those of the others."""
+    main, *others = grid.calibrations.values()
+    for name in grid.methods:
+        for sparsity, pattern in _targets(grid):
+            yield from _seeded(dense, name, METHODS[name], sparsity, pattern, main, grid, seed=seed)
+    for name in grid.structured_methods:
+        for sparsity in grid.structured_sparsities:
+            yield from _seeded(dense, name, STRUCTURED[name], sparsity, STRUCTURED_PATTERN, main, grid, seed=seed)
+    for calibration in others:
+        for name in grid.other_methods:
+            yield from _seeded(dense, name, METHODS[name], grid.other_sparsity, UNSTRUCTURED, calibration, grid, seed=seed)
+
+
+def _targets(grid: Grid) -> list[tuple[float, str]]:
+    plain = [(sparsity, UNSTRUCTURED) for sparsity in grid.sparsities]
+    return plain + [(pattern_target(pattern).sparsity, pattern) for pattern in grid.patterns]
+
+
+def _seeded(
+    dense: Variant, name: str, method: Method, sparsity: float, pattern: str, text: CalibrationText, grid: Grid, *, seed: int
+) -> Iterator[Variant]:
+    """Yield a variant for every seed that can change it; noise is nothing that an autoregressive model has."""
+    method = without_noise(method) if dense.is_causal else method
+    seeds = range(seed, seed + (1 if method.importance == "magnitude" else grid.seeds))
+    read = text if method.needs_calibration else None
+    for one in seeds:
+        yield replace(dense, method=name, options=method, sparsity=sparsity, pattern=pattern, calibration=read, seed=one)
+
+
+def _tasks(grid: Grid, family: tasks.Family) -> Iterator[str]:
+    """Yield what is measured, the loss first; GSM8K goes by another name where chains of thought are asked for."""
+    if grid.loss_windows:
+        yield LOSS
+    for name in grid.task_names:
+        yield name if name in tasks.OFFICIAL[family] or name in tasks.local_names() else OTHER_NAME[name]
+
+
+OTHER_NAME = {"gsm8k": "gsm8k_cot", "gsm8k_cot": "gsm8k"}
+
+
+def _cell(variant: Variant, task: str, grid: Grid, config: Config) -> Cell:
+    """Describe one measurement."""
+    dtype = str(choose_device(config).dtype).removeprefix("torch.")
+    seen = {"dtype": dtype, "seed of masks": config.seed}
+    corpus = "" if variant.calibration is None else _corpus(variant.calibration.corpus, grid)
+    if task == LOSS:
+        loss = {"windows": grid.loss_windows, "positions": grid.loss_positions, "draws": grid.loss_draws}
+        return Cell(variant, task, {**seen, "loss": loss, "limit": None}, _digest([corpus, _corpus("wikitext2", grid)]))
+    settings = _evaluation(task, variant, grid, config)
+    read = f"lm_eval {metadata.version('lm_eval')}" if grid.rows is None else _rows_hash(Path(grid.rows), task)
+    return Cell(variant, task, {**seen, "evaluation": settings, "limit": grid.limit}, _digest([corpus, read]))
+
+
+def _evaluation(task: str, variant: Variant, grid: Grid, config: Config) -> dict[str, Any]:
+    """Return the published settings of a task, without the batch size, which changes no result."""
+    base = EvaluationSettings(seed=config.seed)
+    settings = tasks.published_settings(task, base, family=variant.family)
+    if variant.is_causal:
+        settings = replace(settings, cfg_scale=0.0)
+    return {key: value for key, value in asdict(settings).items() if key != "batch_size"}
+
+
+def _corpus(corpus: Literal["wikitext2", "c4", "articles"] | str, grid: Grid) -> str:
+    """Name a corpus by its revision, or by the content of local rows."""
+    if grid.rows is not None and corpus in corpora.SOURCES:
+        return _rows_hash(Path(grid.rows), corpus)
+    return corpora.identity(corpus)  # type: ignore[arg-type]
+
+
+def _rows_hash(rows: Path, name: str) -> str:
+    """Hash the local rows of a task or corpus.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = provenance.files_below(rows / name)
+    require(
+        bool(files), "local rows must lie in a folder of the task's name", f"no {rows / name}", "add it, or set grid.rows: null"
+    )
+    return provenance.folder_hash(files, rows)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+def to_plain(variant: Variant) -> dict[str, Any]:
+    """Return a variant as JSON values, without the place of a local checkpoint, which its content names."""
+    made = json.loads(json.dumps(asdict(variant)))
+    if made["content"]:
+        made["source"] = None
+    return made
+
+
+def from_plain(made: Mapping[str, Any], *, source: ModelSource) -> Variant:
+    """Return the variant that `to_plain` was given; `source` is its checkpoint here."""
+    options, text = made["options"], made["calibration"]
+    if options is not None:
+        weighting = options["weighting"]
+        weighting = None if weighting is None else Weighting(**weighting)
+        options = Method(**{**options, "inputs": Inputs(**options["inputs"]), "weighting": weighting})
+    calibration = None if text is None else CalibrationText(**text)
+    return Variant(**{**made, "source": source, "options": options, "calibration": calibration})

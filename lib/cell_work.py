@@ -1,5 +1,6 @@
 """What a worker of the grid does: make the weights of one variant, then measure them, cell by cell."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
     left = sum(int(layer.module.weight.count_nonzero()) for layer in model.layers)
     gone = round(1 - left / before, 6)
     if place.weights is not None:
+        shutil.rmtree(place.weights, ignore_errors=True)  # of a worker killed before it had written MEASURED
         export.save_plain(model, place.weights)
         write_json(place.weights / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})  # last: it says that all is there
     return model, gone

@@ -1,5 +1,6 @@
 """The experiment grid: from settings to cells, each one number of one pruned model, grouped by the weights they share."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from lib import checkpoints, corpora, provenance, tasks
 from lib.calibration_sets import Inputs
-from lib.config import Config, InputError, ModelSource
+from lib.config import ROOT, Config, InputError, ModelSource
 from lib.errors import require
 from lib.methods import METHODS, RELEASE, Method, pattern_target, without_noise
 from lib.pruning import UNSTRUCTURED
@@ -210,14 +211,24 @@ def _cell(variant: Variant, task: str, grid: Grid, config: Config) -> Cell:
         loss = {"windows": grid.loss_windows, "positions": grid.loss_positions, "draws": grid.loss_draws}
         return Cell(variant, task, {**seen, "loss": loss, "limit": None}, _digest([corpus, _corpus("wikitext2", grid)]))
     settings = _evaluation(task, variant, grid, config)
-    read = f"lm_eval {metadata.version('lm_eval')}" if grid.rows is None else _rows_hash(Path(grid.rows), task)
+    read = _engine() if grid.rows is None else _rows_hash(rows_folder(grid), task)
     return Cell(variant, task, {**seen, "evaluation": settings, "limit": grid.limit}, _digest([corpus, read]))
+
+
+@functools.cache
+def _engine() -> str:
+    """Name what holds the prompts of the official tasks."""
+    return f"lm_eval {metadata.version('lm_eval')}"
 
 
 def _evaluation(task: str, variant: Variant, grid: Grid, config: Config) -> dict[str, Any]:
     """Return the published settings of a task, without the batch size, which changes no result."""
     base = EvaluationSettings(seed=config.seed)
     settings = tasks.published_settings(task, base, family=variant.family)
+    if grid.draws is not None:
+        settings = replace(settings, draws=grid.draws)
+    if grid.gen_length is not None:
+        settings = replace(settings, gen_length=grid.gen_length, steps=grid.gen_length, block_length=grid.gen_length)
     if variant.is_causal:
         settings = replace(settings, cfg_scale=0.0)
     return {key: value for key, value in asdict(settings).items() if key != "batch_size"}
@@ -226,8 +237,13 @@ def _evaluation(task: str, variant: Variant, grid: Grid, config: Config) -> dict
 def _corpus(corpus: Literal["wikitext2", "c4", "articles"] | str, grid: Grid) -> str:
     """Name a corpus by its revision, or by the content of local rows."""
     if grid.rows is not None and corpus in corpora.SOURCES:
-        return _rows_hash(Path(grid.rows), corpus)
+        return _rows_hash(rows_folder(grid), corpus)
     return corpora.identity(corpus)  # type: ignore[arg-type]
+
+
+def rows_folder(grid: Grid) -> Path:
+    """Return the folder of local rows; a relative one starts at the project."""
+    return ROOT / Path(grid.rows or "").expanduser()
 
 
 def _rows_hash(rows: Path, name: str) -> str:
@@ -237,9 +253,7 @@ def _rows_hash(rows: Path, name: str) -> str:
         InputError: there are none.
     """
     files = provenance.files_below(rows / name)
-    require(
-        bool(files), "local rows must lie in a folder of the task's name", f"no {rows / name}", "add it, or set grid.rows: null"
-    )
+    require(bool(files), "local rows must lie in a folder named after them", f"no {rows / name}", "add it, or set rows: null")
     return provenance.folder_hash(files, rows)
 
 

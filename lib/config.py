@@ -27,7 +27,7 @@ from lib.sections import (
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ("quick", "full", "paper")
+PROFILES = ("quick", "full", "paper", "rehearsal")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
     """Read `configs/<profile>.yaml`, put the overrides in, and check every value.
 
     Args:
-        profile: `quick`, `full` or `paper`.
+        profile: `quick`, `full`, `paper` or `rehearsal`.
         seed: replaces the seed of the file.
         overrides: dotted key to value, such as `{"sink_traces.prompts": 4}`; a string is read as YAML, as on the command line.
 

@@ -6,6 +6,7 @@ At the top only the standard library is imported: a wrong word is answered befor
 import argparse
 import difflib
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import NoReturn
 
 from lib import environment
 
-PROFILES = ("quick", "full", "paper")
-USAGE = """./run_all.sh [quick|full|paper] [options]      run the notebooks, then build the report
+PROFILES = ("quick", "full", "paper", "rehearsal")
+GRID_PROFILES = ("paper", "rehearsal")
+USAGE = """./run_all.sh [quick|full|paper|rehearsal] [options]   run the notebooks, then build the report
        ./run_all.sh lab [JupyterLab's options]    open JupyterLab on notebooks/ in the same environment
        ./run_all.sh --environment                 make the environment, print its variables for eval in a shell"""
 EPILOG = """A notebook whose inputs are unchanged and whose outputs are whole is skipped. Executed copies go to runs/PROFILE/,
@@ -41,28 +43,73 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
         root: the repository, whose notebooks are known.
 
     Returns:
-        `profile`, `notebooks` (paths by number), `seed`, `overrides`, `fresh`, `list`.
+        `profile`, `notebooks` (paths by number), `seed`, `overrides`, `fresh`, `list`, and those of the grid.
 
     Raises:
         UsageError: a word that cannot be used.
     """
     parser = _Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument("profile", nargs="?", default="quick", help="quick (default), full or paper: see configs/")
-    parser.add_argument("--notebooks", metavar="01,04", help="only these; default: all that exist")
+    parser.add_argument("profile", nargs="?", default="quick", help="quick (default), full, paper or rehearsal: see configs/")
+    parser.add_argument("--notebooks", metavar="01,04", help="only these, without the grid; default: all that exist")
     parser.add_argument("--seed", metavar="N", help="seed of every random stream; default: the profile's")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace one setting; repeatable")
     parser.add_argument("--fresh", action="store_true", help="run also what is up to date")
     parser.add_argument("--list", action="store_true", help="show each notebook and whether it would run")
+    _add_grid(parser.add_argument_group("the experiment grid of the profiles paper and rehearsal"))
     chosen = parser.parse_args(arguments)
     if chosen.profile not in PROFILES:
         raise UsageError(
             f"profile must be one of {', '.join(PROFILES)}, got {chosen.profile!r}: {_nearest(chosen.profile, PROFILES)}"
         )
+    _check_grid(chosen)
     known = {path.name[:2]: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    chosen.notebooks_named = chosen.notebooks is not None
     chosen.notebooks = _select(chosen.notebooks, known)
     chosen.seed = _read_seed(chosen.seed)
     chosen.overrides = dict(_read_setting(text) for text in chosen.set)
+    if chosen.limit is not None:
+        chosen.overrides["grid.limit"] = chosen.limit
     return chosen
+
+
+def _add_grid(group: argparse._ArgumentGroup) -> None:
+    """Add the words that only profiles with a grid take."""
+    group.add_argument("--plan", action="store_true", help="say what the grid would cost and what is there already; runs nothing")
+    group.add_argument("--grid-only", action="store_true", help="compute the cells, leave the notebooks")
+    group.add_argument("--limit", metavar="N", help="only the first N documents of each task; intervals get as wide as they must")
+    group.add_argument("--jobs", metavar="N", help="cells at one time; default: one a GPU, or one on a CPU")
+    group.add_argument("--retry-failed", action="store_true", help="compute failed cells again")
+    group.add_argument("--ray", metavar="ADDRESS", help="run the cells on a Ray cluster: auto, or host:port")
+    group.add_argument("--gpus-per-cell", metavar="X", help="GPUs that Ray gives to a cell; default 1")
+
+
+def _check_grid(chosen: argparse.Namespace) -> None:
+    """Check the words of the grid."""
+    given = [
+        name for name in ("plan", "grid_only", "limit", "jobs", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)
+    ]
+    if given and chosen.profile not in GRID_PROFILES:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use {' or '.join(GRID_PROFILES)}")
+    for name in ("limit", "jobs"):
+        text = getattr(chosen, name)
+        if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):
+            raise UsageError(f"--{name} must be a whole number from 1, got {text!r}: give one such as --{name} 4")
+        setattr(chosen, name, None if text is None else int(text))
+    if chosen.gpus_per_cell is not None and chosen.ray is None:
+        raise UsageError("--gpus-per-cell must go with --ray, got no address: add --ray auto, or leave it out")
+    chosen.gpus_per_cell = _read_share(chosen.gpus_per_cell)
+
+
+def _read_share(text: str | None) -> float:
+    """Read how many GPUs a cell gets; a part of one lets several cells share it."""
+    try:
+        share = 1.0 if text is None else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1024:
+        raise UsageError(f"--gpus-per-cell must be a number from 0, got {text!r}: give one such as 1 or 0.5")
+    return share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +145,10 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     from lib.execution import NotebookError
 
     try:
+        if chosen.profile == "rehearsal":
+            _make_rehearsal()
+        if chosen.profile in GRID_PROFILES and not chosen.list and not _run_grid(chosen):
+            return 0
         jobs = batch.prepare(chosen.profile, notebooks=chosen.notebooks, seed=chosen.seed, overrides=chosen.overrides)
         if chosen.list:
             batch.show(jobs, say=_say)
@@ -108,6 +159,33 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     except NotebookError as error:
         return _complain(error, 2 if error.is_input else 1)
     return 0
+
+
+def _make_rehearsal() -> None:
+    """Write the tiny checkpoints and rows of the rehearsal, where they are not yet."""
+    folder = environment.ROOT / ".cache" / "rehearsal"
+    command = [sys.executable, "-m", "recipes.rehearsal", str(folder)]
+    made = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, check=False)
+    if made.returncode:
+        said = (made.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UsageError(
+            f"the rehearsal's checkpoints must be written to {folder}, got {said!r}: delete that folder and try again"
+        )
+
+
+def _run_grid(chosen: argparse.Namespace) -> bool:
+    """Plan or compute the grid; tell whether the notebooks come next."""
+    from lib import config, grid
+
+    if chosen.notebooks_named and not chosen.plan and not chosen.grid_only:
+        return True
+    loaded = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
+    if chosen.plan:
+        grid.show(loaded, say=_say)
+        return False
+    engine = grid.Engine(jobs=chosen.jobs, ray=chosen.ray, gpus_per_cell=chosen.gpus_per_cell, retry=chosen.retry_failed)
+    grid.run(loaded, engine, say=_say)
+    return not chosen.grid_only
 
 
 def _list_names(chosen: argparse.Namespace) -> int:

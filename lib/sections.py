@@ -322,6 +322,8 @@ class Grid:
     task_names: tuple[str, ...]
     rows: str | None
     limit: int | None = field(metadata=between(1, 1000000))
+    draws: int | None = field(metadata=between(1, 4096))
+    gen_length: int | None = field(metadata=between(1, 8192))
     loss_windows: int = field(metadata=between(0, 65536))
     loss_positions: int = field(metadata=between(8, 32768))
     loss_draws: int = field(metadata=between(1, 4096))

@@ -1,0 +1,125 @@
+"""The experiment grid of a profile: its store, its groups of cells, a plan of it, and running it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lib import cells, plan, runtime, sweep
+from lib.cells import Cell, Variant
+from lib.config import ROOT, Config, InputError, output_root
+from lib.sections import Grid
+from lib.store import Store, cell_id
+from lib.sweep import Group, Summary
+
+Say = Callable[[str], None]
+WORK = "lib.cell_work:work"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the cells.
+
+    Attributes:
+        jobs: processes at one time; None is one a GPU, or one on a CPU.
+        ray: address of a Ray cluster, `"auto"` for the one on this machine; None stays on this machine without Ray.
+        gpus_per_cell: GPUs that Ray gives to a process.
+        retry: run again what has failed.
+    """
+
+    jobs: int | None = None
+    ray: str | None = None
+    gpus_per_cell: float = 1.0
+    retry: bool = False
+
+
+def store_of(config: Config) -> Store:
+    """Return the store of a profile's cells, `results/PROFILE/cells/`."""
+    return Store(output_root() / "results" / config.profile / "cells")
+
+
+def show(config: Config, *, say: Say) -> None:
+    """Say what a run would compute and cost, and what is there already; downloads no weights and no data.
+
+    Args:
+        config: a profile with a grid.
+        say: takes each line.
+
+    Raises:
+        InputError: no grid, or settings that cannot be used.
+    """
+    grid, device = settings(config), runtime.choose_device(config)
+    made = plan.make(config, code=cells.code_version(ROOT), finished=store_of(config).ids(), grid=grid)
+    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize):
+        say(line)
+
+
+def run(config: Config, engine: Engine, *, say: Say) -> Summary:
+    """Compute every cell that the store lacks.
+
+    Args:
+        config: a profile with a grid.
+        engine: what runs the cells.
+        say: takes lines of progress.
+
+    Returns:
+        How many cells are done, failed, and not tested.
+
+    Raises:
+        InputError: no grid, settings that cannot be used, or a damaged store.
+    """
+    grid, store = settings(config), store_of(config)
+    return sweep.run(
+        groups(config, grid),
+        store=store,
+        work=WORK,
+        jobs=engine.jobs or _jobs(config),
+        engine="loky" if engine.ray is None else "ray",
+        ray_address=engine.ray,
+        gpus_per_cell=engine.gpus_per_cell if runtime.choose_device(config).device.type == "cuda" else 0,
+        batch_size=grid.batch_size,
+        keep_failed=not engine.retry,
+        say=say,
+    )
+
+
+def settings(config: Config) -> Grid:
+    """Return the grid of a profile.
+
+    Raises:
+        InputError: it has none.
+    """
+    if config.grid is None:
+        raise InputError(f"a profile must have a grid for this, got {config.profile} without one: use paper or rehearsal")
+    return config.grid
+
+
+def groups(config: Config, grid: Grid) -> list[Group]:
+    """Return the cells of a grid, grouped by the weights they share, as the engine takes them."""
+    code = cells.code_version(ROOT)
+    return [_group(variant, found, config, grid, code=code) for variant, found in cells.groups(cells.expand(config)).items()]
+
+
+def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, *, code: str) -> Group:
+    key, device = cells.variant_key(variant, code=code), runtime.choose_device(config)
+    kept = output_root() / "runs" / config.profile / "weights" / key if grid.keep_weights else None
+    place = {
+        "source": asdict(variant.source),
+        "device": device.device.type,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "weights": None if kept is None else str(kept),
+        "streamed": grid.weights == "streamed",
+        "rows": None if grid.rows is None else str(cells.rows_folder(grid)),
+    }
+    specs = tuple(_named(cell.spec(code=code)) for cell in found)
+    return Group(key=key, cells=specs, shared={"variant": cells.to_plain(variant), "place": place, "label": variant.label})
+
+
+def _named(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"id": cell_id(spec["settings"], code=spec["code"], data=spec["data"]), **spec}
+
+
+def _jobs(config: Config) -> int:
+    """One process a GPU, or one on a CPU: its cores then work together."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if runtime.choose_device(config).device.type == "cuda" else 1

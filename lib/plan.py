@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from lib import cells, checkpoints, costs, runtime, tasks
+from lib import cells, checkpoints, costs, runtime, standins, tasks
 from lib.cells import Cell, Variant
 from lib.config import Config, ModelSource
 from lib.costs import Cost, Shape
@@ -191,22 +191,9 @@ def _no_data(task: str) -> str:
         return ""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(DATASETS[task], "README.md", repo_type="dataset")  # datasets fetches it with the rows
-    return "" if isinstance(cached, str) else _refused(DATASETS[task], "dataset")
-
-
-DATASETS = {
-    "mmlu": "cais/mmlu",
-    "arc_challenge": "allenai/ai2_arc",
-    "arc_easy": "allenai/ai2_arc",
-    "piqa": "baber/piqa",
-    "winogrande": "allenai/winogrande",
-    "gsm8k": "openai/gsm8k",
-    "gsm8k_cot": "openai/gsm8k",
-    "hellaswag": "Rowan/hellaswag",
-    "gpqa_main_n_shot": "Idavidrein/gpqa",
-    "race": "EleutherAI/race",
-}
+    name = standins.dataset(task)
+    cached = try_to_load_from_cache(name, "README.md", repo_type="dataset")  # datasets fetches it with the rows
+    return "" if isinstance(cached, str) else _refused(name, "dataset")
 
 
 def _refused(name: str, kind: str) -> str:

@@ -9,6 +9,7 @@ import yaml
 
 from lib import config
 from lib.config import PROFILES, ROOT, InputError, ModelSource
+from lib.launcher import GRID_PROFILES
 
 
 def keys(value: object, prefix: str = "") -> set[str]:
@@ -26,8 +27,9 @@ def raw(profile: str) -> dict:
 def test_every_profile_loads_and_is_complete(profile: str) -> None:
     loaded = config.load(profile)
     assert loaded.profile == profile
-    assert keys(raw(profile)) == keys(raw("quick"))
-    assert keys(config.to_dict(loaded)) == keys(raw("quick")) | {"models."}
+    assert {key for key in keys(raw(profile)) if not key.startswith("grid.")} == keys(raw("quick"))
+    assert {key for key in keys(config.to_dict(loaded)) if not key.startswith("grid.")} == keys(raw("quick")) | {"models."}
+    assert (loaded.grid is not None) == (profile in GRID_PROFILES) == ("grid" in config.to_dict(loaded))
 
 
 def test_quick_uses_the_embedded_models() -> None:
@@ -37,7 +39,9 @@ def test_quick_uses_the_embedded_models() -> None:
 
 
 def test_every_hub_id_of_a_profile_has_a_full_commit() -> None:
-    for source in config.load("paper").models.values():
+    loaded = config.load("paper")
+    assert loaded.grid is not None and len(loaded.grid.models) == 4 and len(loaded.grid.references) == 2
+    for source in (*loaded.models.values(), *loaded.grid.models.values(), *loaded.grid.references.values()):
         if not source.source.startswith(("models/", "wheel:")):
             assert len(source.revision or "") == 40
 
@@ -234,7 +238,7 @@ def test_no_more_calibrations_are_asked_for_than_there_are(section: str, name: s
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"quick, full, paper, got 'quik': did you mean 'quick'"):
+    with pytest.raises(InputError, match=r"quick, full, paper, rehearsal, got 'quik': did you mean 'quick'"):
         config.load("quik")
 
 

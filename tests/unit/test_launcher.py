@@ -113,10 +113,18 @@ def test_options_are_read(project: Path) -> None:
     assert chosen.list
 
 
+def test_words_of_the_grid_are_read(project: Path) -> None:
+    chosen = launcher.parse(["paper", "--plan", "--limit", "5", "--jobs", "3", "--set", "grid.seeds=2"], root=project)
+    assert (chosen.plan, chosen.grid_only, chosen.jobs, chosen.retry_failed, chosen.ray) == (True, False, 3, False, None)
+    assert chosen.overrides == {"grid.seeds": "2", "grid.limit": 5}
+    chosen = launcher.parse(["rehearsal", "--ray", "auto", "--gpus-per-cell", "0.5", "--grid-only"], root=project)
+    assert (chosen.ray, chosen.gpus_per_cell, chosen.grid_only, chosen.limit) == ("auto", 0.5, True, None)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["quik"], "profile must be one of quick, full, paper, got 'quik': did you mean 'quick'?"),
+        (["quik"], "profile must be one of quick, full, paper, rehearsal, got 'quik': did you mean 'quick'?"),
         (["--notebooks", "09"], "--notebooks must name numbers among 01, 02, got '09'"),
         (["--notebooks", ""], "--notebooks must name numbers"),
         (["--seed", "-1"], "--seed must be a whole number from 0, got '-1'"),
@@ -124,6 +132,12 @@ def test_options_are_read(project: Path) -> None:
         (["--seed"], "argument --seed: expected one argument"),
         (["--set", "prompts"], "--set must be KEY=VALUE, got 'prompts'"),
         (["--set", "seed=3"], "use ./run_all.sh PROFILE --seed N"),
+        (["--plan"], "--plan must go with a profile that has a grid, got quick: use paper or rehearsal"),
+        (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
+        (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),
+        (["paper", "--jobs", "two"], "--jobs must be a whole number from 1, got 'two'"),
+        (["paper", "--gpus-per-cell", "1"], "--gpus-per-cell must go with --ray, got no address"),
+        (["paper", "--ray", "auto", "--gpus-per-cell", "-1"], "--gpus-per-cell must be a number from 0, got '-1'"),
         (["--frehs"], "unrecognized arguments: --frehs"),
         (["--set", "sink_traces.promts=4"], "did you mean 'prompts'?"),
         (["--set", "sink_traces.prompts=four"], "must be a whole number, got 'four'"),

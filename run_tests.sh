@@ -8,7 +8,7 @@ quick=""
 if [ "${1:-}" = "--quick" ]; then quick=yes; shift; fi
 if [ "${1:-}" = "--help" ]; then sed -n 's/^# //p' "$0"; exit 0; fi
 
-exports="$(./run_all.sh --environment)" || exit $?
+exports="$(SINKS_GROUPS=cluster ./run_all.sh --environment)" || exit $?  # the group has Ray, which the tests of the grid start
 eval "$exports"
 export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
 threads="$OMP_NUM_THREADS"

@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 OLDEST_PYTHON = (3, 11)
+# Groups that only some runs need, by the name that stands in SINKS_GROUPS; each lock adds to requirements.lock.
+GROUPS = {"cluster": "requirements-cluster.lock"}
 STAMP = ".installed"
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;#]+)(?:\s*;\s*sys_platform == \"(\w+)\")?")
 OFFLINE = re.compile(r"connection|resolve host|name resolution|network is unreachable|timed out|dns error", re.IGNORECASE)
@@ -119,21 +121,52 @@ def ensure(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Pat
 
     Args:
         root: the repository.
-        environ: variables that tell which environment is active.
+        environ: variables that tell which environment is active, and in SINKS_GROUPS which groups are needed besides the lock.
 
     Returns:
         Path of the interpreter.
 
     Raises:
-        NoEnvironmentError: the environment cannot be made, mostly because there is no network.
+        NoEnvironmentError: the environment cannot be made, mostly because there is no network, or the active one lacks a group.
     """
-    active = _active(root / ".venv", environ)
+    active, locks = _active(root / ".venv", environ), _group_locks(environ)
     if active:
         lacks = _ask_missing(active, root)
         if not lacks:
+            for lock in locks:
+                _check_group(active, root, lock)
             return active
         _tell(f"the active environment {active.parent.parent} does not satisfy requirements.lock ({lacks}): using .venv instead")
-    return _complete(root) or _own_environment(root)
+    python = _complete(root) or _own_environment(root)
+    for lock in locks:
+        _add_group(root, lock)
+    return python
+
+
+def _group_locks(environ: Mapping[str, str]) -> list[str]:
+    """Name the lock files of the groups that are asked for."""
+    asked = environ.get("SINKS_GROUPS", "").split()
+    if not set(asked) <= set(GROUPS):
+        raise NoEnvironmentError(f"SINKS_GROUPS must hold names of {', '.join(GROUPS)}, got {' '.join(asked)!r}: leave it out")
+    return [GROUPS[name] for name in asked]
+
+
+def _check_group(active: Path, root: Path, lock: str) -> None:
+    """Refuse an environment of the user's own that lacks a group, because nothing is installed into it."""
+    if lacks := _ask_missing(active, root, lock):
+        remedy = f"{active} -m pip install -r {lock} -c requirements.lock, or deactivate it"
+        raise NoEnvironmentError(f"the active environment {active.parent.parent} must satisfy {lock} too, got {lacks}: {remedy}")
+
+
+def _add_group(root: Path, lock: str) -> None:
+    """Install a group into `.venv` unless its stamp says that this was finished."""
+    own = root / ".venv"
+    stamp, content = own / f"{STAMP}-{lock}", (root / lock).read_text(encoding="utf-8") + _stamp(root)
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == content:
+        return
+    _tell(f"installing {lock} into .venv")
+    _install([*_installer(own / "bin" / "python"), "-r", str(root / lock), "-c", str(root / "requirements.lock")], lock=lock)
+    stamp.write_text(content, encoding="utf-8")
 
 
 def _active(own: Path, environ: Mapping[str, str]) -> Path | None:
@@ -169,7 +202,7 @@ def _own_environment(root: Path) -> Path:
     if not _runs(python) or not _runs(python, "-m", "pip", "--version"):
         _tell("making .venv: once, some minutes and gigabytes")
         _make(own, by_uv if uv else [base, "-m", "venv", "--clear"])
-    installer = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--no-input"]
+    installer = _installer(python)
     _tell("installing requirements.lock into .venv (what an earlier try finished is kept)")
     _install([*installer, "-r", str(root / "requirements.lock")])
     _install([*installer, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(root)])
@@ -177,6 +210,12 @@ def _own_environment(root: Path) -> Path:
     partial.write_text(_stamp(root))
     os.replace(partial, own / STAMP)
     return python
+
+
+def _installer(python: Path) -> list[str]:
+    """Return the first words of the command that installs into an environment: uv's where there is one, else pip's."""
+    uv = shutil.which("uv")
+    return [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--no-input"]
 
 
 def _make(own: Path, command: list[str]) -> None:
@@ -191,16 +230,13 @@ def _make(own: Path, command: list[str]) -> None:
         )
 
 
-def _install(command: list[str]) -> None:
+def _install(command: list[str], *, lock: str = "requirements.lock") -> None:
     """Run the installer; a terminal sees its progress, and its complaints are kept for the one line of a failure."""
     quiet = [] if sys.stderr.isatty() or "--quiet" in command else ["--quiet"]
     result = subprocess.run([*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         got, remedy = _complaint(result.stderr)
-        raise NoEnvironmentError(
-            f"requirements.lock must be installed once, got {got}: {remedy}, or activate an environment that satisfies "
-            "requirements.lock"
-        )
+        raise NoEnvironmentError(f"{lock} must be installed once, got {got}: {remedy}, or activate an environment that has it")
 
 
 def _complaint(said: str) -> tuple[str, str]:
@@ -211,11 +247,11 @@ def _complaint(said: str) -> tuple[str, str]:
     return repr(_last_line("\n".join(errors) or said)), "mend that and run again"
 
 
-def _ask_missing(python: Path, root: Path) -> str:
+def _ask_missing(python: Path, root: Path, lock: str = "requirements.lock") -> str:
     """Ask another interpreter what it lacks; the answer is empty when nothing, else one short phrase."""
     if not _runs(python):
         return f"its Python is older than {'.'.join(map(str, OLDEST_PYTHON))}"
-    command = [str(python), "-m", "lib.environment", "--missing"]
+    command = [str(python), "-m", "lib.environment", "--missing", str(root / lock)]
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if answer.returncode:
         return "its packages cannot be listed"
@@ -269,7 +305,7 @@ def _tell(message: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the exports of a ready environment for `eval` in a shell script, or with `--missing` what this interpreter lacks.
+    """Print the exports of a ready environment for `eval` in a shell, or with `--missing LOCK` what this interpreter lacks of it.
 
     Args:
         arguments: words after the program's name.
@@ -277,8 +313,8 @@ def main(arguments: list[str]) -> int:
     Returns:
         Exit code: 0, or 2 when there is no usable environment.
     """
-    if arguments == ["--missing"]:
-        sys.stdout.write("".join(f"{pin}\n" for pin in missing_pins()))
+    if arguments[:1] == ["--missing"]:
+        sys.stdout.write("".join(f"{pin}\n" for pin in missing_pins(Path(arguments[1]))))
         return 0
     try:
         python = ensure()

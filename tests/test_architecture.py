@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"},
+    {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"} | {"leases", "store"},
     {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches", "refresh", "late_steps", "decoding"},
@@ -22,7 +22,8 @@ LAYERS = (
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},
-    {"sweep", "tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
+    {"sweep", "supervisor", "cell_process", "cluster"}
+    | {"tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}
     | {"joint_tables", "joint_figures", "hardware_tables", "timing_figures"}

@@ -16,8 +16,12 @@ DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow", "reasoning_gym": "reasoning-g
 OURS = {"lib", "recipes", "tests", "benchmarks"}
 
 
+CLUSTER = ROOT / environment.GROUPS["cluster"]
+
+
 def lock_lines() -> list[str]:
-    return [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [*LOCK.read_text().splitlines(), *CLUSTER.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def normal(name: str) -> str:
@@ -25,7 +29,7 @@ def normal(name: str) -> str:
 
 
 def direct_pins() -> dict[str, str]:
-    direct, _, _ = LOCK.read_text().partition(LAST_GROUP)
+    direct = "\n".join(path.read_text().partition(LAST_GROUP)[0] for path in (LOCK, CLUSTER))
     return {line.partition("==")[0]: line for line in direct.splitlines() if line and not line.startswith("#")}
 
 
@@ -41,7 +45,7 @@ def clone(tmp_path: Path) -> Path:
     """A clone as far as the environment is concerned."""
     root = tmp_path / "clone"
     root.mkdir()
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in ("requirements.lock", "requirements-cluster.lock", "pyproject.toml"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     return root
 
@@ -80,8 +84,11 @@ def test_conda_file_and_project_file_point_to_the_lock() -> None:
     for line in (ROOT / "environment.yml").read_text().partition("dependencies:")[2].splitlines():
         assert not line.strip().startswith("- p") or line.strip() == "- pip:" or "  # " in line
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["dependencies"]
-    assert project["tool"]["setuptools"]["dynamic"] == {"dependencies": {"file": ["requirements.lock"]}}
+    assert project["project"]["dynamic"] == ["dependencies", "optional-dependencies"]
+    assert project["tool"]["setuptools"]["dynamic"] == {
+        "dependencies": {"file": ["requirements.lock"]},
+        "optional-dependencies": {name: {"file": [lock]} for name, lock in environment.GROUPS.items()},
+    }
     assert "dependencies" not in project["project"]
 
 
@@ -191,6 +198,58 @@ def test_changed_lock_is_installed_again(clone: Path, uv: Path) -> None:
     before = (uv / "words").read_text()
     environment.ensure(root=clone, environ={})
     assert (uv / "words").read_text() != before
+
+
+def test_group_is_added_once_to_our_own_environment(clone: Path, uv: Path) -> None:
+    asked = {"SINKS_GROUPS": "cluster"}
+    environment.ensure(root=clone, environ={})
+    assert "requirements-cluster.lock" not in (uv / "words").read_text()
+    python = environment.ensure(root=clone, environ=asked)
+    words = (uv / "words").read_text()
+    line = f"pip install --python {python} -r {clone}/requirements-cluster.lock -c {clone}/requirements.lock"
+    assert words.count(line) == 1, "the constraint keeps a group from moving the lock's pins"
+    assert environment.ensure(root=clone, environ=asked) == environment.ensure(root=clone, environ={}) == python
+    assert (uv / "words").read_text() == words, "neither run installs again"
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-cluster.lock"])
+def test_changed_lock_of_a_group_or_below_it_is_installed_again(clone: Path, uv: Path, lock: str) -> None:
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    with (clone / lock).open("a") as handle:
+        handle.write("new-package==1.0\n")
+    (uv / "words").unlink()
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    words = (uv / "words").read_text()
+    assert f"-r {clone}/requirements-cluster.lock" in words
+    assert (f"-r {clone}/requirements.lock" in words) is (lock == "requirements.lock")
+
+
+def test_interrupted_installation_of_a_group_is_taken_up(clone: Path, uv: Path) -> None:
+    environment.ensure(root=clone, environ={})
+    (uv / "offline").write_text("error: dns error")
+    with pytest.raises(environment.NoEnvironmentError, match=r"requirements-cluster\.lock must be installed once, got no conn"):
+        environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    assert environment.ready(root=clone, environ={}), "what needs no group goes on"
+    (uv / "offline").unlink()
+    (uv / "words").unlink()
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    assert f"-r {clone}/requirements-cluster.lock" in (uv / "words").read_text()
+
+
+def test_active_environment_without_a_group_is_told_how_to_get_it(clone: Path, tmp_path: Path) -> None:
+    lines = 'case "$4" in *cluster*) echo ray==2.60.0;; esac'
+    python = script(tmp_path / "active" / "bin" / "python", lines)
+    active = {"VIRTUAL_ENV": str(tmp_path / "active")}
+    assert environment.ensure(root=clone, environ=active) == python
+    expected = f"got 1 of its pins missing, such as ray==2.60.0: {python} -m pip install -r requirements-cluster.lock"
+    with pytest.raises(environment.NoEnvironmentError, match=re.escape(expected)):
+        environment.ensure(root=clone, environ=active | {"SINKS_GROUPS": "cluster"})
+    assert not (clone / ".venv").exists()
+
+
+def test_unknown_group_is_refused(clone: Path) -> None:
+    with pytest.raises(environment.NoEnvironmentError, match=r"must hold names of cluster, got 'cluster gpu': leave it out"):
+        environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster gpu"})
 
 
 def test_own_environment_counts_as_own_when_it_is_active(clone: Path, uv: Path) -> None:

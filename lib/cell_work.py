@@ -11,7 +11,7 @@ import torch
 from lib import calibration_sets, corpora, export, models, one_shot, pruner, shrink, standins, tasks
 from lib.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
 from lib.checkpoints import read_json
-from lib.config import ModelSource
+from lib.config import InputError, ModelSource
 from lib.evaluation import share_interval
 from lib.methods import Target
 from lib.models import LanguageModel
@@ -19,8 +19,10 @@ from lib.provenance import write_json
 from lib.runtime import set_threads
 from lib.scoring import EvaluationSettings
 from lib.sink_effect import text_loss
+from lib.wheels import UnavailableError
 
 MEASURED = "measured.json"
+REFUSALS = (UnavailableError, InputError)
 SAMPLES_AT_ONCE = 4  # calibration windows of a forward pass, at most; they are longer than the texts of tasks
 
 
@@ -44,7 +46,7 @@ class Place:
 
 def work(
     shared: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], *, batch_size: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
     """Compute the cells of one variant.
 
     Args:
@@ -53,20 +55,26 @@ def work(
         batch_size: rows of a forward pass.
 
     Yields:
-        (cell id, result), as soon as each is known.
-
-    Raises:
-        UnavailableError: a checkpoint or data set that cannot be fetched.
-        InputError: settings that do not fit the model.
+        (cell id, result), as soon as each is known; an error in its place where a checkpoint or a data set cannot be fetched, or
+        settings do not fit the model, so that the other cells go on.
     """
     set_threads()
     place = _place(shared["place"])
     variant = from_plain(shared["variant"], source=place.source)
-    model, gone = weights(variant, place, batch_size=batch_size)
+    try:
+        model, gone = weights(variant, place, batch_size=batch_size)
+    except REFUSALS as error:
+        yield from ((cell["id"], error) for cell in cells)
+        return
     for cell in cells:
         settings = cell["settings"]
         measure = loss if settings["task"] == LOSS else accuracy
-        yield cell["id"], {"measured_sparsity": gone, **measure(model, variant, settings, place, batch_size=batch_size)}
+        try:
+            found = measure(model, variant, settings, place, batch_size=batch_size)
+        except REFUSALS as error:
+            yield cell["id"], error
+        else:
+            yield cell["id"], {"measured_sparsity": gone, **found}
 
 
 def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[LanguageModel, float]:

@@ -110,3 +110,12 @@ def _check_rows(config: Mapping[str, Any], rows: Rows, benchmark: Benchmark) -> 
     needed = benchmark.few_shot + (source == asked)
     rule = f"rows of {task} in {source} must be at least {needed} for {benchmark.few_shot} examples"
     require(len(rows[source]) >= needed, rule, str(len(rows[source])), remedy)
+
+
+def dataset(name: str) -> str:
+    """Name the data set on the hub that a benchmark's YAML reads.
+
+    >>> dataset("piqa"), dataset("mmlu")
+    ('baber/piqa', 'cais/mmlu')
+    """
+    return str(load_yaml(yaml_path(name, "anatomy"), resolve_func=False)["dataset_path"])

@@ -166,7 +166,8 @@ def test_rows_of_a_task_are_documents_times_answers_times_masks_times_guidance()
     assert cost("piqa", model="dream-7b").rows == 1838 * 2 * 128
     assert cost("piqa", model="llama-3.1-8b").rows == 1838 * 2
     assert cost("mmlu").rows == 14042
-    assert cost("gsm8k", limit=5).rows == 5 * 1024
+    assert cost("gsm8k", limit=5).rows == 5 * 1024 and cost("gsm8k", limit=5).tokens == 5 * 1024 * (900 + 1024)
+    assert cost("gsm8k", limit=5, model="llama-3.1-8b").tokens == 5 * (900 + 1024)
     assert cost(LOSS).rows == 128 * 8 and cost(LOSS).tokens == 128 * 8 * 1024
     assert cost(LOSS, model="llama-3.1-8b").rows == 128
 

@@ -1,0 +1,206 @@
+"""The grid of a profile from settings to store: planned, computed on tiny checkpoints by real processes, and resumed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib import cell_work, cells, config, costs, grid, models, plan, pruner
+from lib.cells import DENSE, LOSS
+from lib.config import Config, InputError, ModelSource
+from lib.sections import CalibrationText
+from lib.wheels import UnavailableError
+from recipes import rehearsal
+
+KEPT = "wikitext2"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rehearsal.write(tmp_path_factory.mktemp("grid") / "rehearsal")
+
+
+def tiny_grid(files: Path, **changes: Any) -> Config:
+    """One diffusion model and one reference, three methods, two tasks."""
+    loaded = config.load("rehearsal")
+    assert loaded.grid is not None
+    small: dict[str, Any] = {
+        "models": {"llada": ModelSource(str(files / "models" / "llada"))},
+        "references": {"llama": ModelSource(str(files / "models" / "llama"))},
+        "dream_models": (),
+        "calibrations": {KEPT: CalibrationText("wikitext2", 2, 32)},
+        "methods": ("magnitude", "sink-aware (Wanda)"),
+        "patterns": (),
+        "other_methods": (),
+        "task_names": ("piqa", "arc_easy"),
+        "rows": str(files / "rows"),
+        "loss_windows": 2,
+        "loss_positions": 32,
+        **changes,
+    }
+    return dataclasses.replace(loaded, grid=dataclasses.replace(loaded.grid, **small))
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path))
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.json"))}
+
+
+def test_a_grid_is_computed_once_and_again_byte_for_byte(files: Path, output: Path) -> None:
+    loaded, said = tiny_grid(files), []
+    done = grid.run(loaded, grid.Engine(jobs=2), say=said.append)
+    expected = len(cells.expand(loaded))
+    # dense, magnitude, sink-aware, and sink-aware structured, of two models, in two tasks and the loss
+    assert (done.cells, done.computed, done.failed, done.not_tested) == (expected, expected, (), ()) and expected == 2 * 4 * 3
+    folder = grid.store_of(loaded).folder
+    first = contents(folder)
+    assert len(first) == expected and folder == output / "results" / "rehearsal" / "cells"
+    again = grid.run(loaded, grid.Engine(jobs=2), say=said.append)
+    assert again.computed == 0 and contents(folder) == first
+    victim = sorted(folder.glob("*.json"))[3]
+    victim.unlink()
+    assert grid.run(loaded, grid.Engine(jobs=1), say=said.append).computed == 1
+    assert contents(folder) == first
+
+
+def records(files: Path, **changes: Any) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Results of every cell, computed in this process."""
+    loaded = tiny_grid(files, **changes)
+    found = {}
+    for group in grid.groups(loaded, grid.settings(loaded)):
+        for name, result in cell_work.work(group.shared, group.cells, batch_size=4):
+            assert isinstance(result, dict), result
+            settings = next(cell["settings"] for cell in group.cells if cell["id"] == name)
+            assert json.loads(json.dumps(result)) == result
+            found[settings["model"], f"{settings['method']} {settings['pattern']}", settings["task"]] = result
+    return found
+
+
+def test_results_are_those_of_the_library(files: Path, output: Path) -> None:
+    found = records(files, keep_weights=False)
+    model = models.load(files / "models" / "llada")
+    sparsities = {method: result["measured_sparsity"] for (name, method, task), result in found.items() if name == "llada"}
+    assert sparsities[f"{DENSE} unstructured"] == 0
+    assert sparsities["magnitude unstructured"] == pytest.approx(0.5, abs=0.01)
+    assert sparsities["sink-aware (Wanda) structured"] == pytest.approx(0.5, abs=0.2)
+    tokenizer = models.tokenizer_of(model)
+    from lib import corpora, methods
+    from lib.sink_effect import text_loss
+
+    sizes: dict[str, Any] = {"count": 2, "length": 32, "rows": files / "rows"}
+    windows = corpora.windows("wikitext2", tokenizer, **sizes, seed=0)
+    pruner.prune_(model, methods.METHODS["sink-aware (Wanda)"], methods.Target(0.5), windows=windows, seed=0, batch_size=4)
+    held_out = corpora.windows("wikitext2", tokenizer, **sizes, seed=0, split="test")
+    expected = [round(float(value), 6) for value in text_loss(model, held_out, draws=2, seed=0)]
+    assert found["llada", "sink-aware (Wanda) unstructured", LOSS]["nats per token"] == expected
+    dense = found["llada", f"{DENSE} unstructured", LOSS]["nats per token"]
+    assert dense != expected
+    answers = found["llama", "magnitude unstructured", "piqa"]
+    assert answers["documents"] == 2 and set(answers["scores"]) == {"acc", "acc_norm"}
+    assert answers["accuracy"] == pytest.approx(answers["scores"]["acc"].count("1") / 2)
+    assert answers["low"] <= answers["accuracy"] <= answers["high"] and answers["chance"] == 0.5
+
+
+def test_kept_weights_are_read_again_and_give_the_same(files: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = records(files)
+    kept = sorted((output / "runs" / "rehearsal" / "weights").glob("*/measured.json"))
+    assert len(kept) == 2 * 3
+    monkeypatch.setattr(cell_work, "pruned", lambda *_, **__: pytest.fail("pruned again"))
+    assert records(files) == first
+    half = kept[0].parent
+    kept[0].unlink()  # as a worker leaves it that was killed while it wrote
+    monkeypatch.undo()
+    monkeypatch.setenv("SINKS_OUTPUT", str(output))
+    assert records(files) == first and (half / "measured.json").exists()
+
+
+def test_the_batch_changes_no_answer(files: Path, output: Path) -> None:
+    loaded = tiny_grid(files, keep_weights=False, references={}, methods=())
+    (group, *_) = grid.groups(loaded, grid.settings(loaded))
+    found = [dict(cell_work.work(group.shared, group.cells, batch_size=size)) for size in (1, 8)]
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_that_cannot_be_had_fails_every_cell_with_its_reason(files: Path, output: Path) -> None:
+    loaded = tiny_grid(files, references={}, models={"far": ModelSource("no/such", "0" * 40)}, methods=())
+    group = grid.groups(loaded, grid.settings(loaded))[0]
+    found = dict(cell_work.work(group.shared, group.cells, batch_size=4))
+    assert set(found) == {cell["id"] for cell in group.cells}
+    assert all(isinstance(error, UnavailableError) and "no/such" in str(error) for error in found.values())
+
+
+def test_data_that_cannot_be_had_costs_its_own_cells(files: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_grid(files, references={}, methods=(), keep_weights=False)
+    (group, *_) = grid.groups(loaded, grid.settings(loaded))
+
+    def load(name: str, *args: Any, **options: Any) -> Any:
+        if name == "piqa":
+            raise UnavailableError("the data of piqa must be fetchable, got: 401: log in")
+        return standins_load(name, *args, **options)
+
+    standins_load = cell_work.standins.load
+    monkeypatch.setattr(cell_work.standins, "load", load)
+    found = dict(cell_work.work(group.shared, group.cells, batch_size=4))
+    kinds = {cell["settings"]["task"]: type(found[cell["id"]]) for cell in group.cells}
+    assert kinds == {LOSS: dict, "piqa": UnavailableError, "arc_easy": dict}
+
+
+# The plan
+
+
+def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load("paper", overrides={"grid.teraflops": 300.0, "grid.limit": 100})
+    lines: list[str] = []
+    grid.show(loaded, say=lines.append)
+    text = "\n".join(lines)
+    found = cells.expand(loaded)
+    assert f"{len(found)} cells on {len(cells.groups(found))} variants of 6 models: 0 finished, {len(found)} to compute" in text
+    assert "300 TFLOP/s, as grid.teraflops says" in text
+    for name in ("llada-8b", "llada-1.5", "dream-7b", "mmada-8b", "qwen2.5-7b", "llama-3.1-8b"):
+        assert f"recorded as not tested: {name} (" in text
+    assert "recorded as not tested: gpqa_main_n_shot (Idavidrein/gpqa" in text
+    rows = {line.split()[0]: line.split() for line in lines if line.split()}
+    assert rows["piqa"][2] == f"{100 * 2 * 128 * 2:,}" and rows["gsm8k_cot"][2] == f"{100 * 256:,}"
+    assert not (output / "results").exists()
+
+
+def test_finished_cells_are_counted(files: Path, output: Path) -> None:
+    loaded = tiny_grid(files, references={}, methods=(), structured_methods=())
+    lines: list[str] = []
+    grid.show(loaded, say=lines.append)
+    assert lines[0].endswith("0 finished, 3 to compute")
+    grid.run(loaded, grid.Engine(), say=lines.append)
+    lines.clear()
+    grid.show(loaded, say=lines.append)
+    assert lines[0] == "3 cells on 1 variants of 1 models: 3 finished, 0 to compute"
+    assert not any("not tested" in line for line in lines)
+
+
+def test_the_hours_of_a_plan_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load("paper", overrides={"grid.teraflops": 100.0, "grid.limit": 10})
+    settings = grid.settings(loaded)
+    made = plan.make(loaded, code="c", finished=(), grid=settings)
+    table = plan.by_model(made, settings, itemsize=2).set_index("model")
+    llada = [cell for cell in cells.expand(loaded) if cell.variant.model == "llada-8b"]
+    shape = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
+    seconds = sum(costs.measuring(cell).seconds(shape, teraflops=100.0) for cell in llada)
+    seconds += sum(costs.pruning(one).seconds(shape, teraflops=100.0) for one in cells.groups(llada))
+    assert float(table.loc["llada-8b", "hours"].replace(",", "")) == pytest.approx(seconds / 3600, rel=0.01)  # pyright: ignore
+    assert table.loc["llada-8b", "cells"] == len(llada)
+
+
+def test_a_profile_without_a_grid_is_refused() -> None:
+    with pytest.raises(InputError, match="a profile must have a grid for this, got quick without one"):
+        grid.show(config.load("quick"), say=print)
+
+
+def test_one_job_on_a_cpu() -> None:
+    assert grid._jobs(config.load("rehearsal")) == max(1, torch.cuda.device_count())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention_recorder, pruning_methods
+from benchmarks import attention_recorder, pruning_methods, streaming
 
 
 @pytest.mark.parametrize("direction", [[], ["--causal"]])
@@ -31,3 +31,12 @@ def test_the_pruning_benchmark_prints_every_method_and_checks_the_reference(caps
     for line in lines[1:-1]:
         assert all(float(value) >= 0 for value in line[24:].split())
     assert lines[-1] == "reference and library remove the same weights: True"
+
+
+def test_the_streaming_benchmark_prints_both_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--blocks", "2", "--hidden", "16", "--mlp", "32", "--heads", "2", "--vocab", "32", "--windows", "2"]
+    streaming.main([*small, "--positions", "8", "--methods", "Wanda"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:35].split() for line in lines[1:]] == [["streamed", "Wanda"], ["in", "memory", "Wanda"]]
+    for line in lines[1:]:
+        assert len(line[35:].split()) == 6 and all(float(value) >= 0 for value in line[35:].split())

@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"},
-    {"data", "checkpoints", "layouts", "models", "recorder", "attention"}
+    {"data", "checkpoints", "integrity", "layouts", "models", "recorder", "attention"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
     | {"joint_compression"}
     | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
-    {"evaluation", "scoring", "harness", "tasks", "pseudo_perplexity", "paired", "timing", "search"}
+    {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "containers"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers"}
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},

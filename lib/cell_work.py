@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from lib import calibration_sets, corpora, export, models, one_shot, pruner, shrink, standins, tasks
+from lib import calibration_sets, corpora, export, models, one_shot, pruner, shrink, standins, streaming, tasks
 from lib.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
 from lib.checkpoints import read_json
 from lib.config import InputError, ModelSource
@@ -34,6 +34,7 @@ class Place:
         source: checkpoint here.
         device, dtype: of the network.
         weights: folder that keeps the pruned weights, or None.
+        streamed: read matrices from their files when they are used; a model that gets smaller is cut in memory.
         rows: folder of local rows instead of the hub's, or None.
     """
 
@@ -41,6 +42,7 @@ class Place:
     device: str
     dtype: torch.dtype
     weights: Path | None
+    streamed: bool
     rows: Path | None
 
 
@@ -85,9 +87,11 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
         InputError: a method that does not fit the model.
     """
     given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype, "device": place.device}
+    streamed = place.streamed and variant.pattern != STRUCTURED_PATTERN
+    load, save = (streaming.load, streaming.save) if streamed else (models.load, export.save_plain)
     if place.weights is not None and (place.weights / MEASURED).exists():
-        return models.load(ModelSource(str(place.weights)), **given), read_json(place.weights / MEASURED)["sparsity"]
-    model = models.load(place.source, **given)
+        return load(ModelSource(str(place.weights)), **given), read_json(place.weights / MEASURED)["sparsity"]
+    model = load(place.source, **given)
     before = _linear_weights(model)
     if variant.options is None:
         return model, 0.0
@@ -96,7 +100,7 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
     gone = round(1 - left / before, 6)
     if place.weights is not None:
         shutil.rmtree(place.weights, ignore_errors=True)  # of a worker killed before it had written MEASURED
-        export.save_plain(model, place.weights)
+        save(model, place.weights)
         write_json(place.weights / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})  # last: it says that all is there
     return model, gone
 
@@ -168,7 +172,8 @@ def accuracy(
 
 def _place(made: Mapping[str, Any]) -> Place:
     folders = {name: None if made[name] is None else Path(made[name]) for name in ("weights", "rows")}
-    return Place(ModelSource(**made["source"]), made["device"], getattr(torch, made["dtype"]), **folders)
+    named = {"source": ModelSource(**made["source"]), "dtype": getattr(torch, made["dtype"])}
+    return Place(**{**made, **named, **folders})
 
 
 def _linear_weights(model: LanguageModel) -> int:

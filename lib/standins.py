@@ -100,11 +100,12 @@ def by_subject(rows: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
 def _check_rows(config: Mapping[str, Any], rows: Rows, benchmark: Benchmark) -> None:
     """Refuse rows that lm_eval could not make its prompts from."""
     task, remedy = config["task"], "add rows"
+    there = [split for split, part in rows.items() if part]
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         split = config.get(key)
-        require(split is None or bool(rows.get(split)), f"rows of {task} must have a split {split}", ", ".join(rows), remedy)
-    asked = config.get("test_split") or config.get("validation_split")
-    source = config.get("fewshot_split") or config.get("training_split") or asked
+        require(split is None or split in there, f"rows of {task} must have a split {split}", ", ".join(there), remedy)
+    asked = str(config.get("test_split") or config.get("validation_split"))
+    source = str(config.get("fewshot_split") or config.get("training_split") or asked)
     if "samples" in config.get("fewshot_config", {}):  # the YAML brings its own examples
         return
     needed = benchmark.few_shot + (source == asked)

@@ -9,20 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"} | {"leases", "store"},
-    {"data", "checkpoints", "layouts", "models", "recorder", "attention", "weight_store"}
+    {"data", "checkpoints", "integrity", "layouts", "models", "recorder", "attention", "weight_store"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
     | {"joint_compression"}
     | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
-    {"evaluation", "scoring", "harness", "tasks", "pseudo_perplexity", "paired", "timing", "search"}
+    {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "containers", "streaming"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},
-    {"sweep", "supervisor", "cell_process", "cluster"}
+    {"sweep", "supervisor", "cell_process", "cluster", "cells", "cell_work", "costs", "plan", "grid"}
     | {"tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}

@@ -6,11 +6,9 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval
 import pytest
 import yaml
 from lm_eval.api import task as lm_eval_task
@@ -18,97 +16,33 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
-from lib import data, evaluation, models, tasks
+from lib import data, evaluation, models, standins, tasks
 from lib.config import ROOT, InputError
 from lib.harness import HarnessModel
 from lib.models import LanguageModel
 from lib.scoring import EvaluationSettings
+from lib.standins import YAMLS
 from lib.tasks import OFFICIAL, LoadedTask, evaluate, load_tasks, local_task, published_settings
 from lib.wheels import UnavailableError
+from recipes import rehearsal_rows
 from tests import tiny
 
 QUICK = EvaluationSettings(draws=2, gen_length=4, steps=2, block_length=4)
-YAMLS = {
-    "mmlu": "mmlu/default/mmlu_anatomy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "gsm8k": "gsm8k/gsm8k.yaml",
-    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "gpqa_main_n_shot": "gpqa/n_shot/gpqa_main_n_shot.yaml",
-    "race": "race/race.yaml",
-}
-LETTERS = "ABCD"
-
-
-def arc(number: int) -> dict[str, Any]:
-    choices = {"text": [f"red {number}", f"green {number}", f"blue {number}"], "label": ["A", "B", "C"]}
-    return {
-        "id": str(number),
-        "question": f"Which colour is number {number}?",
-        "choices": choices,
-        "answerKey": LETTERS[number % 3],
-    }
-
-
-def race(number: int) -> dict[str, Any]:
-    options = [f"It is {word}." for word in ("cold", "warm", "wet", "dry")]
-    problems = [
-        {"question": "How is the day?", "answer": "B", "options": options},
-        {"question": f"How is day {number}?", "answer": LETTERS[number % 4], "options": options},
-    ]
-    return {"example_id": str(number), "article": f"Day {number} came.", "problems": repr(problems)}
-
-
-def gpqa(number: int) -> dict[str, str]:
-    wrong = {f"Incorrect Answer {index}": f"wrong {number}{index}" for index in (1, 2, 3)}
-    return {"Question": f"What holds in case {number}?", "Correct Answer": f"right {number}", **wrong}
-
-
-def row(name: str, number: int) -> dict[str, Any]:
-    """A question in the columns of the official data set."""
-    if name in ("arc_challenge", "arc_easy"):
-        return arc(number)
-    if name.startswith("gsm8k"):
-        return {"question": f"What is {number} + 1?", "answer": f"It is {number + 1}.\n#### {number + 1}"}
-    makers: dict[str, Any] = {
-        "mmlu": {"question": f" Where is part {number}?", "choices": ["up", "down", "left", "right"], "answer": number % 4},
-        "piqa": {"goal": f"Open box {number}", "sol1": "Pull the lid.", "sol2": "Eat the lid.", "label": number % 2},
-        "winogrande": {
-            "sentence": f"The cup did not fit into box {number} because _ was too big.",
-            "option1": "the cup",
-            "option2": "the box",
-            "answer": str(1 + number % 2),
-        },
-        "hellaswag": {
-            "ind": number,
-            "activity_label": "Cooking",
-            "ctx_a": f"Cook {number} cuts an onion.",
-            "ctx_b": "the cook [title] then",
-            "endings": ["cries.", "flies.", "[step] sings.", "rings."],
-            "label": str(number % 4),
-        },
-        "gpqa_main_n_shot": gpqa(number),
-        "race": race(number),
-    }
-    return makers[name]
 
 
 def official(name: str, *, few_shot: int | None = None) -> LoadedTask:
-    """The installed YAML of a benchmark on three look-alike rows a split, as `load_tasks` would return it."""
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / YAMLS[name], resolve_func=True)
+    """A benchmark on three look-alike rows, as `load_tasks` would return it."""
     # Seven rows to draw examples from; the three asked about are others.
     rows = {"train": range(3, 10), "dev": range(3, 10), "validation": range(3), "test": range(3)}
     if name == "gpqa_main_n_shot":
         rows = {"train": range(8)}
     if name == "race":
         rows = {"test": range(3)}
-    known = OFFICIAL["dream" if name == "gsm8k_cot" else "llada"][name]
-    made = local_task(config, {split: [row(name, number) for number in numbers] for split, numbers in rows.items()})
-    made.set_config("num_fewshot", known.few_shot if few_shot is None else few_shot)
-    return LoadedTask(name, {config["task"]: made}, known.metric, known.chance)
+    made = {split: [rehearsal_rows.row(name, number) for number in numbers] for split, numbers in rows.items()}
+    task = standins.merged(name, made, family="dream" if name == "gsm8k_cot" else "llada")
+    for part in task.parts.values():
+        part.set_config("num_fewshot", part.config.num_fewshot if few_shot is None else few_shot)
+    return task
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +258,7 @@ def test_local_tasks_never_need_the_index(monkeypatch: pytest.MonkeyPatch) -> No
 def test_all_nine_benchmarks_are_there_and_installed(family: Any) -> None:
     assert len(OFFICIAL[family]) == 9
     for name in OFFICIAL[family]:
-        config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / YAMLS[name], resolve_func=False)
+        config = load_yaml(standins.yaml_path(name, "anatomy"), resolve_func=False)
         assert config["task"] == ("mmlu_anatomy" if name == "mmlu" else name)
 
 

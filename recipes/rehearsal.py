@@ -1,7 +1,7 @@
 """Write what a rehearsal of the paper profile needs: `python -m recipes.rehearsal FOLDER [--seed N]`.
 
 `FOLDER/models/` gets tiny random checkpoints in the layouts of the released models, `FOLDER/rows/` look-alike rows of every
-benchmark, which `lib.standins.load` puts into lm_eval's own templates. Nothing of it says anything about a real model.
+benchmark, and articles in place of the corpora, which `lib.standins.load` puts into lm_eval's own templates. Nothing of it says anything about a real model.
 """
 
 import argparse
@@ -10,10 +10,14 @@ import os
 import shutil
 from pathlib import Path
 
+from lib import corpora
 from lib.config import InputError
+from lib.data import read_rows
 from lib.provenance import PARTIAL
 from recipes import rehearsal_models, rehearsal_rows
 from recipes.make_tasks import write_rows
+
+TEXTS = 60  # of each corpus and split
 
 
 def write(folder: Path | str, *, seed: int = 0) -> Path:
@@ -38,6 +42,10 @@ def write(folder: Path | str, *, seed: int = 0) -> Path:
         for name in rehearsal_rows.SPLITS:
             for split, rows in rehearsal_rows.rows(name).items():
                 write_rows(partial / "rows" / name / f"{split}.jsonl", rows)
+        for corpus in corpora.SOURCES:
+            for split, file in corpora.ARTICLES.items():
+                texts = [{"text": row["extract"]} for row in read_rows(file)[:TEXTS]]
+                write_rows(partial / "rows" / corpus / f"{split}.jsonl", texts)
         if folder.exists():
             _check_same(folder, partial)
         else:

@@ -1,7 +1,8 @@
 """Write what a rehearsal of the paper profile needs: `python -m recipes.rehearsal FOLDER [--seed N]`.
 
 `FOLDER/models/` gets tiny random checkpoints in the layouts of the released models, `FOLDER/rows/` look-alike rows of every
-benchmark, and articles in place of the corpora, which `lib.standins.load` puts into lm_eval's own templates. Nothing of it says anything about a real model.
+benchmark, which `lib.standins.load` puts into lm_eval's own templates, and articles in place of the corpora. Nothing of it says
+anything about a real model.
 """
 
 import argparse

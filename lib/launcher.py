@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = parse(words)
         if chosen.list and not _inside() and environment.ready() is None:
             return _list_names(chosen)
+        if chosen.ray:
+            os.environ["SINKS_GROUPS"] = "cluster"  # of requirements-cluster.lock
         _enter(words)
         return _carry_out(chosen)
     except (UsageError, environment.NoEnvironmentError) as error:

@@ -105,7 +105,7 @@ def expand(config: Config) -> list[Cell]:
 
 
 def check(grid: Grid) -> None:
-    """Refuse names that nothing goes by, before anything is read.
+    """Refuse names that nothing goes by, and settings that do not go together, before anything is read.
 
     Raises:
         InputError: see above.
@@ -119,6 +119,11 @@ def check(grid: Grid) -> None:
             require(name in known, f"grid.{what} must be among {', '.join(known)}", repr(name), "use one of these")
     for pattern in grid.patterns:
         pattern_target(pattern)
+    require(len(grid.calibrations) > 0, "grid.calibrations must hold at least one", "none", "name one such as wikitext2")
+    both = sorted(set(grid.models) & set(grid.references))
+    require(not both, "grid.models and grid.references must have different names", ", ".join(both), "rename one")
+    strange = sorted(set(grid.dream_models) - set(grid.models))
+    require(not strange, f"grid.dream_models must be among {', '.join(grid.models)}", ", ".join(strange), "leave it out")
 
 
 def groups(cells: Sequence[Cell]) -> dict[Variant, list[Cell]]:

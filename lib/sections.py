@@ -331,14 +331,3 @@ class Grid:
     weights: str = field(metadata=one_of("memory", "streamed"))
     keep_weights: bool
     teraflops: float | None = field(metadata=between(1e-6, 1e6))
-
-    def __post_init__(self) -> None:
-        require(len(self.calibrations) > 0, "grid.calibrations must hold at least one", "none", "name one such as wikitext2")
-        both = sorted(set(self.models) & set(self.references))
-        require(not both, "grid.models and grid.references must have different names", ", ".join(both), "rename one")
-        require(
-            set(self.dream_models) <= set(self.models),
-            f"grid.dream_models must be among grid.models, {', '.join(self.models)}",
-            str(list(self.dream_models)),
-            "leave the others out",
-        )

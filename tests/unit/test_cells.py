@@ -142,13 +142,17 @@ def test_a_profile_without_a_grid_is_refused() -> None:
         cells.expand(config.load("quick"))
 
 
-def test_the_grid_of_the_settings_is_checked() -> None:
-    with pytest.raises(InputError, match=r"grid\.dream_models must be among grid\.models"):
-        paper(dream_models=("dream",))
-    with pytest.raises(InputError, match="different names, got llada-8b"):
-        paper(references={"llada-8b": paper().grid.models["llada-8b"]})  # pyright: ignore
-    with pytest.raises(InputError, match=r"grid\.calibrations must hold at least one"):
-        paper(calibrations={})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dream_models": ("dream",)}, r"grid\.dream_models must be among llada-8b, .*, got dream:"),
+        ({"references": {"llada-8b": config.ModelSource("a/b", "c")}}, "different names, got llada-8b"),
+        ({"calibrations": {}}, r"grid\.calibrations must hold at least one"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cells.expand(paper(**changes))
 
 
 # What it costs

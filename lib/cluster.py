@@ -10,7 +10,11 @@ from lib.errors import InputError, require
 
 LOCK = "requirements-cluster.lock"
 # Nothing is sent through Ray's memory, and its watch over memory would end our small workers instead of the large processes.
-LOCAL = {"include_dashboard": False, "object_store_memory": 80 * 2**20, "_system_config": {"memory_monitor_refresh_ms": 0}}
+LOCAL = {
+    "include_dashboard": False,
+    "object_store_memory": 80 * 2**20,
+    "_system_config": {"memory_monitor_refresh_ms": 0, "worker_niceness": 0},
+}
 
 
 @contextmanager
@@ -68,5 +72,6 @@ def _connect(ray: Any, address: str | None, jobs: int) -> None:
     try:
         ray.init(address, **same, **quiet) if address else ray.init(num_cpus=jobs, **LOCAL, **same, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        got = " ".join(str(error).split())
-        raise InputError(f"a Ray cluster must answer at {address or 'this machine'}, got {got}: ray start --head") from error
+        got = " ".join(str(error.__cause__ or error).split())
+        remedy = "start one with ray start --head, or set RAY_AUTH_MODE=token where it asks for a token"
+        raise InputError(f"a Ray cluster must answer at {address or 'this machine'}, got {got}: {remedy}") from error

@@ -1,7 +1,7 @@
 """Leases: one process of many, on one machine or on several that share a folder, holds a piece of work.
 
-A lease is a folder of numbered files, and the highest number counts. It lives while its process lives on this machine or, seen
-from another one, while its heartbeat is fresh. Who finds it dead makes the next number, which the file system lets only one do.
+A lease is a folder of numbered files, and the highest number counts. It lives while its process lives on this machine; seen from
+elsewhere, while its heartbeat is fresh. Who finds it dead makes the next number, which the file system lets only one do.
 """
 
 import json

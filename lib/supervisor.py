@@ -68,7 +68,15 @@ class Plan:
         Returns:
             False when the worker should begin nothing more.
         """
-        return self.driver in (0, os.getpid(), os.getppid()) and not self.store.is_stopped(self.run)
+        return not (self.is_orphaned() or self.store.is_stopped(self.run))
+
+    def is_orphaned(self) -> bool:
+        """Tell, in a worker, whether its driver has died.
+
+        Returns:
+            False also in the driver itself.
+        """
+        return self.driver not in (0, os.getpid(), os.getppid())
 
 
 def serve(plan: Plan, number: int) -> None:
@@ -83,6 +91,8 @@ def serve(plan: Plan, number: int) -> None:
     while plan.is_wanted() and (left := plan.left()):
         if not _take_one(plan, [*left[number:], *left[:number]], slots):
             time.sleep(PAUSE_SECONDS)
+    if plan.is_orphaned():
+        os._exit(1)  # joblib's worker would wait for more
 
 
 def _take_one(plan: Plan, groups: Sequence[Group], slots: Sequence[str]) -> bool:

@@ -82,6 +82,7 @@ def run(
         RuntimeError: workers died again and again without a finished cell.
     """
     _check(groups, store, work=work, jobs=jobs, attempts=attempts, batch_size=batch_size)
+    store = replace(store, folder=store.folder.resolve())  # other processes have other working folders
     store.folder.mkdir(parents=True, exist_ok=True)
     if not keep_failed:
         _drop_failed(groups, store)
@@ -168,7 +169,7 @@ def _drive(plan: Plan, workers: int, options: Mapping[str, Any], *, say: Say) ->
         try:
             with joblib.parallel_config(**options):
                 tasks = (joblib.delayed(serve)(plan, number) for number in range(workers))
-                joblib.Parallel(n_jobs=workers, batch_size=1, pre_dispatch="all")(tasks)
+                joblib.Parallel(n_jobs=workers, pre_dispatch="all")(tasks)
         except InputError:
             raise
         except Exception as error:  # of a kind of its own in each engine

@@ -73,35 +73,40 @@ class Place:
         """All bytes of all records."""
         return {path.name: path.read_bytes() for path in self.store.folder.glob("*.json")}
 
-    def drive(self, groups: Sequence[Group], **options: Any) -> subprocess.Popen[str]:
-        """Start a driver in a process of its own."""
+    def drive(self, groups: Sequence[Group], *, tmp: str = "", **options: Any) -> subprocess.Popen[str]:
+        """Start a driver in a process of its own; `tmp` is where its machine keeps the locks of devices."""
         plain = [{"key": group.key, "cells": group.cells, "shared": group.shared} for group in groups]
         task = {"groups": plain, "store": str(self.store.folder), "work": WORK, "jobs": 2, "batch_size": 8} | options
-        environ = dict(os.environ) | {"TMPDIR": str(self.folder / "tmp"), "PYTHONPATH": str(ROOT)}
+        environ = dict(os.environ) | {"TMPDIR": tmp or str(self.folder / "tmp"), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", DRIVER, json.dumps(task)]
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def children(self) -> list[psutil.Process]:
+    def children(self) -> list[Any]:
         """Every process that computes for this store, with the one that waits for it."""
-        return [p for p in psutil.process_iter(["cmdline"]) if str(self.store.folder) in (p.info["cmdline"] or [])]
+        return [process for process in listed() if str(self.store.folder) in process.info["cmdline"]]
 
-    def computing(self) -> list[psutil.Process]:
+    def computing(self) -> list[Any]:
         """Those that compute: the younger ones of each pair."""
         found = self.children()
-        return [process for process in found if process.ppid() in {other.pid for other in found}]
+        return [process for process in found if process.info["ppid"] in {other.pid for other in found}]
 
 
-def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+def listed() -> list[Any]:
+    """All processes that live, with what is asked of them read at once, because they may end in between."""
+    found = psutil.process_iter(["cmdline", "name", "ppid", "status"])
+    return [process for process in found if process.info["cmdline"] and process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def workers(driver: subprocess.Popen[str]) -> list[Any]:
     """The workers of joblib's pool."""
-    found = psutil.Process(driver.pid).children()
-    return [process for process in found if "--process-name" in process.cmdline()]
+    return [process for process in listed() if process.info["ppid"] == driver.pid and "--process-name" in process.info["cmdline"]]
 
 
 def wait_for(holds: Callable[[], object], *, seconds: float = 40) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def finish(driver: subprocess.Popen[str], *, seconds: float = 60) -> str:

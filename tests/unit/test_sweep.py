@@ -12,7 +12,7 @@ import pytest
 
 from lib import supervisor, sweep
 from lib.config import InputError
-from lib.store import Record
+from lib.store import Record, Store
 from lib.sweep import Group, Summary
 from tests.unit import grids
 from tests.unit.grids import Place, cell
@@ -55,6 +55,13 @@ def test_every_cell_is_computed_once_and_never_again(place: Place) -> None:
     assert before.items() <= place.content().items() and len(place.content()) == 7
     assert sorted(path.name for path in place.store.folder.iterdir() if path.suffix != ".json") == ["logs"]
     assert not list((place.store.folder / "logs").iterdir())
+
+
+def test_the_folder_may_be_relative(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    (group,) = place.grid(1, 1)
+    sweep.run([group], store=Store(Path("here")), work=grids.WORK, jobs=1, batch_size=1, say=str)
+    assert Store(place.folder / "here").ids() == [group.cells[0]["id"]]
 
 
 def test_one_process_computes_a_group(place: Place) -> None:

@@ -29,13 +29,13 @@ def check_index(folder: Path) -> None:
         return
     where = read_json(folder / INDEX).get("weight_map", {})
     shards = {file.name: _tensor_names(file) for file in weight_files(folder)}
-    surplus = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in shards)
+    others = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in shards)
     rule, remedy = f"the shards in {folder} must be those that {INDEX} names", "delete what is left of another download"
-    require(not surplus, rule, f"{', '.join(surplus)} beside them", remedy)
-    said = {(name, shard) for name, shard in where.items()}
+    require(not others, rule, f"{', '.join(others)} beside them", remedy)
     found = {(name, shard) for shard, names in shards.items() for name in names}
-    for name, shard in sorted(said ^ found):
-        problem = f"no {name} in {shard}" if (name, shard) in said else f"{name} in {shard} too"
+    for name, shard in sorted(found ^ set(where.items())):
+        surplus = f"{name} in {shard}, too" if name in where else f"{name} in {shard} and not in the index"
+        problem = surplus if (name, shard) in found else f"no {name} in {shard}"
         raise InputError(f"tensors must lie where {folder / INDEX} says, got {problem}: download the checkpoint again")
 
 

@@ -19,7 +19,7 @@ WIDTH, MLP, BLOCKS, HEADS, KV_HEADS = 32, 64, 2, 4, 2
 EMBEDDING_ROWS = 1088  # more than tokens, as in every release
 IMAGE_CODES = 128
 SHARD_SIZE = "70KB"  # one embedding
-SPREAD = 1.5  # of a matrix over 1 / sqrt(inputs): large enough that attention and predictions are far from uniform
+SPREAD = 2.5  # of a matrix over 1 / sqrt(inputs): large enough that attention and predictions are far from uniform
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,16 @@ NAMES = {
         ).split(),
     },
 }
+NAMES["mmada"] = NAMES["llada"]
 
 
 def forward(folder: Path, input_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (logits, attention `[layer, batch, head, query, key]`) of a bidirectional checkpoint."""
     raw = json.loads((folder / "config.json").read_text())
     names = NAMES[raw["model_type"]]
-    weights = {key: value.to(dtype) for key, value in load_file(folder / "model.safetensors").items()}
+    shards = [load_file(file) for file in folder.glob("model*.safetensors")]
+    weights = {key: value.to(dtype) for shard in shards for key, value in shard.items()}
+    head = weights.get(names["head"], weights[names["embed"]])  # a tied head is the embedding
     heads = raw.get("n_heads") or raw["num_attention_heads"]
     kv_heads = raw.get("n_kv_heads") or raw["num_key_value_heads"]
     layers = raw.get("n_layers") or raw["num_hidden_layers"]
@@ -57,7 +60,7 @@ def forward(folder: Path, input_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor
         x = rms(hidden, weights[norm2 + ".weight"], raw["rms_norm_eps"])
         gated = x @ weights[gate + ".weight"].T
         hidden = hidden + (gated * gated.sigmoid() * (x @ weights[up + ".weight"].T)) @ weights[down + ".weight"].T
-    return rms(hidden, weights[names["norm"]], raw["rms_norm_eps"]) @ weights[names["head"]].T, torch.stack(maps)
+    return rms(hidden, weights[names["norm"]], raw["rms_norm_eps"]) @ head.T, torch.stack(maps)
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

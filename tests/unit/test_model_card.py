@@ -203,6 +203,6 @@ def test_a_method_without_calibration_has_none(dense: Path, tmp_path: Path) -> N
 
 def test_a_card_needs_its_checkpoint(dense: Path, tmp_path: Path) -> None:
     model = models.load(dense / "llama")
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(InputError, match=r"a checkpoint must be a folder with config\.json"):
         model_card.write(tmp_path, model=model, method=METHODS["magnitude"], target=Target(0.3))
     assert not list(tmp_path.iterdir())

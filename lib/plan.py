@@ -61,7 +61,7 @@ def make(config: Config, *, code: str, finished: Iterable[str], grid: Grid) -> P
     missing = {name: reason for name, source in sources.items() if (reason := _absent(source))}
     if grid.rows is None:
         missing |= {task: reason for task in dict.fromkeys(cell.task for cell in named.values()) if (reason := _no_data(task))}
-    return Plan(named, frozenset(finished) & named.keys(), shapes, _speed(config, grid, shapes), missing)
+    return Plan(named, frozenset(finished).intersection(named), shapes, _speed(config, grid, shapes), missing)
 
 
 def lines(plan: Plan, grid: Grid, *, itemsize: int) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import data, models, pruner, standins, tasks
+from lib import corpora, data, models, pruner, standins, tasks
 from lib.config import ROOT
 from lib.errors import InputError
 from lib.methods import METHODS, Target, without_noise
@@ -66,7 +66,8 @@ def test_equal_seeds_give_equal_bytes_and_others_other_weights(made: Path, tmp_p
 
 def test_everything_is_there_and_nothing_else(made: Path) -> None:
     assert {path.name for path in (made / "models").iterdir()} == set(rehearsal_models.checkpoints()) == set(FAMILY)
-    assert {path.name for path in (made / "rows").iterdir()} == set(OFFICIAL["llada"]) | set(OFFICIAL["dream"])
+    tasks_and_corpora = {*OFFICIAL["llada"], *OFFICIAL["dream"], *corpora.SOURCES}
+    assert {path.name for path in (made / "rows").iterdir()} == tasks_and_corpora
     assert not [path for path in made.parent.iterdir() if path != made], "a hidden folder was left behind"
     assert sum(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 3_000_000
     for name in FAMILY:

@@ -118,7 +118,8 @@ def grid(
     require(len(models) > 0, "a grid must have at least one model", "none", "give the dense one")
     for model in models.values():
         check(model, prompts, plans, judge)
-    cells = {(kind, name): (models[kind], plans[name]) for kind in models for name in plans}
+    pairs = [(kind, name) for kind in models for name in plans]
+    cells: dict[tuple[str, str], tuple[LanguageModel, Plan]] = {pair: (models[pair[0]], plans[pair[1]]) for pair in pairs}
     texts = {key: run_decoder(model, prompts, plan, **work.sizes) for key, (model, plan) in cells.items()}
     timed = prompts[: work.timed_prompts]
     calls = {" + ".join(key): partial(run_decoder, model, timed, plan, **work.sizes) for key, (model, plan) in cells.items()}

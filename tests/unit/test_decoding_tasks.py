@@ -112,7 +112,7 @@ def test_the_written_topic_is_read_off_the_end_of_a_text(reference: LanguageMode
     task = decoding_tasks.load("tiny_topic_written")
     (part,) = task.parts.values()
     documents = list(part.dataset["test"])
-    shown = [part.doc_to_text(document) for document in documents]
+    shown = [str(part.doc_to_text(document)) for document in documents]
     assert len(documents) == 220 and all(text.startswith("Title: ") and text.endswith("\nDescription:") for text in shown)
     assert not any("Topic:" in text for text in shown) and {document["title"] for document in documents} >= {"Houston"}
 

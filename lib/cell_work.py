@@ -116,7 +116,7 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
     if method is None:
         return model
     if text is not None:
-        sizes = {"count": text.windows, "length": text.positions, "seed": variant.seed}
+        sizes: dict[str, Any] = {"count": text.windows, "length": text.positions, "seed": variant.seed}
         tokenizer = models.tokenizer_of(model)
         windows = corpora.windows(cast(corpora.Corpus, text.corpus), tokenizer, **sizes, rows=place.rows)
     if variant.pattern != STRUCTURED_PATTERN:
@@ -140,9 +140,9 @@ def loss(model: LanguageModel, _: Variant, settings: Mapping[str, Any], place: P
     """Measure the NELBO (the exact loss of an autoregressive model) on WikiText-2 test windows, in nats per token of each."""
     del batch_size  # one text at a time, its masks together
     size, tokenizer = settings["loss"], models.tokenizer_of(model)
-    given = {"count": size["windows"], "length": size["positions"], "seed": settings["seed of masks"], "rows": place.rows}
-    windows = corpora.windows("wikitext2", tokenizer, **given, split="test")
-    values = text_loss(model, windows, draws=size["draws"], seed=settings["seed of masks"])
+    seed, given = settings["seed of masks"], {"count": size["windows"], "length": size["positions"]}
+    windows = corpora.windows("wikitext2", tokenizer, **given, seed=seed, rows=place.rows, split="test")
+    values = text_loss(model, windows, draws=size["draws"], seed=seed)
     return {"nats per token": [round(float(value), 6) for value in values]}
 
 

@@ -110,10 +110,11 @@ def check(grid: Grid) -> None:
     Raises:
         InputError: see above.
     """
+    known_tasks = (*tasks.OFFICIAL["llada"], *tasks.OFFICIAL["dream"], *tasks.local_names())
     for what, chosen, known in (
         ("methods", (*grid.methods, *grid.other_methods), METHODS),
         ("structured_methods", grid.structured_methods, STRUCTURED),
-        ("task_names", grid.task_names, tasks.OFFICIAL["llada"] | tasks.OFFICIAL["dream"] | dict.fromkeys(tasks.local_names())),
+        ("task_names", grid.task_names, known_tasks),
     ):
         for name in chosen:
             require(name in known, f"grid.{what} must be among {', '.join(known)}", repr(name), "use one of these")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaModel
@@ -51,16 +51,20 @@ SHAPES: Mapping[str, Shape] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Questions:
-    """How large a benchmark is: documents, texts to score for each, and tokens of one, prompt and examples included, roughly."""
+    """How large a benchmark is: documents, texts to score for each, and tokens of one, prompt and examples included, roughly.
+
+    A limit counts for each of its parts, as MMLU's subjects are.
+    """
 
     documents: int
     texts: int
     tokens: int
+    parts: int = 1
 
 
 # Documents are the split that lm_eval asks; tokens are round assumptions for an English tokenizer, and say so in the plan.
 QUESTIONS: Mapping[str, Questions] = MappingProxyType({
-    "mmlu": Questions(14042, 1, 700),  # four letters in the same place: one row
+    "mmlu": Questions(14042, 1, 700, parts=57),  # four letters in the same place: one row
     "arc_challenge": Questions(1172, 4, 45),
     "arc_easy": Questions(2376, 4, 40),
     "piqa": Questions(1838, 2, 45),
@@ -120,7 +124,7 @@ def measuring(cell: Cell) -> Cost:
         rows = loss["windows"] * (1 if cell.variant.is_causal else loss["draws"])
         return Cost(rows, rows * loss["positions"])
     evaluation, asked = settings["evaluation"], QUESTIONS.get(cell.task, LOCAL)
-    documents = min(asked.documents, settings["limit"] or asked.documents)
+    documents = min(asked.documents, asked.parts * (settings["limit"] or asked.documents))
     if cell.task in ("gsm8k", "gsm8k_cot") and cell.variant.is_causal:  # with its cache, every token passes once
         return Cost(documents * evaluation["gen_length"], documents * (asked.tokens + evaluation["gen_length"]))
     if cell.task in ("gsm8k", "gsm8k_cot"):
@@ -180,7 +184,8 @@ def measured_teraflops(shape: Shape, *, device: torch.device, dtype: torch.dtype
         use_cache=False,
     )
     with torch.device(device):
-        network = LlamaModel(config).to(dtype).eval()
+        network = LlamaModel(config).eval()
+    cast(torch.nn.Module, network).to(dtype=dtype)
     ids, best = torch.zeros(1, tokens, dtype=torch.long, device=device), float("inf")
     for _ in range(repeats):
         started = time.perf_counter()

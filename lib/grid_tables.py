@@ -1,6 +1,7 @@
 """Tables of the experiment grid's store: what is there, what is missing, and the authors' table with ours beside."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def _numbers(task: str, result: Mapping[str, Any]) -> dict[str, float]:
         size = int(result["documents"])
         low, high = share_interval(round(result["accuracy"] * size), size)
         return {"value": result["accuracy"], "low": low, "high": high, "n": size}
-    losses = pd.Series(result["nats per token"], dtype=float)
-    half = 1.96 * float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    mean = float(losses.mean())
+    losses = [float(value) for value in result["nats per token"]]
+    half = 1.96 * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    mean = statistics.fmean(losses)
     return {"value": mean, "low": mean - half, "high": mean + half, "n": len(losses)}

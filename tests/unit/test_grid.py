@@ -169,6 +169,7 @@ def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypat
     assert "recorded as not tested: gpqa_main_n_shot (Idavidrein/gpqa" in text
     rows = {line.split()[0]: line.split() for line in lines if line.split()}
     assert rows["piqa"][2] == f"{100 * 2 * 128 * 2:,}" and rows["gsm8k_cot"][2] == f"{100 * 256:,}"
+    assert rows["mmlu"][2] == f"{57 * 100:,}"  # a limit counts for each subject
     assert not (output / "results").exists()
 
 

@@ -60,7 +60,7 @@ def test_every_cell_is_computed_once_and_never_again(place: Place) -> None:
 def test_the_folder_may_be_relative(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     (group,) = place.grid(1, 1)
-    sweep.run([group], store=Store(Path("here")), work=grids.WORK, jobs=1, batch_size=1, say=str)
+    sweep.run([group], store=Store(Path("here")), work=grids.WORK, jobs=1, batch_size=1, say=[].append)
     assert Store(place.folder / "here").ids() == [group.cells[0]["id"]]
 
 

@@ -21,10 +21,11 @@ from lib.sweep import Group
 
 WORK = "tests.unit.cells_at_work:work"
 DRIVER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from lib.store import Store
 from lib.sweep import Group, run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored where the tests run
 task = json.loads(sys.argv[1])
 groups = [Group(group["key"], tuple(group["cells"]), group["shared"]) for group in task.pop("groups")]
 store = Store(Path(task.pop("store")))

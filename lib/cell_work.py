@@ -151,11 +151,13 @@ def accuracy(
 ) -> dict[str, Any]:
     """Answer a task; what is kept is right or wrong, document by document, so that variants can be compared in pairs."""
     name = settings["task"]
-    known = EvaluationSettings(**settings["evaluation"], batch_size=batch_size)
+    asked = dict(settings["evaluation"])
+    chat_template = asked.pop("chat_template")
+    known = EvaluationSettings(**asked, batch_size=batch_size)
     if place.rows is None or name in tasks.local_names():
-        task = tasks.load_tasks([name], family=variant.family)[name]
+        task = tasks.load_tasks([name], family=variant.published)[name]
     else:
-        task = standins.load(name, place.rows, family=variant.family)
+        task = standins.load(name, place.rows, family=variant.published)
     found = tasks.evaluate(model, {name: task}, settings=known, limit=settings["limit"])[name]
     low, high = share_interval(sum(found.correct), len(found.correct))
     return {

@@ -8,20 +8,25 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lib import checkpoints, corpora, provenance, tasks
 from lib.calibration_sets import Inputs
-from lib.config import ROOT, Config, InputError, ModelSource
+from lib.config import ROOT, Config, InputError, ModelSource, output_root
 from lib.errors import require
 from lib.methods import METHODS, RELEASE, Method, pattern_target, without_noise
 from lib.pruning import UNSTRUCTURED
 from lib.runtime import choose_device
 from lib.scoring import EvaluationSettings
 from lib.sections import CalibrationText, Grid
+from lib.store import Store, cell_id
 from lib.token_weights import Weighting
 
 DENSE, LOSS, STRUCTURED_PATTERN = "dense", "nelbo", "structured"
+Family = Literal["llada", "llada-chat", "dream"]
+# Chat models get the likelihood settings of their base, and their own for generation: LLaDA-1.5 is published with blocks of 16.
+PUBLISHED: Mapping[Family, tasks.Family] = MappingProxyType({"llada": "llada", "llada-chat": "llada", "dream": "dream"})
+CHAT_TOKENS, CHAT_BLOCK = 256, 16
 # Which heads and channels go; names as in notebook 03, whose table has the authors' numbers beside.
 STRUCTURED: Mapping[str, Method] = MappingProxyType({
     "magnitude": METHODS["magnitude"],
@@ -40,7 +45,7 @@ class Variant:
         source: checkpoint.
         content: fingerprint of a local checkpoint; empty for one on the hub, which its revision names.
         is_causal: an autoregressive reference.
-        family: whose published settings its evaluation follows.
+        family: whose published settings its evaluation follows; `"llada-chat"` generates behind a chat template.
         method: name in `methods.METHODS` or `STRUCTURED`; `"dense"` is the model as it is.
         options: the method's own; None for the dense model.
         sparsity, pattern: as in `methods.Target`, or the pattern `"structured"`.
@@ -52,13 +57,18 @@ class Variant:
     source: ModelSource
     content: str
     is_causal: bool
-    family: tasks.Family
+    family: Family
     method: str = DENSE
     options: Method | None = None
     sparsity: float = 0.0
     pattern: str = UNSTRUCTURED
     calibration: CalibrationText | None = None
     seed: int = 0
+
+    @property
+    def published(self) -> tasks.Family:
+        """Under which name the settings of its tasks stand in `tasks.OFFICIAL`."""
+        return PUBLISHED[self.family]
 
     @property
     def label(self) -> str:
@@ -77,9 +87,9 @@ class Cell:
     data: str = field(repr=False)
 
     def spec(self, *, code: str) -> dict[str, Any]:
-        """Return what the store and the workers take: plain JSON values."""
+        """Return what the store and the workers take: plain JSON values, the `id` of the cell among them."""
         settings = {**to_plain(self.variant), "task": self.task, **self.settings}
-        return {"settings": settings, "code": code, "data": self.data}
+        return {"id": cell_id(settings, code=code, data=self.data), "settings": settings, "code": code, "data": self.data}
 
 
 def expand(config: Config) -> list[Cell]:
@@ -97,10 +107,9 @@ def expand(config: Config) -> list[Cell]:
     check(grid)
     cells = []
     for name, source, is_causal in _models(grid):
-        family: tasks.Family = "dream" if name in grid.dream_models else "llada"
-        dense = Variant(name, source, _content(source), is_causal, family)
+        dense = Variant(name, source, _content(source), is_causal, cast(Family, grid.families.get(name, "llada")))
         for variant in (dense, *_variants(dense, grid, seed=config.seed)):
-            cells += [_cell(variant, task, grid, config) for task in _tasks(grid, family)]
+            cells += [_cell(variant, task, grid, config) for task in _tasks(grid, dense.published)]
     return cells
 
 
@@ -123,8 +132,10 @@ def check(grid: Grid) -> None:
     require(len(grid.calibrations) > 0, "grid.calibrations must hold at least one", "none", "name one such as wikitext2")
     both = sorted(set(grid.models) & set(grid.references))
     require(not both, "grid.models and grid.references must have different names", ", ".join(both), "rename one")
-    strange = sorted(set(grid.dream_models) - set(grid.models))
-    require(not strange, f"grid.dream_models must be among {', '.join(grid.models)}", ", ".join(strange), "leave it out")
+    strange = sorted(set(grid.families) - set(grid.models))
+    require(not strange, f"grid.families must name models among {', '.join(grid.models)}", ", ".join(strange), "leave it out")
+    for name, family in grid.families.items():
+        require(family in PUBLISHED, f"grid.families.{name} must be one of {', '.join(PUBLISHED)}", repr(family), "use one of these")
 
 
 def groups(cells: Sequence[Cell]) -> dict[Variant, list[Cell]]:
@@ -139,6 +150,11 @@ def variant_key(variant: Variant, *, code: str) -> str:
     """Return the name of a variant's weights in the store: a hash of what decides them."""
     text = json.dumps([to_plain(variant), code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def store_of(config: Config) -> Store:
+    """Return the store of a profile's cells, `results/PROFILE/cells/`."""
+    return Store(output_root() / "results" / config.profile / "cells")
 
 
 def code_version(root: Path) -> str:
@@ -230,14 +246,29 @@ def _engine() -> str:
 def _evaluation(task: str, variant: Variant, grid: Grid, config: Config) -> dict[str, Any]:
     """Return the published settings of a task, without the batch size, which changes no result."""
     base = EvaluationSettings(seed=config.seed)
-    settings = tasks.published_settings(task, base, family=variant.family)
+    settings = tasks.published_settings(task, base, family=variant.published)
+    if _is_chat(variant, task):
+        settings = _generating(settings, CHAT_TOKENS, block=CHAT_BLOCK)
     if grid.draws is not None:
         settings = replace(settings, draws=grid.draws)
     if grid.gen_length is not None:
-        settings = replace(settings, gen_length=grid.gen_length, steps=grid.gen_length, block_length=grid.gen_length)
+        settings = _generating(settings, grid.gen_length, block=settings.block_length)
     if variant.is_causal:
         settings = replace(settings, cfg_scale=0.0)
-    return {key: value for key, value in asdict(settings).items() if key != "batch_size"}
+    plain = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
+    return {**plain, "chat_template": _is_chat(variant, task)}
+
+
+def _generating(settings: EvaluationSettings, tokens: int, *, block: int) -> EvaluationSettings:
+    """Set how many tokens are generated, one a step, in blocks as near to `block` as divides them."""
+    block = next(size for size in range(min(block, tokens), 0, -1) if tokens % size == 0)
+    return replace(settings, gen_length=tokens, steps=tokens, block_length=block)
+
+
+def _is_chat(variant: Variant, task: str) -> bool:
+    """Tell whether a task is one of generation, and the model one that its authors ask through a chat template."""
+    official = tasks.OFFICIAL[variant.published].get(task)
+    return variant.family == "llada-chat" and official is not None and official.draws is None
 
 
 def _corpus(corpus: Literal["wikitext2", "c4", "articles"] | str, grid: Grid) -> str:

@@ -8,7 +8,6 @@ from lib import cells, plan, runtime, sweep
 from lib.cells import Cell, Variant
 from lib.config import ROOT, Config, InputError, output_root
 from lib.sections import Grid
-from lib.store import Store, cell_id
 from lib.sweep import Group, Summary
 
 Say = Callable[[str], None]
@@ -32,11 +31,6 @@ class Engine:
     retry: bool = False
 
 
-def store_of(config: Config) -> Store:
-    """Return the store of a profile's cells, `results/PROFILE/cells/`."""
-    return Store(output_root() / "results" / config.profile / "cells")
-
-
 def show(config: Config, *, say: Say) -> None:
     """Say what a run would compute and cost, and what is there already; downloads no weights and no data.
 
@@ -48,7 +42,7 @@ def show(config: Config, *, say: Say) -> None:
         InputError: no grid, or settings that cannot be used.
     """
     grid, device = settings(config), runtime.choose_device(config)
-    made = plan.make(config, code=cells.code_version(ROOT), finished=store_of(config).ids(), grid=grid)
+    made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
     for line in plan.lines(made, grid, itemsize=device.dtype.itemsize):
         say(line)
 
@@ -67,7 +61,7 @@ def run(config: Config, engine: Engine, *, say: Say) -> Summary:
     Raises:
         InputError: no grid, settings that cannot be used, or a damaged store.
     """
-    grid, store = settings(config), store_of(config)
+    grid, store = settings(config), cells.store_of(config)
     return sweep.run(
         groups(config, grid),
         store=store,
@@ -110,12 +104,8 @@ def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, 
         "streamed": grid.weights == "streamed",
         "rows": None if grid.rows is None else str(cells.rows_folder(grid)),
     }
-    specs = tuple(_named(cell.spec(code=code)) for cell in found)
+    specs = tuple(cell.spec(code=code) for cell in found)
     return Group(key=key, cells=specs, shared={"variant": cells.to_plain(variant), "place": place, "label": variant.label})
-
-
-def _named(spec: dict[str, Any]) -> dict[str, Any]:
-    return {"id": cell_id(spec["settings"], code=spec["code"], data=spec["data"]), **spec}
 
 
 def _jobs(config: Config) -> int:

@@ -12,7 +12,7 @@ from lib.cells import DENSE, LOSS, Cell, Variant
 from lib.config import Config
 from lib.evaluation import share_interval
 from lib.pruning import UNSTRUCTURED
-from lib.store import Record, Store, cell_id
+from lib.store import Record, Store
 
 # Columns of the authors' table, as the shipped `paper_llada_50` has them, and the benchmark that each one is.
 PAPER_TASKS = {
@@ -38,8 +38,7 @@ def records(config: Config, store: Store, *, code: str) -> dict[Cell, Record | N
     """
     found = {}
     for cell in cells.expand(config):
-        spec = cell.spec(code=code)
-        found[cell] = store.read(cell_id(spec["settings"], code=code, data=spec["data"]))
+        found[cell] = store.read(cell.spec(code=code)["id"])
     return found
 
 

@@ -10,7 +10,6 @@ from lib.cells import Cell, Variant
 from lib.config import Config, ModelSource
 from lib.costs import Cost, Shape
 from lib.sections import Grid
-from lib.store import cell_id
 
 HOUR = 3600.0
 GIGABYTE = 1e9
@@ -55,7 +54,7 @@ def make(config: Config, *, code: str, finished: Iterable[str], grid: Grid) -> P
     Raises:
         InputError: see `cells.expand`.
     """
-    named = {_id(cell, code): cell for cell in cells.expand(config)}
+    named = {cell.spec(code=code)["id"]: cell for cell in cells.expand(config)}
     sources = {**grid.models, **grid.references}
     shapes = {name: shape for name, source in sources.items() if (shape := costs.shape_of(source)) is not None}
     missing = {name: reason for name, source in sources.items() if (reason := _absent(source))}
@@ -144,11 +143,6 @@ def by_method(plan: Plan) -> pd.DataFrame:
         passes = costs.pruning(one)
         rows.append({"method": what, "calibration rows": f"{passes.rows:,.0f}", "hours": _short(hours), "on": one.model})
     return pd.DataFrame(rows)
-
-
-def _id(cell: Cell, code: str) -> str:
-    spec = cell.spec(code=code)
-    return cell_id(spec["settings"], code=code, data=spec["data"])
 
 
 def _hours(plan: Plan, cell: Cell) -> float:

@@ -305,7 +305,7 @@ class Grid:
 
     models: dict[str, ModelSource]
     references: dict[str, ModelSource]
-    dream_models: tuple[str, ...]
+    families: dict[str, str]
     calibrations: dict[str, CalibrationText]
     methods: tuple[str, ...]
     sparsities: tuple[float, ...] = field(metadata=between(0.01, 0.99))
@@ -324,6 +324,7 @@ class Grid:
     loss_positions: int = field(metadata=between(8, 32768))
     loss_draws: int = field(metadata=between(1, 4096))
     batch_size: int = field(metadata=between(1, 4096))
-    weights: str = field(metadata=one_of("memory", "streamed"))
+    weights: str = field(metadata=one_of("memory", "spread", "streamed"))
+    states: str = field(metadata=one_of("device", "cpu", "disk"))
     keep_weights: bool
     teraflops: float | None = field(metadata=between(1e-6, 1e6))

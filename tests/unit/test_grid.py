@@ -60,7 +60,7 @@ def test_a_grid_is_computed_once_and_again_byte_for_byte(files: Path, output: Pa
     expected = len(cells.expand(loaded))
     # dense, magnitude, sink-aware, and sink-aware structured, of two models, in two tasks and the loss
     assert (done.cells, done.computed, done.failed, done.not_tested) == (expected, expected, (), ()) and expected == 2 * 4 * 3
-    folder = grid.store_of(loaded).folder
+    folder = cells.store_of(loaded).folder
     first = contents(folder)
     assert len(first) == expected and folder == output / "results" / "rehearsal" / "cells"
     again = grid.run(loaded, grid.Engine(jobs=2), say=said.append)

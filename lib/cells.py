@@ -83,7 +83,7 @@ class Cell:
 
     variant: Variant
     task: str
-    settings: Mapping[str, Any] = field(repr=False)
+    settings: Mapping[str, Any] = field(repr=False, hash=False)
     data: str = field(repr=False)
 
     def spec(self, *, code: str) -> dict[str, Any]:
@@ -135,7 +135,8 @@ def check(grid: Grid) -> None:
     strange = sorted(set(grid.families) - set(grid.models))
     require(not strange, f"grid.families must name models among {', '.join(grid.models)}", ", ".join(strange), "leave it out")
     for name, family in grid.families.items():
-        require(family in PUBLISHED, f"grid.families.{name} must be one of {', '.join(PUBLISHED)}", repr(family), "use one of these")
+        rule = f"grid.families.{name} must be one of {', '.join(PUBLISHED)}"
+        require(family in PUBLISHED, rule, repr(family), "use one of these")
 
 
 def groups(cells: Sequence[Cell]) -> dict[Variant, list[Cell]]:

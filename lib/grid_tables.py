@@ -9,10 +9,13 @@ import pandas as pd
 
 from lib import cells, data
 from lib.cells import DENSE, LOSS, Cell, Variant
-from lib.config import Config
+from lib.config import ROOT, Config
 from lib.evaluation import share_interval
 from lib.pruning import UNSTRUCTURED
-from lib.store import Record, Store
+from lib.scoring import EvaluationSettings
+from lib.sections import CalibrationText
+from lib.store import Record
+from lib.tasks import TaskResult
 
 # Columns of the authors' table, as the shipped `paper_llada_50` has them, and the benchmark that each one is.
 PAPER_TASKS = {
@@ -23,30 +26,32 @@ PAPER_TASKS = {
     "GSM8K": "gsm8k",
     "HellaSwag": "hellaswag",
 }
+WHAT = ("model", "method", "pattern", "sparsity", "calibration")
 
 
-def records(config: Config, store: Store, *, code: str) -> dict[Cell, Record | None]:
-    """Read the record of every cell of a profile's grid; None where there is none yet.
+def of_profile(config: Config) -> dict[Cell, Record | None]:
+    """Read what the present code has computed of a profile's grid; nothing when the profile has no grid.
 
     Args:
-        config: a profile with a grid.
-        store: of its cells.
-        code: version of the code that computed them, `cells.code_version`.
+        config: any profile.
+
+    Returns:
+        The record of every cell in the order of the grid; None where there is none yet.
 
     Raises:
-        InputError: no grid, or a damaged store.
+        InputError: settings of the grid that cannot be used, or a damaged store.
     """
-    found = {}
-    for cell in cells.expand(config):
-        found[cell] = store.read(cell.spec(code=code)["id"])
-    return found
+    if config.grid is None:
+        return {}
+    store, code = cells.store_of(config), cells.code_version(ROOT)
+    return {cell: store.read(cell.spec(code=code)["id"]) for cell in cells.expand(config)}
 
 
 def state(found: Mapping[Cell, Record | None]) -> pd.DataFrame:
     """Count the cells of each model and task by what became of them, with the first reason of those without a number.
 
     Args:
-        found: what `records` returned.
+        found: what `of_profile` returned.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for cell, record in found.items():
@@ -61,38 +66,90 @@ def state(found: Mapping[Cell, Record | None]) -> pd.DataFrame:
 
 
 def results(found: Mapping[Cell, Record | None]) -> pd.DataFrame:
-    """Tabulate every finished cell: the score of a task with its interval, or the mean loss.
+    """Tabulate the finished cells: the score of a task with its interval, or the mean loss.
 
     Args:
-        found: what `records` returned.
+        found: what `of_profile` returned.
 
     Returns:
         One row a cell: what was pruned and how, `task`, `value`, `low`, `high` (95 %), `n`.
     """
-    rows = []
+    rows = [
+        {**_what(cell.variant), "seed": cell.variant.seed, "task": cell.task, **_numbers(cell.task, record.result)}
+        for cell, record in found.items()
+        if record is not None and record.result is not None
+    ]
+    return pd.DataFrame(rows, columns=pd.Index([*WHAT, "seed", "task", "value", "low", "high", "n"]))
+
+
+def summary(found: Mapping[Cell, Record | None]) -> pd.DataFrame:
+    """Put the results of one pruned model into one row: its loss, and its accuracies in per cent, means over calibrations.
+
+    Args:
+        found: what `of_profile` returned.
+
+    Returns:
+        Columns of what was pruned and how, then one a task; NaN where a cell is missing.
+    """
+    long = results(found)
+    is_task = long["task"] != LOSS
+    long["value"] = long["value"].where(~is_task, 100 * long["value"])
+    named = {LOSS: "loss, nats per token"} | {task: f"{task}, %" for task in long["task"].unique() if task != LOSS}
+    wide = long.assign(task=long["task"].map(named)).pivot_table(index=list(WHAT), columns="task", values="value", sort=False)
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def answers(found: Mapping[Cell, Record | None]) -> dict[tuple[str, str, float, str], TaskResult]:
+    """Return right and wrong answers, document by document, as `gain_tables.mcnemar_table` compares them.
+
+    Args:
+        found: what `of_profile` returned.
+
+    Returns:
+        Results by (model, method, sparsity, task), of the dense models and of what was pruned without a pattern, under the grid's
+        main calibration and its first seed.
+    """
+    main, kept = _main(found), {}
     for cell, record in found.items():
-        if record is None or record.result is None:
-            continue
         one = cell.variant
-        what = {"model": one.model, "method": one.method, "pattern": one.pattern, "sparsity": one.sparsity, "seed": one.seed}
-        text = one.calibration
-        what["calibration"] = "" if text is None else f"{text.corpus}, {text.windows} x {text.positions}"
-        rows.append({**what, "task": cell.task, **_numbers(cell.task, record.result)})
-    return pd.DataFrame(rows)
+        compared = one.pattern == UNSTRUCTURED and one.calibration in (None, main)
+        key = (one.model, one.method, one.sparsity, cell.task)
+        if record is not None and record.result is not None and cell.task != LOSS and compared and key not in kept:
+            kept[key] = _answers(cell, record.result)
+    return kept
+
+
+def _answers(cell: Cell, result: Mapping[str, Any]) -> TaskResult:
+    scores = {name: tuple(mark == "1" for mark in marks) for name, marks in result["scores"].items()}
+    asked = {key: value for key, value in cell.settings["evaluation"].items() if key != "chat_template"}
+    settings = EvaluationSettings(**asked)
+    metric, chance, truncated = result["metric"], result["chance"], result["truncated"]
+    return TaskResult(cell.task, metric, scores[metric], scores, chance, truncated, settings)
+
+
+def _what(variant: Variant) -> dict[str, object]:
+    """Say what was pruned and how, under the names of `WHAT`."""
+    text = variant.calibration
+    read = "" if text is None else f"{text.corpus}, {text.windows} x {text.positions}"
+    return dict(zip(WHAT, (variant.model, variant.method, variant.pattern, variant.sparsity, read), strict=True))
+
+
+def _main(found: Mapping[Cell, Record | None]) -> CalibrationText | None:
+    """Return the calibration that the grid names first."""
+    return next((cell.variant.calibration for cell in found if cell.variant.calibration is not None), None)
 
 
 def paper_table(found: Mapping[Cell, Record | None], *, model: str) -> pd.DataFrame:
     """Put the authors' LLaDA-8B accuracies at 50 % beside ours, in points; NaN where a cell is missing.
 
     Args:
-        found: what `records` returned.
+        found: what `of_profile` returned.
         model: whose.
 
     Returns:
         One row a method of the authors' table, two columns a benchmark: `X (paper)` and `X (ours)`.
     """
-    main = next((cell.variant.calibration for cell in found if cell.variant.calibration is not None), None)
-    rows = []
+    main, rows = _main(found), []
     for published in data.read_rows("paper_llada_50"):
         row: dict[str, Any] = {"method": published["method"]}
         for column, task in PAPER_TASKS.items():
@@ -102,7 +159,9 @@ def paper_table(found: Mapping[Cell, Record | None], *, model: str) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def _values(found: Mapping[Cell, Record | None], model: str, method: str, task: str, main: object) -> Sequence[float]:
+def _values(
+    found: Mapping[Cell, Record | None], model: str, method: str, task: str, main: CalibrationText | None
+) -> Sequence[float]:
     """Return the accuracies of one method at 50 % unstructured, one a seed, in points."""
     return [
         100 * float(record.result["accuracy"])
@@ -114,7 +173,7 @@ def _values(found: Mapping[Cell, Record | None], model: str, method: str, task: 
     ]
 
 
-def _is_compared(variant: Variant, main: object) -> bool:
+def _is_compared(variant: Variant, main: CalibrationText | None) -> bool:
     """Tell whether a variant is the dense model, or one of the authors' table."""
     if variant.method == DENSE:
         return True

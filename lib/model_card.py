@@ -42,6 +42,14 @@ ids = model.generate(ids, max_new_tokens=8, do_sample=False)
 END = """\
 print(tokenizer.decode(ids[0]))
 """
+ZEROED = """\
+setting weights to zero, without any training afterwards. Zeros are stored as
+ordinary floats: the files are as large as the dense ones, and nothing is faster without kernels for sparse weights.
+"""
+CUT = """\
+cutting whole attention heads and MLP channels out, without any training afterwards.
+What is left is a smaller dense network, which takes less memory and time as it is.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def write(
     target: Target,
     reading: Reading | None = None,
     measured: Sequence[Measure] = (),
+    cut: float | None = None,
     license_id: str = "other",
 ) -> Path:
     """Write the card of an exported checkpoint.
@@ -121,6 +130,7 @@ def write(
         target: how much was asked for.
         reading: what the calibration read; None for a method without one.
         measured: numbers to show.
+        cut: share of the block weights that went with whole heads and channels; None for a model whose weights were set to zero.
         license_id: the hub's name for the licence of the base model, which holds for the pruned weights too.
 
     Returns:
@@ -134,14 +144,13 @@ def write(
     tokenizer_of(model)
     rule = f"{method.importance} pruning must come {'with' if method.needs_calibration else 'without'} a calibration"
     require((reading is not None) == method.needs_calibration, rule, str(reading), "describe what was read, or leave it out")
-    asked, got = f"{target.sparsity:.1%}", f"{pruner.measured_sparsity(model):.2%}"
+    got = f"{pruner.measured_sparsity(model) if cut is None else cut:.2%}"
     name = f"{_base_name(model)}, {got} of its block weights pruned"
     parts = [
         f"---\n{_front_matter(model, license_id)}\n---\n\n# {name}\n",
-        f"Made from `{_base_name(model)}` by setting weights to zero, without any training afterwards. Zeros are stored as\n"
-        "ordinary floats: the files are as large as the dense ones, and nothing is faster without kernels for sparse weights.\n",
+        f"Made from `{_base_name(model)}` by {ZEROED if cut is None else CUT}",
         "## What was done\n",
-        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(target, asked, got), *_read(reading), _code()]),
+        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(target, got, cut), *_read(reading), _code()]),
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
@@ -195,9 +204,13 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _how_much(target: Target, asked: str, got: str) -> Iterator[tuple[str, str]]:
+def _how_much(target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
+    if cut is not None:
+        yield "asked for", f"{target.sparsity:.1%} of the key-value groups and MLP channels of every block, rounded down"
+        yield "measured", f"{got} of the weights of the blocks gone; embedding, norms and head are dense"
+        return
     exact = "" if target.removed is None else ", exact numbers by layer"
-    yield "sparsity asked for", f"{asked} of every matrix of a block{exact}"
+    yield "sparsity asked for", f"{target.sparsity:.1%} of every matrix of a block{exact}"
     yield "sparsity measured", f"{got} exact zeros in these matrices; embedding, norms and head are dense"
     yield "pattern", target.pattern
 

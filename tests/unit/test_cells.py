@@ -67,6 +67,24 @@ def test_tasks_have_the_settings_of_their_family() -> None:
     assert fewer["gsm8k"].settings["evaluation"]["steps"] == 16
 
 
+def test_chat_models_are_asked_through_their_template_where_they_generate() -> None:
+    found = cells.expand(paper())
+    asked = {(cell.variant.model, cell.task): cell.settings["evaluation"] for cell in found if cell.task != LOSS}
+    assert {key for key, settings in asked.items() if settings["chat_template"]} == {
+        ("llada-1.5", "gsm8k"),
+        ("mmada-8b", "gsm8k"),
+    }
+    chat, base = asked["llada-1.5", "gsm8k"], asked["llada-8b", "gsm8k"]
+    assert (chat["gen_length"], chat["steps"], chat["block_length"]) == (256, 256, 16)
+    assert (base["gen_length"], base["steps"], base["block_length"]) == (1024, 1024, 1024)
+    assert asked["llada-1.5", "piqa"] == asked["llada-8b", "piqa"]
+    short = {
+        cell.variant.model: cell.settings["evaluation"] for cell in cells.expand(paper(gen_length=24)) if cell.task == "gsm8k"
+    }
+    assert (short["llada-1.5"]["gen_length"], short["llada-1.5"]["block_length"]) == (24, 12)  # 16 does not divide 24
+    assert short["llada-8b"]["block_length"] == 24
+
+
 def test_seeds_repeat_what_draws_something() -> None:
     found = [one for one in variants(paper(seeds=3)) if one.model == "llada-8b" and one.sparsity == 0.25]
     count = {name: sum(one.method == name for one in found) for name in ("random", "magnitude", "Wanda")}
@@ -98,7 +116,7 @@ def test_a_local_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
     first, second, other = (
         tiny.folder(tmp_path / name, causal=False, seed=seed) for name, seed in zip("abc", (0, 0, 1), strict=True)
     )
-    small: dict[str, Any] = {"references": {}, "dream_models": ()}
+    small: dict[str, Any] = {"references": {}, "families": {}}
     found = [specs(paper(**small, models={"m": ModelSource(str(path))})) for path in (first, second, other)]
     assert found[0] == found[1] and not found[0] & found[2]
     assert str(tmp_path) not in "".join(found[0])
@@ -145,7 +163,11 @@ def test_a_profile_without_a_grid_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dream_models": ("dream",)}, r"grid\.dream_models must be among llada-8b, .*, got dream:"),
+        ({"families": {"dream": "dream"}}, r"grid\.families must name models among llada-8b, .*, got dream:"),
+        (
+            {"families": {"dream-7b": "dreams"}},
+            r"grid\.families\.dream-7b must be one of llada, llada-chat, dream, got 'dreams':",
+        ),
         ({"references": {"llada-8b": config.ModelSource("a/b", "c")}}, "different names, got llada-8b"),
         ({"calibrations": {}}, r"grid\.calibrations must hold at least one"),
     ],

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lib import checkpoints, export, model_card, models, provenance, pruner, sampler
+from lib import checkpoints, export, model_card, models, provenance, pruner, sampler, shrink
 from lib.errors import InputError
 from lib.evaluation import share_interval
 from lib.methods import METHODS, Method, Target, without_noise
@@ -183,6 +183,17 @@ def test_a_pattern_and_numbers_are_shown(dense: Path, tmp_path: Path) -> None:
     assert f"| piqa (acc) | 0.75 | {low:.4g} to {high:.4g} | 4 | 1 | {wanted} |" in text_of(folder)
     assert "| NELBO | 3.25 |  |  |  | one draw |" in text_of(folder)
     assert facts(folder)["pattern"] == "2:4"
+
+
+def test_a_smaller_model_has_another_card(dense: Path, tmp_path: Path) -> None:
+    model = models.load(dense / "llada")
+    smaller = shrink.shrunk(model, *shrink.choose(model, sparsity=0.5, input_norms=None))
+    folder = export.save_plain(smaller, tmp_path / "smaller")
+    model_card.write(folder, model=smaller, method=METHODS["magnitude"], target=Target(0.5), cut=0.4321)
+    found, text = facts(folder), text_of(folder)
+    assert "43.21%" in text and "a smaller dense network" in text and "setting weights to zero" not in text
+    assert found["asked for"].startswith("50.0% of the key-value groups") and "sparsity asked for" not in found
+    assert "fingerprint" in text and found["parameters, dtype"].startswith(f"{smaller.num_parameters:,}")
 
 
 def test_without_numbers_the_card_says_so(cards: dict[str, tuple[LanguageModel, Path]]) -> None:

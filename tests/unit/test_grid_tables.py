@@ -1,0 +1,136 @@
+"""Tables of the grid's store, from records written by hand."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import cells, config, data, gain_tables, grid_tables
+from lib.cells import DENSE, LOSS, Cell
+from lib.config import ROOT, Config, InputError
+from lib.store import Record
+from recipes import rehearsal
+
+ANSWERS = {DENSE: "1101", "Wanda": "1100", "sink-aware (Wanda)": "0111", "magnitude": "0000"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rehearsal.write(tmp_path_factory.mktemp("tables") / "rehearsal")
+
+
+@pytest.fixture
+def profile(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The rehearsal's grid with two models and two tasks, its store in a folder of its own."""
+    monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path))
+    loaded = config.load("rehearsal")
+    assert loaded.grid is not None
+    models = {name: dataclasses.replace(source, source=str(files / "models" / Path(source.source).name))
+              for name, source in loaded.grid.models.items() if name in ("llada-8b", "dream-7b")}  # fmt: skip
+    small: dict[str, Any] = {"models": models, "references": {}, "families": {"dream-7b": "dream"}, "seeds": 2}
+    small |= {"task_names": ("piqa", "arc_challenge"), "rows": str(files / "rows"), "patterns": ("2:4",)}
+    return dataclasses.replace(loaded, grid=dataclasses.replace(loaded.grid, **small))
+
+
+def write(loaded: Config, cell: Cell, **fields: Any) -> None:
+    spec = cell.spec(code=cells.code_version(ROOT))
+    cells.store_of(loaded).write(Record(spec["settings"], spec["code"], spec["data"], **fields))
+
+
+def answered(marks: str) -> dict[str, Any]:
+    share = marks.count("1") / len(marks)
+    scores = {"acc": marks, "acc_norm": marks[::-1]}
+    numbers = {"low": 0.0, "high": 1.0, "chance": 0.5, "truncated": 1, "measured_sparsity": 0.5}
+    return {"metric": "acc", "documents": len(marks), "accuracy": share, "scores": scores, **numbers}
+
+
+def fill(loaded: Config, *, model: str = "llada-8b") -> None:
+    """Write what `ANSWERS` says for one model, the second seed one answer better, and losses 1, 2 (dense) or 2, 3."""
+    for cell in cells.expand(loaded):
+        one = cell.variant
+        if one.model != model or one.method not in ANSWERS or one.pattern == "structured":
+            continue
+        if cell.task == LOSS:
+            losses = [1.0, 2.0] if one.method == DENSE else [2.0, 3.0]
+            write(loaded, cell, status="done", result={"nats per token": losses, "measured_sparsity": 0.5})
+        else:
+            write(loaded, cell, status="done", result=answered("1111" if one.seed else ANSWERS[one.method]))
+
+
+def test_a_profile_without_a_grid_has_nothing() -> None:
+    assert grid_tables.of_profile(config.load("quick")) == {}
+
+
+def test_an_empty_store_is_shown_as_missing(profile: Config) -> None:
+    found = grid_tables.of_profile(profile)
+    assert list(found) == cells.expand(profile) and set(found.values()) == {None}
+    state = grid_tables.state(found)
+    assert state["missing"].sum() == len(found) and state[["done", "failed", "not tested"]].to_numpy().sum() == 0
+    assert len(grid_tables.summary(found)) == 0 and grid_tables.answers(found) == {}
+    table = grid_tables.paper_table(found, model="llada-8b")
+    assert table["PIQA (paper)"].tolist()[0] == 74.10 and table["PIQA (ours)"].isna().all()
+
+
+def test_what_became_of_the_cells_is_counted(profile: Config) -> None:
+    first, second, third, *_ = [
+        cell for cell in cells.expand(profile) if cell.task == "piqa" and cell.variant.model == "dream-7b"
+    ]
+    write(profile, first, status="not tested", reason="it is gated")
+    write(profile, second, status="failed", reason="out of memory")
+    write(profile, third, status="done", result=answered("10"))
+    found = grid_tables.of_profile(profile)
+    row = grid_tables.state(found).set_index(["model", "task"]).loc[("dream-7b", "piqa")]
+    own = [cell for cell in found if (cell.variant.model, cell.task) == ("dream-7b", "piqa")]
+    assert (row["done"], row["failed"], row["not tested"], row["missing"]) == (1, 1, 1, len(own) - 3)
+    assert row["reason"] == "it is gated"  # the first one
+
+
+def test_results_are_put_side_by_side(profile: Config) -> None:
+    fill(profile)
+    table = grid_tables.summary(grid_tables.of_profile(profile))
+    assert set(table["model"]) == {"llada-8b"} and list(table.columns[:5]) == list(grid_tables.WHAT)
+    main = table[table["calibration"].isin(["", "wikitext2, 2 x 48"]) & (table["pattern"] == "unstructured")].set_index("method")
+    assert main.loc[DENSE, "piqa, %"] == 75 and main.loc[DENSE, "loss, nats per token"] == 1.5
+    assert main.loc["Wanda", "arc_challenge, %"] == 75  # the mean over both seeds, 50 and 100
+    assert main.loc["magnitude", "piqa, %"] == 0 and main.loc["magnitude", "loss, nats per token"] == 2.5
+    long = grid_tables.results(grid_tables.of_profile(profile)).set_index(["method", "pattern", "calibration", "seed", "task"])
+    wanda = long.loc[("Wanda", "2:4", "wikitext2, 2 x 48", 0, "piqa")]
+    assert (wanda["value"], wanda["n"]) == (0.5, 4) and 0 < wanda["low"] < 0.5 < wanda["high"] < 1
+    loss = long.loc[(DENSE, "unstructured", "", 0, LOSS)]
+    half = 1.96 * math.sqrt(0.5) / math.sqrt(2)
+    assert (loss["low"], loss["high"]) == pytest.approx((1.5 - half, 1.5 + half))
+
+
+def test_answers_are_compared_in_pairs(profile: Config) -> None:
+    fill(profile)
+    answers = grid_tables.answers(grid_tables.of_profile(profile))
+    wanda = answers["llada-8b", "Wanda", 0.5, "piqa"]
+    assert wanda.correct == (True, True, False, False) and wanda.scores["acc_norm"] == (False, False, True, True)
+    assert (wanda.truncated, wanda.chance, wanda.settings.draws) == (1, 0.5, 2)
+    assert answers["llada-8b", DENSE, 0.0, "piqa"].accuracy == 0.75
+    at = (("sink-aware (Wanda)", 0.5), ("Wanda", 0.5))
+    table = gain_tables.mcnemar_table(answers, [at], seed=0).set_index("task")
+    assert table.loc["piqa", "difference, points"] == 25  # 0111 against 1100: two against one
+    assert len(table) == 2
+
+
+def test_the_authors_table_takes_the_main_calibration_and_no_pattern(profile: Config) -> None:
+    fill(profile)
+    for cell in cells.expand(profile):
+        one = cell.variant
+        other = one.pattern == "2:4" or (one.calibration is not None and one.calibration.corpus == "c4")
+        if one.model == "llada-8b" and one.method == "Wanda" and cell.task == "piqa" and other:
+            write(profile, cell, status="done", result=answered("0000"))
+    table = grid_tables.paper_table(grid_tables.of_profile(profile), model="llada-8b").set_index("method")
+    authors = {row["method"]: row for row in data.read_rows("paper_llada_50")}
+    assert table.loc["Wanda", "PIQA (ours)"] == 75 and table.loc["Wanda", "PIQA (paper)"] == float(authors["Wanda"]["PIQA"])
+    assert table.loc["dense", "ARC-C (ours)"] == 75 and table["MMLU (ours)"].isna().all()
+
+
+def test_a_damaged_store_is_refused(profile: Config) -> None:
+    fill(profile)
+    next(cells.store_of(profile).folder.glob("*.json")).write_text("{")
+    with pytest.raises(InputError, match="must be the record of its cell, got half a file"):
+        grid_tables.of_profile(profile)

@@ -11,11 +11,12 @@ LAYERS = (
     {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"} | {"leases", "store"},
     {"data", "checkpoints", "integrity", "layouts", "models", "recorder", "attention", "weight_store"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
-    {"diffusion", "sampler", "caches", "refresh", "late_steps", "decoding"},
+    {"diffusion", "sampler", "ragged", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
     | {"joint_compression"}
     | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
     {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
+    | {"batched_harness"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
     | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}

@@ -5,6 +5,9 @@ weights that are read when they are used (`streaming.load`, `streaming.save`) an
 `export.save_plain`). Each run has a process of its own. Host memory is the process's peak above what it held before it loaded the
 model (Linux only), device memory the peak of torch's allocator on a GPU. All blocks hold the same numbers, which changes neither.
 
+With `--states` or `--by-role` the pruning is that of `lean_pruning`: where hidden states wait between blocks, and whether the
+Hessians of SparseGPT exist one after another or together. Without them it is `pruner.prune_`: on the device, together.
+
 `--llada-8b --device cuda` is LLaDA-8B's shape: 16 GB on disk, and twice as much again for the changed weights and the result.
 """
 
@@ -19,13 +22,14 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib import export, layouts, models, pruner, streaming
+from lib import export, layouts, lean_pruning, models, pruner, streaming
+from lib.lean_pruning import States
 from lib.methods import METHODS, Target
 from lib.provenance import write_json
 from lib.runtime import generator
@@ -117,6 +121,8 @@ def measure(
     batch_size: int = 4,
     device: str = "cpu",
     budget: int | None = None,
+    states: States | None = None,
+    by_role: bool = True,
 ) -> Row:
     """Load, prune to one half and save, and measure it.
 
@@ -128,7 +134,10 @@ def measure(
         batch_size: samples at one time.
         device: `cpu` or `cuda`.
         budget: see `streaming.load`; of a shard too.
+        states: see `lean_pruning.prune_`; None is `pruner.prune_`.
+        by_role: see `lean_pruning.prune_`.
     """
+    lean = {"states": states, "by_role": by_role}
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         before, started = _start_memory(device), time.perf_counter()
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
@@ -137,7 +146,8 @@ def measure(
         else:
             model = models.load(folder, **options)
         loaded = time.perf_counter()
-        pruner.prune_(model, METHODS[method], Target(0.5), windows=windows, batch_size=batch_size)
+        prune_ = pruner.prune_ if states is None else partial(lean_pruning.prune_, scratch=scratch, **lean)
+        prune_(model, METHODS[method], Target(0.5), windows=windows, batch_size=batch_size)
         if device == "cuda":
             torch.cuda.synchronize()
         pruned = time.perf_counter()
@@ -187,8 +197,7 @@ def in_fresh_process(*calls: Callable[[], Row]) -> list[Row]:
         os.environ.update(before)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the options, write the checkpoint, measure, print."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in (("blocks", 8), ("hidden", 512), ("mlp", 1536), ("heads", 8), ("vocab", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of the network (default {default})")
@@ -199,16 +208,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=DEFAULT_METHODS)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
     parser.add_argument("--budget", type=int, help="bytes of matrices in memory at one time (default: one block)")
+    places = "where hidden states wait between blocks (default: pruner.prune_, on the device)"
+    parser.add_argument("--states", choices=get_args(States), help=places)
+    turns = parser.add_mutually_exclusive_group()
+    one, all_four = "SparseGPT's Hessians one after another (default with --states)", "all Hessians of a block at the same time"
+    turns.add_argument("--by-role", action="store_true", default=None, help=f"{one}; states on the CPU unless said")
+    turns.add_argument("--together", dest="by_role", action="store_false", default=None, help=all_four)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints (default: that of the system)")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the options, write the checkpoint, measure, print."""
+    given = _parser().parse_args(arguments)
     shape = LLADA_8B if given.llada_8b else Shape(given.blocks, given.hidden, given.mlp, given.heads, given.vocab)
     windows = torch.randint(1, shape.vocab - 1, (given.windows, given.positions), generator=generator(0, "random windows"))
     columns = ("load s", "prune s", "save s", "host GiB", "device GiB", "read GiB")
     print(f"{'path':11}{'method':24}" + "".join(f"{name:>11}" for name in columns))
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder = write_random(Path(scratch) / "dense", shape, positions=given.positions)
-        options = {"windows": windows, "batch_size": given.batch_size, "device": given.device, "budget": given.budget}
+        options = {name: getattr(given, name) for name in ("batch_size", "device", "budget")} | {"windows": windows}
+        options |= {"states": given.states or ("cpu" if given.by_role else None), "by_role": given.by_role is not False}
         for path in given.paths:
             for method in given.methods:
                 (row,) = in_fresh_process(partial(measure, folder, path=path, method=method, **options))

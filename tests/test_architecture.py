@@ -14,7 +14,8 @@ LAYERS = (
     {"diffusion", "sampler", "ragged", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
     | {"joint_compression"}
-    | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "shrink", "phases"},
+    | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "lean_pruning"}
+    | {"shrink", "phases"},
     {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
     | {"batched_harness"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from lib import cells, plan, runtime, sweep
 from lib.cells import Cell, Variant

@@ -30,7 +30,7 @@ def tiny_grid(files: Path, **changes: Any) -> Config:
     small: dict[str, Any] = {
         "models": {"llada": ModelSource(str(files / "models" / "llada"))},
         "references": {"llama": ModelSource(str(files / "models" / "llama"))},
-        "dream_models": (),
+        "families": {},
         "calibrations": {KEPT: CalibrationText("wikitext2", 2, 32)},
         "methods": ("magnitude", "sink-aware (Wanda)"),
         "patterns": (),

@@ -18,7 +18,7 @@ LAYERS = (
     {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "spread", "corpora"}
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},

@@ -203,5 +203,53 @@ def test_a_profile_without_a_grid_is_refused() -> None:
         grid.show(config.load("quick"), say=print)
 
 
-def test_one_job_on_a_cpu() -> None:
-    assert grid._jobs(config.load("rehearsal")) == max(1, torch.cuda.device_count())
+# GPUs
+
+
+def test_one_job_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load("rehearsal", overrides={"device": "cpu"})
+    monkeypatch.setattr(grid, "_gpus", lambda: 4)
+    assert grid.gpus_per_cell(loaded, grid.Engine()) == 0
+    assert grid._jobs(0, with_ray=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "asked", "ray", "gpus", "jobs"),
+    [
+        ("memory", None, None, 1, 5),
+        ("memory", 2, None, 2, 2),
+        ("memory", 5, None, 5, 1),
+        ("spread", None, None, 5, 1),
+        ("spread", 2, None, 2, 2),
+        ("spread", None, "auto", 1, 5),
+        ("memory", 0.5, "auto", 0.5, 5),
+        ("memory", 8, "auto", 8, 5),  # of another machine
+    ],
+)
+def test_gpus_of_a_cell_and_cells_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, output: Path, weights: str, asked: float | None, ray: str | None, gpus: float, jobs: int
+) -> None:
+    monkeypatch.setattr(grid, "_gpus", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded, given = config.load("paper", overrides={"grid.weights": weights}), {}
+    nothing = grid.Summary(0, 0, (), ())
+    monkeypatch.setattr(grid.sweep, "run", lambda _, **options: given.update(options) or nothing)
+    monkeypatch.setattr(grid, "groups", lambda *_: [])
+    grid.run(loaded, grid.Engine(gpus_per_cell=asked, ray=ray), say=[].append)
+    assert (given["gpus_per_cell"], given["jobs"], given["engine"]) == (gpus, jobs, "ray" if ray else "loky")
+    grid.run(loaded, grid.Engine(gpus_per_cell=asked, ray=ray, jobs=3), say=[].append)
+    assert given["jobs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (0.5, r"must be a whole number from 1 without Ray, got 0\.5: add --ray auto"),
+        (0, "must be a whole number from 1 without Ray, got 0"),
+        (6, "must be at most the 5 of this machine, got 6: lower --gpus-per-cell, or use Ray"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, asked: float, message: str) -> None:
+    monkeypatch.setattr(grid, "_gpus", lambda: 5)
+    with pytest.raises(InputError, match=message):
+        grid.gpus_per_cell(config.load("paper"), grid.Engine(gpus_per_cell=asked))

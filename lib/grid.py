@@ -32,11 +32,12 @@ class Engine:
     retry: bool = False
 
 
-def show(config: Config, *, say: Say) -> None:
+def show(config: Config, engine: Engine | None = None, *, say: Say) -> None:
     """Say what a run would compute and cost, and what is there already; downloads no weights and no data.
 
     Args:
         config: a profile with a grid.
+        engine: what would run the cells; the default one when None.
         say: takes each line.
 
     Raises:
@@ -44,7 +45,8 @@ def show(config: Config, *, say: Say) -> None:
     """
     grid, device = settings(config), runtime.choose_device(config)
     made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
-    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize):
+    gpus = gpus_per_cell(config, engine or Engine())
+    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize, gpus=gpus):
         say(line)
 
 

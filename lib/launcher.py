@@ -185,10 +185,10 @@ def _run_grid(chosen: argparse.Namespace) -> bool:
     if chosen.notebooks_named and not chosen.plan and not chosen.grid_only:
         return True
     loaded = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
-    if chosen.plan:
-        grid.show(loaded, say=_say)
-        return False
     engine = grid.Engine(jobs=chosen.jobs, ray=chosen.ray, gpus_per_cell=chosen.gpus_per_cell, retry=chosen.retry_failed)
+    if chosen.plan:
+        grid.show(loaded, engine, say=_say)
+        return False
     grid.run(loaded, engine, say=_say)
     return not chosen.grid_only
 

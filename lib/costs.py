@@ -1,5 +1,6 @@
 """What a cell of the grid costs, before anything runs: rows through the network, operations, memory and disk."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,14 @@ class Cost:
     rows: float
     tokens: float
 
+    def forwards(self, batch_size: int) -> int:
+        """Return the forward passes, each of a batch of rows.
+
+        >>> Cost(rows=65, tokens=650).forwards(32)
+        3
+        """
+        return math.ceil(self.rows / batch_size)
+
     def seconds(self, shape: Shape, *, teraflops: float) -> float:
         """Return the time at a speed: two operations a weight and token, the head and the attention scores left out."""
         return 2.0 * self.tokens * shape.layers * shape.block_weights / (teraflops * 1e12)
@@ -148,20 +157,50 @@ def pruning(variant: Variant) -> Cost:
     return Cost(rows, rows * text.positions)
 
 
-def memory_bytes(variant: Variant, shape: Shape, *, batch_size: int, streamed: bool, itemsize: int) -> int:
-    """Return an estimate of the peak: weights, states between blocks, Hessians, and the activations of a batch."""
-    resident = 3 * shape.block_weights + 2 * shape.hidden * shape.vocab if streamed else shape.weights
-    total = itemsize * resident
+def memory_bytes(
+    variant: Variant, shape: Shape, *, batch_size: int, weights: str, states: str, itemsize: int, gpus: float = 1
+) -> int:
+    """Return an estimate of the peak on one device: weights, states between blocks, Hessians, and the activations of a batch.
+
+    Args:
+        variant: what is pruned and measured.
+        shape: of its model.
+        batch_size: rows of a forward pass.
+        weights: as `grid.weights`; a streamed model has a few matrices in memory, unless it is cut smaller.
+        states: as `grid.states`; elsewhere than on the device there are none on it, and one Hessian at a time.
+        itemsize: bytes of a number.
+        gpus: that share spread weights.
+    """
+    resident = float(shape.weights)
+    if weights == "streamed" and variant.pattern != STRUCTURED_PATTERN:
+        resident = 3 * shape.block_weights + 2 * shape.hidden * shape.vocab
+    if weights == "spread":
+        resident /= max(1, gpus)
+    total = itemsize * math.ceil(resident)
     text, method = variant.calibration, variant.options
     tokens = 4096 * batch_size // 8
     if text is not None and method is not None:
-        samples = text.windows * (1 if method.inputs.kind == "clean" else method.inputs.levels)
-        if method.sequential or variant.pattern == STRUCTURED_PATTERN:
-            total += 2 * itemsize * samples * text.positions * shape.hidden
-        if method.importance == "sparsegpt":
-            total += 4 * (3 * shape.hidden**2 + 2 * shape.mlp**2)
+        on_device = states == "device"
+        total += states_bytes(variant, shape, itemsize=itemsize) if on_device else 0
+        if method.importance == "sparsegpt":  # and a working copy of the largest
+            total += 4 * ((3 * shape.hidden**2 if on_device else 0) + 2 * shape.mlp**2)
         tokens = max(tokens, 4 * text.positions)
     return total + itemsize * tokens * (4 * shape.hidden + 3 * shape.mlp)
+
+
+def states_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
+    """Return what the hidden states of all calibration windows take, before a block and behind it; 0 where none are kept."""
+    text, method = variant.calibration, variant.options
+    if text is None or method is None or not (method.sequential or variant.pattern == STRUCTURED_PATTERN):
+        return 0
+    samples = text.windows * (1 if method.inputs.kind == "clean" else method.inputs.levels)
+    return 2 * itemsize * samples * text.positions * shape.hidden
+
+
+def kept_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
+    """Return what the files of pruned weights take: zeros are stored, what was cut out is not."""
+    left = 1 - variant.sparsity if variant.pattern == STRUCTURED_PATTERN else 1
+    return itemsize * round(shape.layers * shape.block_weights * left + 2 * shape.hidden * shape.vocab)
 
 
 def measured_teraflops(shape: Shape, *, device: torch.device, dtype: torch.dtype, tokens: int = 2048, repeats: int = 3) -> float:

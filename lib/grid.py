@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from lib import cells, plan, runtime, sweep
 from lib.cells import Cell, Variant
 from lib.config import ROOT, Config, InputError, output_root
+from lib.errors import require
 from lib.sections import Grid
 from lib.sweep import Group, Summary
 
@@ -20,21 +21,23 @@ class Engine:
     Attributes:
         jobs: processes at one time; None is one a GPU, or one on a CPU.
         ray: address of a Ray cluster, `"auto"` for the one on this machine; None stays on this machine without Ray.
-        gpus_per_cell: GPUs that Ray gives to a process.
+        gpus_per_cell: GPUs of a process, which sees no others; without Ray a whole number. None is 1, or all of this machine for
+            weights that are spread over them.
         retry: run again what has failed.
     """
 
     jobs: int | None = None
     ray: str | None = None
-    gpus_per_cell: float = 1.0
+    gpus_per_cell: float | None = None
     retry: bool = False
 
 
-def show(config: Config, *, say: Say) -> None:
+def show(config: Config, engine: Engine | None = None, *, say: Say) -> None:
     """Say what a run would compute and cost, and what is there already; downloads no weights and no data.
 
     Args:
         config: a profile with a grid.
+        engine: what would run the cells; the default one when None.
         say: takes each line.
 
     Raises:
@@ -42,7 +45,8 @@ def show(config: Config, *, say: Say) -> None:
     """
     grid, device = settings(config), runtime.choose_device(config)
     made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
-    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize):
+    gpus = gpus_per_cell(config, engine or Engine())
+    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize, gpus=gpus):
         say(line)
 
 
@@ -61,14 +65,15 @@ def run(config: Config, engine: Engine, *, say: Say) -> Summary:
         InputError: no grid, settings that cannot be used, or a damaged store.
     """
     grid, store = settings(config), cells.store_of(config)
+    gpus = gpus_per_cell(config, engine)
     return sweep.run(
         groups(config, grid),
         store=store,
         work=WORK,
-        jobs=engine.jobs or _jobs(config),
+        jobs=engine.jobs or _jobs(gpus, with_ray=engine.ray is not None),
         engine="loky" if engine.ray is None else "ray",
         ray_address=engine.ray,
-        gpus_per_cell=engine.gpus_per_cell if runtime.choose_device(config).device.type == "cuda" else 0,
+        gpus_per_cell=gpus,
         batch_size=grid.batch_size,
         keep_failed=not engine.retry,
         say=say,
@@ -107,8 +112,38 @@ def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, 
     return Group(key=key, cells=specs, shared={"variant": cells.to_plain(variant), "place": place, "label": variant.label})
 
 
-def _jobs(config: Config) -> int:
-    """One process a GPU, or one on a CPU: its cores then work together."""
+def gpus_per_cell(config: Config, engine: Engine) -> float:
+    """Return how many GPUs a process gets; none when the profile computes on the CPU.
+
+    Args:
+        config: a profile with a grid.
+        engine: what runs the cells.
+
+    Raises:
+        InputError: without Ray, a part of a GPU, or more than this machine has.
+    """
+    asked, here = engine.gpus_per_cell, _gpus()
+    if engine.ray is None and asked is not None:
+        rule, remedy = "GPUs of a cell must be a whole number from 1 without Ray", "add --ray auto to share GPUs among cells"
+        require(asked >= 1 and float(asked).is_integer(), rule, f"{asked:g}", remedy)
+        rule, remedy = f"GPUs of a cell must be at most the {here} of this machine", "lower --gpus-per-cell, or use Ray"
+        require(asked <= here, rule, f"{asked:g}", remedy)
+    if runtime.choose_device(config).device.type != "cuda":
+        return 0
+    if asked is not None:
+        return asked
+    return max(1, here) if settings(config).weights == "spread" and engine.ray is None else 1
+
+
+def _jobs(gpus: float, *, with_ray: bool) -> int:
+    """As many processes as have GPUs, or one on a CPU: its cores then work together. Ray knows of other machines' GPUs."""
+    if not gpus:
+        return 1
+    return max(1, _gpus() if with_ray else int(_gpus() // gpus))
+
+
+def _gpus() -> int:
+    """Count the GPUs that this process sees."""
     import torch
 
-    return max(1, torch.cuda.device_count()) if runtime.choose_device(config).device.type == "cuda" else 1
+    return torch.cuda.device_count()

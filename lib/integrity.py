@@ -1,18 +1,36 @@
 """The files of a checkpoint against each other and against known hashes: what its index names, and SHA-256."""
 
+import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
 
-from lib.checkpoints import read_json, weight_files
+from lib.checkpoints import cache_folder, read_json, weight_files
 from lib.errors import InputError, require
-from lib.provenance import file_hash, write_text
+from lib.provenance import file_hash, write_json, write_text
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 SUMS = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check(folder: Path) -> None:
+    """Compare a checkpoint with its index and with its known hashes; a file that has not changed is read whole only once.
+
+    What was hashed is remembered in `.cache/hashes/` by size and time of change, because hundreds of variants of one model begin
+    with the same 16 GB.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Raises:
+        InputError: as `check_index` and `check_hashes`.
+    """
+    check_index(folder)
+    _compare(folder, remembered=True)
 
 
 def check_index(folder: Path) -> None:
@@ -76,12 +94,39 @@ def check_hashes(folder: Path) -> int:
     Raises:
         InputError: a file is not what its hash says.
     """
+    return _compare(folder, remembered=False)
+
+
+def _compare(folder: Path, *, remembered: bool) -> int:
+    """Do what `check_hashes` says."""
     known = known_hashes(folder)
     for name, sha256 in sorted(known.items()):
-        got = file_hash(folder / name)
+        got = _remembered_hash(folder / name) if remembered else file_hash(folder / name)
         if got != sha256:
             raise InputError(f"{folder / name} must have SHA-256 {sha256[:16]}..., got {got[:16]}...: download it again")
     return len(known)
+
+
+def _remembered_hash(file: Path) -> str:
+    """Hash a file, unless it was hashed when it had this size and time of change."""
+    file = file.resolve()  # links of the hub's cache, whose file is one for all of them
+    record = cache_folder() / "hashes" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:24]}.json"
+    before = _state(file)
+    with suppress(InputError):  # none, half of one, or somebody else's
+        there = read_json(record)
+        sha256 = there.pop("sha256", None)
+        if there == before and isinstance(sha256, str) and SHA256.fullmatch(sha256):
+            return sha256
+    got = file_hash(file)
+    if _state(file) == before:  # else it was changed while it was read
+        with suppress(OSError):  # a folder that cannot be written costs time only
+            write_json(record, {**before, "sha256": got})
+    return got
+
+
+def _state(file: Path) -> dict[str, str | int]:
+    found = file.stat()
+    return {"path": str(file), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def write_hashes(folder: Path) -> Path:

@@ -77,10 +77,12 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plan", action="store_true", help="say what the grid would cost and what is there already; runs nothing")
     group.add_argument("--grid-only", action="store_true", help="compute the cells, leave the notebooks")
     group.add_argument("--limit", metavar="N", help="only the first N documents of each task; intervals get as wide as they must")
-    group.add_argument("--jobs", metavar="N", help="cells at one time; default: one a GPU, or one on a CPU")
+    group.add_argument("--jobs", metavar="N", help="cells at one time; default: as many as have GPUs, or one on a CPU")
     group.add_argument("--retry-failed", action="store_true", help="compute failed cells again")
     group.add_argument("--ray", metavar="ADDRESS", help="run the cells on a Ray cluster: auto, or host:port")
-    group.add_argument("--gpus-per-cell", metavar="X", help="GPUs that Ray gives to a cell; default 1")
+    group.add_argument(
+        "--gpus-per-cell", metavar="X", help="GPUs of a cell, with Ray also parts of one; default 1, all for spread weights"
+    )
 
 
 def _check_grid(chosen: argparse.Namespace) -> None:
@@ -96,19 +98,20 @@ def _check_grid(chosen: argparse.Namespace) -> None:
         if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):
             raise UsageError(f"--{name} must be a whole number from 1, got {text!r}: give one such as --{name} 4")
         setattr(chosen, name, None if text is None else int(text))
-    if chosen.gpus_per_cell is not None and chosen.ray is None:
-        raise UsageError("--gpus-per-cell must go with --ray, got no address: add --ray auto, or leave it out")
-    chosen.gpus_per_cell = _read_share(chosen.gpus_per_cell)
+    if chosen.gpus_per_cell is not None:
+        chosen.gpus_per_cell = _read_share(chosen.gpus_per_cell, with_ray=chosen.ray is not None)
 
 
-def _read_share(text: str | None) -> float:
-    """Read how many GPUs a cell gets; a part of one lets several cells share it."""
+def _read_share(text: str, *, with_ray: bool) -> float:
+    """Read how many GPUs a cell gets; with Ray a part of one lets several cells share it."""
     try:
-        share = 1.0 if text is None else float(text)
+        share = float(text)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1024:
         raise UsageError(f"--gpus-per-cell must be a number from 0, got {text!r}: give one such as 1 or 0.5")
+    if not with_ray and not (share >= 1 and share.is_integer()):
+        raise UsageError(f"--gpus-per-cell must be a whole number from 1 without Ray, got {text!r}: add --ray auto to share GPUs")
     return share
 
 
@@ -182,10 +185,10 @@ def _run_grid(chosen: argparse.Namespace) -> bool:
     if chosen.notebooks_named and not chosen.plan and not chosen.grid_only:
         return True
     loaded = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
-    if chosen.plan:
-        grid.show(loaded, say=_say)
-        return False
     engine = grid.Engine(jobs=chosen.jobs, ray=chosen.ray, gpus_per_cell=chosen.gpus_per_cell, retry=chosen.retry_failed)
+    if chosen.plan:
+        grid.show(loaded, engine, say=_say)
+        return False
     grid.run(loaded, engine, say=_say)
     return not chosen.grid_only
 

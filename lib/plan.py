@@ -1,18 +1,22 @@
 """What a sweep would do, as lines of text: cells, rows, hours, memory, disk, what is there already and what cannot be had."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pandas as pd
 
-from lib import cells, checkpoints, costs, runtime, standins, tasks
+from lib import availability, cells, corpora, costs, runtime, tasks
+from lib.availability import Found
+from lib.cell_work import SAMPLES_AT_ONCE
 from lib.cells import Cell, Variant
-from lib.config import Config, ModelSource
+from lib.config import Config
 from lib.costs import Cost, Shape
 from lib.sections import Grid
 
 HOUR = 3600.0
 GIGABYTE = 1e9
+RELEASED_ITEMSIZE = 2  # checkpoints on the hub are in bfloat16
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,20 @@ class Plan:
         finished: ids that the store holds.
         shapes: by model; a model whose shape is not known has none, and no price.
         speed: of the estimate.
-        missing: what cannot be had, and why.
+        models, data: where checkpoints, corpora and the data of tasks are.
     """
 
     cells: Mapping[str, Cell] = field(repr=False)
     finished: frozenset[str]
     shapes: Mapping[str, Shape]
     speed: Speed
-    missing: Mapping[str, str]
+    models: Mapping[str, Found]
+    data: Mapping[str, Found]
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What cannot be had, and why."""
+        return {name: it.reason for name, it in {**self.models, **self.data}.items() if it.state == "cannot be had"}
 
 
 def make(config: Config, *, code: str, finished: Iterable[str], grid: Grid) -> Plan:
@@ -57,19 +67,19 @@ def make(config: Config, *, code: str, finished: Iterable[str], grid: Grid) -> P
     named = {cell.spec(code=code)["id"]: cell for cell in cells.expand(config)}
     sources = {**grid.models, **grid.references}
     shapes = {name: shape for name, source in sources.items() if (shape := costs.shape_of(source)) is not None}
-    missing = {name: reason for name, source in sources.items() if (reason := _absent(source))}
-    if grid.rows is None:
-        missing |= {task: reason for task in dict.fromkeys(cell.task for cell in named.values()) if (reason := _no_data(task))}
-    return Plan(named, frozenset(finished).intersection(named), shapes, _speed(config, grid, shapes), missing)
+    models = {name: availability.checkpoint(source) for name, source in sources.items()}
+    found = frozenset(finished).intersection(named)
+    return Plan(named, found, shapes, _speed(config, grid, shapes), models, _data(grid, list(named.values())))
 
 
-def lines(plan: Plan, grid: Grid, *, itemsize: int) -> list[str]:
+def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str]:
     """Return the plan as text.
 
     Args:
         plan: a priced grid.
         grid: its settings.
         itemsize: bytes of a weight.
+        gpus: of one cell, for weights that are spread over them.
     """
     variants = len({cell.variant for cell in plan.cells.values()})
     open_cells = [cell for key, cell in plan.cells.items() if key not in plan.finished]
@@ -80,39 +90,67 @@ def lines(plan: Plan, grid: Grid, *, itemsize: int) -> list[str]:
         f"speed: {plan.speed.teraflops:.3g} TFLOP/s, {plan.speed.origin}; {hours:,.3g} hours of one such device for what is open",
         "",
     ]
-    body = [by_model(plan, grid, itemsize=itemsize), by_task(plan), by_method(plan)]
+    body = [
+        by_model(plan, grid),
+        by_memory(plan, grid, itemsize=itemsize, gpus=gpus),
+        by_task(plan, grid),
+        by_method(plan, grid),
+        by_data(plan),
+    ]
     text = [line for table in body for line in (*table.to_string(index=False).splitlines(), "")]
     notes = [f"cannot be had now, recorded as not tested: {name} ({reason})" for name, reason in plan.missing.items()]
-    assumed = "tokens of a text are round assumptions; head and attention scores are left out of the hours"
+    assumed = "a forward passes one batch; tokens of a text are round assumptions; hours leave out head and attention scores"
     return [*head, *text, *notes, *([""] if notes else []), assumed]
 
 
-def by_model(plan: Plan, grid: Grid, *, itemsize: int) -> pd.DataFrame:
-    """Tabulate the grid by model."""
+def by_model(plan: Plan, grid: Grid) -> pd.DataFrame:
+    """Tabulate the work by model: variants, cells, rows, forwards and hours, finished ones included."""
     rows = []
     for name, shape in plan.shapes.items():
         own = {key: cell for key, cell in plan.cells.items() if cell.variant.model == name}
-        of_model = cells.groups(list(own.values()))
-        streamed = grid.weights == "streamed"
-        peak = max(
-            costs.memory_bytes(one, shape, batch_size=grid.batch_size, streamed=streamed, itemsize=itemsize) for one in of_model
-        )
-        kept = (len(of_model) - 1) * shape.weights * itemsize if grid.keep_weights else 0
+        of_model, costed = _of(plan, name), [costs.measuring(cell) for cell in own.values()]
+        passes = [costs.pruning(one) for one in of_model]
+        forwards = sum(it.forwards(grid.batch_size) for it in costed) + sum(it.forwards(_samples(grid)) for it in passes)
         rows.append({
             "model": name,
             "billion weights": _short(shape.weights / 1e9),
             "variants": len(of_model),
             "cells": len(own),
             "finished": len(plan.finished & own.keys()),
-            "million rows": _short(sum(costs.measuring(cell).rows for cell in own.values()) / 1e6),
+            "million rows": _short(sum(it.rows for it in (*costed, *passes)) / 1e6),
+            "million forwards": _short(forwards / 1e6),
             "hours": _short(sum(_hours(plan, cell) for cell in own.values()) + sum(_pruning_hours(plan, it) for it in of_model)),
-            "peak memory GB": _short(peak / GIGABYTE),
-            "disk GB": _short((kept + shape.weights * itemsize) / GIGABYTE),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def by_task(plan: Plan) -> pd.DataFrame:
+def by_memory(plan: Plan, grid: Grid, *, itemsize: int, gpus: float) -> pd.DataFrame:
+    """Tabulate by model where its checkpoint is, and what its dearest cell and its files take."""
+    peak_of = f"GB on each of {gpus:g} GPUs" if grid.weights == "spread" and gpus > 1 else "GB on the device"
+    settings = {"batch_size": grid.batch_size, "weights": grid.weights, "states": grid.states, "itemsize": itemsize}
+    rows = []
+    for name, shape in plan.shapes.items():
+        found, of_model = plan.models[name], _of(plan, name)
+        pruned = [one for one in of_model if one.options is not None]
+        size = RELEASED_ITEMSIZE * shape.weights if found.size is None else found.size
+        fetched = {"to be fetched": size if found.missing is None else found.missing}.get(found.state, 0)
+        row = {
+            "model": name,
+            "checkpoint": found.state,
+            "GB to fetch": _gigabytes(fetched),
+            peak_of: _gigabytes(max(costs.memory_bytes(one, shape, gpus=gpus, **settings) for one in of_model)),
+        }
+        if grid.states != "device":
+            states = max(costs.states_bytes(one, shape, itemsize=itemsize) for one in of_model)
+            row[f"GB of states ({grid.states})"] = _gigabytes(states)
+        row["GB of checkpoint"] = _gigabytes(size)
+        kept = sum(costs.kept_bytes(one, shape, itemsize=itemsize) for one in pruned)
+        row["GB of kept variants"] = _gigabytes(kept if grid.keep_weights else 0)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_task(plan: Plan, grid: Grid) -> pd.DataFrame:
     """Tabulate what one cell of each task costs on the first model, and how many there are."""
     rows = []
     for task in dict.fromkeys(cell.task for cell in plan.cells.values()):
@@ -123,6 +161,7 @@ def by_task(plan: Plan) -> pd.DataFrame:
             "task": task,
             "cells": len(own),
             "rows of a cell": f"{cost.rows:,.0f}",
+            "forwards of a cell": f"{cost.forwards(grid.batch_size):,}",
             "tokens of a row": _short(cost.tokens / max(cost.rows, 1)),
             "hours of a cell": _short(_hours(plan, known)),
             "on": known.variant.model,
@@ -130,7 +169,7 @@ def by_task(plan: Plan) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_method(plan: Plan) -> pd.DataFrame:
+def by_method(plan: Plan, grid: Grid) -> pd.DataFrame:
     """Tabulate what pruning by each method costs, at its dearest."""
     dearest: dict[str, tuple[float, Variant]] = {}
     for one in cells.groups(list(plan.cells.values())):
@@ -141,8 +180,49 @@ def by_method(plan: Plan) -> pd.DataFrame:
     rows = []
     for what, (hours, one) in dearest.items():
         passes = costs.pruning(one)
-        rows.append({"method": what, "calibration rows": f"{passes.rows:,.0f}", "hours": _short(hours), "on": one.model})
+        rows.append({
+            "method": what,
+            "calibration rows": f"{passes.rows:,.0f}",
+            "forwards": f"{passes.forwards(_samples(grid)):,}",
+            "hours": _short(hours),
+            "on": one.model,
+        })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def by_data(plan: Plan) -> pd.DataFrame:
+    """Tabulate where the corpora and the data of tasks are."""
+    return pd.DataFrame([{"data": name, "state": found.state} for name, found in plan.data.items()])
+
+
+def _data(grid: Grid, priced: Sequence[Cell]) -> dict[str, Found]:
+    """Look for every corpus that calibrates or measures the loss, and for every benchmark."""
+    rows = None if grid.rows is None else cells.rows_folder(grid)
+    tasks_here = list(dict.fromkeys(cell.task for cell in priced))
+    read = dict.fromkeys((text.corpus, "train") for cell in priced if (text := cell.variant.calibration) is not None)
+    read |= {("wikitext2", "test"): None} if cells.LOSS in tasks_here else {}
+    found: dict[str, Found] = {}
+    for name in dict.fromkeys(corpus for corpus, _ in read):
+        splits = cast(list[corpora.Split], [split for corpus, split in read if corpus == name])
+        found[name] = availability.corpus(cast(corpora.Corpus, name), rows, splits)
+    for task in tasks_here:
+        if task != cells.LOSS:
+            is_here = rows is not None or task in tasks.local_names()
+            found[task] = Found("here") if is_here else availability.benchmark(task)
+    return found
+
+
+def _of(plan: Plan, model: str) -> list[Variant]:
+    return [one for one in cells.groups(list(plan.cells.values())) if one.model == model]
+
+
+def _samples(grid: Grid) -> int:
+    """Calibration windows of a forward pass."""
+    return min(SAMPLES_AT_ONCE, grid.batch_size)
+
+
+def _gigabytes(size: float) -> str:
+    return _short(size / GIGABYTE)
 
 
 def _hours(plan: Plan, cell: Cell) -> float:
@@ -166,44 +246,6 @@ def _speed(config: Config, grid: Grid, shapes: Mapping[str, Shape]) -> Speed:
     device = runtime.choose_device(config)
     speed = costs.measured_teraflops(shape, device=device.device, dtype=device.dtype)
     return Speed(speed, f"measured with a block of {name} on {runtime.describe_device(device)}")
-
-
-def _absent(source: ModelSource) -> str:
-    """Say why a checkpoint cannot be had; nothing when it is here or can be fetched."""
-    if checkpoints.is_local(source):
-        return ""
-    from huggingface_hub import try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(source.source, "config.json", revision=source.revision), str):
-        return ""
-    return _refused(source.source, "model")
-
-
-def _no_data(task: str) -> str:
-    """Say why the data of an official task cannot be fetched."""
-    if task == cells.LOSS or task in tasks.local_names():
-        return ""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = standins.dataset(task)
-    cached = try_to_load_from_cache(name, "README.md", repo_type="dataset")  # datasets fetches it with the rows
-    return "" if isinstance(cached, str) else _refused(name, "dataset")
-
-
-def _refused(name: str, kind: str) -> str:
-    """Ask the hub whether a repository may be read."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        HfApi().auth_check(name, repo_type=kind)
-    except GatedRepoError:
-        return f"{name} is gated: accept its terms on the hub and log in"
-    except OfflineModeIsEnabled:
-        return f"{name} is not in the cache, and the hub is switched off by HF_HUB_OFFLINE"
-    except (HfHubHTTPError, OSError) as error:
-        return f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-    return ""
 
 
 def _short(value: float) -> str:

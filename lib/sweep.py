@@ -65,10 +65,10 @@ def run(
         work: `module:function` of a function that takes `shared`, the missing cells and `batch_size`, and gives for each cell in
             turn `(id, result)`, or `(id, exception)` where that cell failed and the others can go on. What it raises fails the
             cell in progress; for the cells after it the function is called again, in a fresh process.
-        jobs: processes at a time; with GPUs at most one for each.
+        jobs: processes at a time; with GPUs at most as many as get theirs.
         engine: `loky` on this machine, `ray` on a cluster.
         ray_address: of a running cluster, `auto` for the one that this machine belongs to; None starts one here.
-        gpus_per_cell: GPUs of one process, which sees no others; with loky at least 1 where there are any.
+        gpus_per_cell: GPUs of one process, which sees no others; with loky a whole number, and 1 for 0 where there are any.
         attempts: how often a cell may kill its process.
         batch_size: what a cell begins with; halved when memory runs out.
         say: takes each line of progress.
@@ -142,7 +142,9 @@ def _engine(plan: Plan, engine: str, address: str | None, jobs: int, gpus: float
             # Ray gives each worker its GPUs; a share of one cannot be locked.
             yield replace(plan, threads=threads, slots=() if gpus >= 1 else ("",)), workers, options
     else:
-        slots = _slots(jobs, max(1, round(gpus)))
+        rule, remedy = "GPUs of a process must be a whole number without Ray", "use Ray, which shares GPUs among processes"
+        require(float(gpus).is_integer(), rule, f"{gpus:g}", remedy)
+        slots = _slots(jobs, max(1, int(gpus)))
         threads = max(1, environment.physical_cores() // len(slots))
         plan = replace(plan, slots=slots, threads=threads, driver=os.getpid())
         yield plan, len(slots), {"backend": "loky", "idle_worker_timeout": IDLE_SECONDS}

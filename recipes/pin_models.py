@@ -40,6 +40,7 @@ def pinned(text: str, *, resolve: Resolve = newest) -> tuple[str, list[str]]:
     said = []
 
     def replace(found: re.Match[str]) -> str:
+        """Put the newest revision into one line, and note what became of it."""
         source, old = found["source"], found["revision"]
         try:
             new = resolve(source)

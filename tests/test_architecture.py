@@ -20,11 +20,12 @@ LAYERS = (
     | {"batched_harness"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "spread", "corpora"}
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},
-    {"sweep", "supervisor", "cell_process", "cluster", "cells", "cell_work", "costs", "plan", "grid", "grid_tables"}
+    {"sweep", "supervisor", "cell_process", "cluster", "cells", "cell_work", "grid", "grid_tables"}
+    | {"availability", "costs", "plan"}
     | {"tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
     | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
     | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}

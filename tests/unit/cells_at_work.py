@@ -38,6 +38,8 @@ def work(shared: dict[str, Any], cells: Sequence[dict[str, Any]], *, batch_size:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: 8 bytes")
         if act == "nan":
             yield cell["id"], {"value": float("nan")}
+        elif act == "devices":
+            yield cell["id"], {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
         elif act == "skip":
             continue
         elif act == "survived":

@@ -228,7 +228,9 @@ def test_memory_grows_with_what_is_kept(whole: list[Variant]) -> None:
     own = {one.method: one for one in whole if (one.model, one.sparsity, one.pattern) == ("llada-8b", 0.5, "unstructured")}
 
     def peak(name: str, *, streamed: bool = False) -> float:
-        return costs.memory_bytes(own[name], shape, batch_size=32, streamed=streamed, itemsize=2) / 1e9
+        weights = "streamed" if streamed else "memory"
+        given = {"batch_size": 32, "weights": weights, "states": "device", "itemsize": 2}
+        return costs.memory_bytes(own[name], shape, **given) / 1e9
 
     assert 16 < peak("magnitude") < peak("Wanda") < peak("SparseGPT") < 40
     assert peak("Wanda") - peak("Wanda", streamed=True) == pytest.approx(2 * 29 * shape.block_weights / 1e9)

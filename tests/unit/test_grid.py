@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lib import cell_work, cells, config, costs, grid, models, plan, pruner
+from lib.availability import Found
 from lib.cells import DENSE, LOSS
 from lib.config import Config, InputError, ModelSource
 from lib.sections import CalibrationText
@@ -167,9 +168,12 @@ def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypat
     for name in ("llada-8b", "llada-1.5", "dream-7b", "mmada-8b", "qwen2.5-7b", "llama-3.1-8b"):
         assert f"recorded as not tested: {name} (" in text
     assert "recorded as not tested: gpqa_main_n_shot (Idavidrein/gpqa" in text
-    rows = {line.split()[0]: line.split() for line in lines if line.split()}
+    assert "recorded as not tested: wikitext2 (Salesforce/wikitext" in text and "not tested: c4 (allenai/c4" in text
+    rows = {line.split()[0]: line.split() for line in reversed(lines) if line.split()}  # the table of data comes last
     assert rows["piqa"][2] == f"{100 * 2 * 128 * 2:,}" and rows["gsm8k_cot"][2] == f"{100 * 256:,}"
     assert rows["mmlu"][2] == f"{57 * 100:,}"  # a limit counts for each subject
+    assert rows["piqa"][3] == f"{100 * 2 * 128 * 2 // 32:,}" and rows["mmlu"][3] == "179"  # 5700 / 32, rounded up
+    assert rows["mmlu"][0:2] == ["mmlu", str(342)]
     assert not (output / "results").exists()
 
 
@@ -189,7 +193,7 @@ def test_the_hours_of_a_plan_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = config.load("paper", overrides={"grid.teraflops": 100.0, "grid.limit": 10})
     settings = grid.settings(loaded)
     made = plan.make(loaded, code="c", finished=(), grid=settings)
-    table = plan.by_model(made, settings, itemsize=2).set_index("model")
+    table = plan.by_model(made, settings).set_index("model")
     llada = [cell for cell in cells.expand(loaded) if cell.variant.model == "llada-8b"]
     shape = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
     seconds = sum(costs.measuring(cell).seconds(shape, teraflops=100.0) for cell in llada)
@@ -198,10 +202,131 @@ def test_the_hours_of_a_plan_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.loc["llada-8b", "cells"] == len(llada)
 
 
+def priced(**overrides: Any) -> tuple[plan.Plan, Any]:
+    loaded = config.load("paper", overrides={"grid.teraflops": 100.0, "grid.limit": 10, **overrides})
+    return plan.make(loaded, code="c", finished=(), grid=grid.settings(loaded)), grid.settings(loaded)
+
+
+def test_forwards_are_those_of_measuring_and_of_calibration() -> None:
+    made, settings = priced(**{"grid.batch_size": 7})
+    own = [cell for cell in made.cells.values() if cell.variant.model == "llada-8b"]
+    measured = sum(-(-costs.measuring(cell).rows // 7) for cell in own)
+    calibrated = sum(-(-costs.pruning(one).rows // 4) for one in cells.groups(own))  # windows are longer: four at a time
+    table = plan.by_model(made, settings).set_index("model")
+    shown = float(str(table.loc["llada-8b", "million forwards"]).replace(",", ""))
+    assert shown == pytest.approx((measured + calibrated) / 1e6, rel=0.005)
+    by_method = plan.by_method(made, settings).set_index("method")
+    assert by_method.loc["Wanda", "forwards"] == "64"  # 128 windows of two passes
+    assert plan.by_method(*priced(**{"grid.batch_size": 1})).set_index("method").loc["Wanda", "forwards"] == "256"
+
+
+def test_memory_follows_where_weights_and_states_are() -> None:
+    made, _ = priced(**{"grid.methods": ["SparseGPT"], "grid.structured_methods": []})
+    shape = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
+    one = next(variant for variant in cells.groups(list(made.cells.values())) if variant.method == "SparseGPT")
+
+    def bytes_of(weights: str, states: str, gpus: float = 1, variant: Any = one) -> int:
+        return costs.memory_bytes(variant, shape, batch_size=32, weights=weights, states=states, itemsize=2, gpus=gpus)
+
+    whole = bytes_of("memory", "device")
+    assert whole - bytes_of("spread", "device", 4) == 2 * shape.weights * 3 // 4
+    assert bytes_of("spread", "device") == bytes_of("memory", "device", 4) == whole
+    kept = 2 * shape.block_weights * 3 + 2 * 2 * shape.hidden * shape.vocab
+    assert whole - bytes_of("streamed", "device") == 2 * shape.weights - kept
+    states, hessians = 2 * 2 * 128 * 2048 * shape.hidden, 4 * 3 * shape.hidden**2
+    assert costs.states_bytes(one, shape, itemsize=2) == states
+    assert whole - bytes_of("memory", "cpu") == whole - bytes_of("memory", "disk") == states + hessians
+    structured = dataclasses.replace(one, pattern=cells.STRUCTURED_PATTERN, sparsity=0.5)
+    assert bytes_of("streamed", "device", variant=structured) == bytes_of("memory", "device", variant=structured)
+    dense = dataclasses.replace(one, options=None, calibration=None)
+    assert costs.states_bytes(dense, shape, itemsize=2) == 0
+    assert costs.kept_bytes(one, shape, itemsize=2) == 2 * shape.weights
+    assert 2 * shape.weights - costs.kept_bytes(structured, shape, itemsize=2) == shape.layers * shape.block_weights
+
+
+def test_columns_of_memory_say_what_they_are() -> None:
+    made, settings = priced(**{"grid.weights": "spread", "grid.states": "cpu", "grid.keep_weights": True})
+    table = plan.by_memory(made, settings, itemsize=2, gpus=4).set_index("model")
+    shape, variants = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"], plan._of(made, "llada-8b")
+    kept = sum(costs.kept_bytes(one, shape, itemsize=2) for one in variants if one.options is not None)
+    row: Any = table.loc["llada-8b"]
+    assert (row["checkpoint"], row["GB to fetch"], row["GB of checkpoint"]) == ("cannot be had", "0", "16")
+    assert row["GB of kept variants"] == plan._gigabytes(kept)
+    largest = max(costs.states_bytes(one, shape, itemsize=2) for one in variants)
+    assert row["GB of states (cpu)"] == plan._gigabytes(largest) and "GB on each of 4 GPUs" in table
+    plain = plan.by_memory(*priced(), itemsize=2, gpus=1).set_index("model")
+    assert plain.loc["llada-8b", "GB of kept variants"] == "0" and "GB on the device" in plain
+
+
+def test_what_is_to_be_fetched_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"GSAI-ML/LLaDA-8B-Base": Found("to be fetched", size=20 * 10**9, missing=5 * 10**9)}
+    monkeypatch.setattr(plan.availability, "checkpoint", lambda source: found.get(source.source, Found("to be fetched")))
+    table = plan.by_memory(*priced(), itemsize=2, gpus=1).set_index("model")
+    assert list(table.loc["llada-8b", ["GB to fetch", "GB of checkpoint"]]) == ["5", "20"]
+    assert list(table.loc["llada-1.5", ["GB to fetch", "GB of checkpoint"]]) == ["16", "16"]  # of its shape, as nobody said
+
+
+def test_corpora_are_looked_for_also_with_local_rows(files: Path) -> None:
+    loaded = tiny_grid(files, other_methods=("Wanda",), calibrations={KEPT: CalibrationText("articles", 2, 32)})
+    made = plan.make(loaded, code="c", finished=(), grid=grid.settings(loaded))
+    assert {name: found.state for name, found in made.data.items()} == dict.fromkeys(
+        ("articles", "wikitext2", "piqa", "arc_easy"), "here"
+    )
+    assert made.missing == {} and {found.state for found in made.models.values()} == {"here"}
+
+
 def test_a_profile_without_a_grid_is_refused() -> None:
     with pytest.raises(InputError, match="a profile must have a grid for this, got quick without one"):
         grid.show(config.load("quick"), say=print)
 
 
-def test_one_job_on_a_cpu() -> None:
-    assert grid._jobs(config.load("rehearsal")) == max(1, torch.cuda.device_count())
+# GPUs
+
+
+def test_one_job_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load("rehearsal", overrides={"device": "cpu"})
+    monkeypatch.setattr(grid, "_gpus", lambda: 4)
+    assert grid.gpus_per_cell(loaded, grid.Engine()) == 0
+    assert grid._jobs(0, with_ray=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "asked", "ray", "gpus", "jobs"),
+    [
+        ("memory", None, None, 1, 5),
+        ("memory", 2, None, 2, 2),
+        ("memory", 5, None, 5, 1),
+        ("spread", None, None, 5, 1),
+        ("spread", 2, None, 2, 2),
+        ("spread", None, "auto", 1, 5),
+        ("memory", 0.5, "auto", 0.5, 5),
+        ("memory", 8, "auto", 8, 5),  # of another machine
+    ],
+)
+def test_gpus_of_a_cell_and_cells_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, output: Path, weights: str, asked: float | None, ray: str | None, gpus: float, jobs: int
+) -> None:
+    monkeypatch.setattr(grid, "_gpus", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded, given = config.load("paper", overrides={"grid.weights": weights}), {}
+    nothing = grid.Summary(0, 0, (), ())
+    monkeypatch.setattr(grid.sweep, "run", lambda _, **options: given.update(options) or nothing)
+    monkeypatch.setattr(grid, "groups", lambda *_: [])
+    grid.run(loaded, grid.Engine(gpus_per_cell=asked, ray=ray), say=[].append)
+    assert (given["gpus_per_cell"], given["jobs"], given["engine"]) == (gpus, jobs, "ray" if ray else "loky")
+    grid.run(loaded, grid.Engine(gpus_per_cell=asked, ray=ray, jobs=3), say=[].append)
+    assert given["jobs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (0.5, r"must be a whole number from 1 without Ray, got 0\.5: add --ray auto"),
+        (0, "must be a whole number from 1 without Ray, got 0"),
+        (6, "must be at most the 5 of this machine, got 6: lower --gpus-per-cell, or use Ray"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, asked: float, message: str) -> None:
+    monkeypatch.setattr(grid, "_gpus", lambda: 5)
+    with pytest.raises(InputError, match=message):
+        grid.gpus_per_cell(config.load("paper"), grid.Engine(gpus_per_cell=asked))

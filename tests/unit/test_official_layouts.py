@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -444,3 +445,91 @@ def test_bringing_your_own_diffusion_model(released: Path, tmp_path: Path, famil
     assert refusal(lambda: models.load(tiny.edit_config(folder, mask_token_id=None))).startswith(
         "a diffusion model must name its"
     )
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(integrity, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "hashes"
+
+
+def forbidden(file: Path) -> str:
+    pytest.fail(f"{file} was read whole")
+
+
+def test_what_has_not_changed_is_hashed_once(copied: Callable[[str], Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied("llada")
+    integrity.check(folder)
+    assert not cache.exists(), "nobody vouches for these files, so none was hashed"
+    integrity.write_hashes(folder)
+    integrity.check(folder)
+    assert len(list(cache.iterdir())) == 1 + len(shards(folder))
+    monkeypatch.setattr(integrity, "file_hash", forbidden)
+    integrity.check(folder)
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    integrity.check(link)
+    with pytest.raises(pytest.fail.Exception):
+        integrity.check_hashes(folder)
+
+
+def test_a_changed_file_is_hashed_again(copied: Callable[[str], Path], cache: Path) -> None:
+    folder = copied("llada")
+    integrity.write_hashes(folder)
+    integrity.check(folder)
+    file = shards(folder)[1]
+    before = file.stat()
+    flip(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert file.stat().st_size == before.st_size
+    for _ in range(2):  # the wrong hash is remembered, too, and refused again
+        assert f"{file.name} must have SHA-256" in refusal(lambda: integrity.check(folder))
+    flip(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    integrity.check(folder)
+
+
+def test_a_file_of_another_size_is_hashed_again(copied: Callable[[str], Path], cache: Path) -> None:
+    folder = copied("llada")
+    integrity.write_hashes(folder)
+    integrity.check(folder)
+    file = folder / "config.json"
+    before = file.stat()
+    file.write_text(file.read_text() + " ")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "config.json must have SHA-256" in refusal(lambda: integrity.check(folder))
+
+
+def test_the_index_is_checked_first(copied: Callable[[str], Path], cache: Path) -> None:
+    folder = copied("dream")
+    integrity.write_hashes(folder)
+    integrity.check(folder)
+    edit_index(folder, lambda named: named.pop("model.norm.weight"))
+    assert ".safetensors and not in the index" in refusal(lambda: integrity.check(folder))
+
+
+FOREIGN = {"path": "/elsewhere", "size": 1, "mtime_ns": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps(FOREIGN)])
+def test_foreign_records_of_hashes_are_ignored(content: str, copied: Callable[[str], Path], cache: Path) -> None:
+    folder = copied("llada")
+    integrity.write_hashes(folder)
+    integrity.check(folder)
+    for record in cache.iterdir():
+        record.write_text(content)
+    integrity.check(folder)
+    assert all(len(json.loads(record.read_text())["sha256"]) == 64 for record in cache.iterdir())
+    assert not any("0" * 64 in record.read_text() for record in cache.iterdir())
+    for record in cache.iterdir():  # a record of this very file, but with something that is no hash
+        record.write_text(json.dumps({**json.loads(record.read_text()), "sha256": "none"}))
+    integrity.check(folder)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(copied: Callable[[str], Path], cache: Path) -> None:
+    folder = copied("llada")
+    integrity.write_hashes(folder)
+    cache.parent.write_text("a file where the folder should be")
+    integrity.check(folder)
+    flip(shards(folder)[0])
+    assert shards(folder)[0].name in refusal(lambda: integrity.check(folder))

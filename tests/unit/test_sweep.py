@@ -246,6 +246,32 @@ def test_a_process_sees_the_gpus_of_its_slot(place: Place, monkeypatch: pytest.M
     assert supervisor._variables(plan, "cpu-0")["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int) -> None:
+    """Let this machine seem to have GPUs."""
+    found = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: gpus))
+    monkeypatch.setitem(sys.modules, "torch", found)
+    monkeypatch.setattr(sweep, "GPU_FILES", (__file__,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(2, {"0,1", "2,3"}), (1, {"0,1"})])
+def test_cells_see_the_gpus_of_their_group_only(
+    place: Place, monkeypatch: pytest.MonkeyPatch, jobs: int, expected: set[str]
+) -> None:
+    pretend(monkeypatch, gpus=5)
+    monkeypatch.setenv("TMPDIR", str(place.folder / "tmp"))
+    groups = place.grid(2, 1, act="devices", seconds=3)  # so long that no worker takes both
+    run(place, *groups, jobs=jobs, gpus_per_cell=2)
+    results = [record(place, group.cells[0]).result for group in groups]
+    assert {result["devices"] for result in results if result} == expected and all(results)
+
+
+def test_parts_of_gpus_need_ray(place: Place) -> None:
+    with pytest.raises(InputError, match=r"must be a whole number without Ray, got 0\.5: use Ray"):
+        run(place, *place.grid(1, 1), gpus_per_cell=0.5)
+    assert not place.executions()
+
+
 @pytest.mark.parametrize(
     ("visible", "count", "jobs", "gpus", "expected"),
     [
@@ -254,19 +280,17 @@ def test_a_process_sees_the_gpus_of_its_slot(place: Place, monkeypatch: pytest.M
         (None, 4, 3, 1, ("cuda-0", "cuda-1", "cuda-2")),
         (None, 5, 8, 2, ("cuda-0,1", "cuda-2,3")),
         ("GPU-a,GPU-b,GPU-c", 3, 8, 1, ("cuda-GPU-a", "cuda-GPU-b", "cuda-GPU-c")),
-        ("3,1", 2, 8, 0.5, ("cuda-3", "cuda-1")),
+        ("3,1", 2, 8, 0, ("cuda-3", "cuda-1")),
+        (None, 8, 8, 4, ("cuda-0,1,2,3", "cuda-4,5,6,7")),
     ],
 )
 def test_each_process_has_gpus_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, jobs: int, gpus: float, expected: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, jobs: int, gpus: int, expected: tuple[str, ...]
 ) -> None:
-    found = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: count))
-    monkeypatch.setitem(sys.modules, "torch", found)
-    monkeypatch.setattr(sweep, "GPU_FILES", (__file__,))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pretend(monkeypatch, gpus=count)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert sweep._slots(jobs, max(1, round(gpus))) == expected
+    assert sweep._slots(jobs, max(1, gpus)) == expected
     if count:
         with pytest.raises(InputError, match=rf"a process must have its GPUs, got {count} GPUs, {count + 1} wanted"):
             sweep._slots(jobs, count + 1)

@@ -3,36 +3,21 @@
 import random
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.unit.grids import Place, clean_up, finish, kill, wait_for, workers
+from tests.unit.grids import Place, finish, kill, undisturbed_run, wait_for, workers
 
 SHAPE = {"groups": 6, "cells": 2}
 CELLS = SHAPE["groups"] * SHAPE["cells"]
 SECONDS = 0.2  # of one cell
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
-    yield found
-    clean_up(found)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The records of a run that nobody touched."""
-    calm = Place(tmp_path_factory.mktemp("undisturbed"))
-    out = finish(calm.drive(calm.grid(**SHAPE, seconds=SECONDS)))
-    assert f"Summary(cells={CELLS}, computed={CELLS}, failed=(), not_tested=())" in out
-    content = calm.content()
-    assert len(content) == CELLS
-    clean_up(calm)
-    return content
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), seconds=SECONDS, **SHAPE)
 
 
 def left_over(place: Place) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from lib import cluster
 from lib.config import ROOT, InputError
-from tests.unit.grids import Place, clean_up, finish, kill, listed, wait_for
+from tests.unit.grids import Place, finish, kill, listed, undisturbed_run, wait_for
 
 # Started by the code that a user without a cluster starts it with; it ends with its standard input.
 HEAD = """
@@ -64,20 +64,10 @@ def address(ray_folder: Path) -> Iterator[str]:
     wait_for(lambda: not ray_processes(ray_folder), seconds=20)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
-    yield found
-    clean_up(found)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The records of a run without Ray."""
-    calm = Place(tmp_path_factory.mktemp("undisturbed"))
-    finish(calm.drive(calm.grid(**SHAPE, seconds=SECONDS), jobs=1))
-    clean_up(calm)
-    return calm.content()
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), seconds=SECONDS, **SHAPE)
 
 
 def drive(place: Place, address: str) -> subprocess.Popen[str]:

@@ -4,16 +4,32 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
-from lib import calibration_sets, corpora, export, models, one_shot, pruner, shrink, standins, streaming, tasks
+from lib import (
+    batched_harness,
+    calibration_sets,
+    checkpoints,
+    corpora,
+    integrity,
+    lean_pruning,
+    model_card,
+    models,
+    one_shot,
+    pruner,
+    shrink,
+    spread,
+    standins,
+    streaming,
+    tasks,
+)
 from lib.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
 from lib.checkpoints import read_json
 from lib.config import InputError, ModelSource
 from lib.evaluation import share_interval
-from lib.methods import Target
+from lib.methods import Method, Target
 from lib.models import LanguageModel
 from lib.provenance import write_json
 from lib.runtime import set_threads
@@ -33,16 +49,19 @@ class Place:
     Attributes:
         source: checkpoint here.
         device, dtype: of the network.
-        weights: folder that keeps the pruned weights, or None.
-        streamed: read matrices from their files when they are used; a model that gets smaller is cut in memory.
+        kept: folder that keeps the pruned weights, or None.
+        weights: all in memory, spread over the GPUs of the process, or read from their files when they are used; a model that
+            gets smaller is cut in memory.
+        states: where hidden states lie between blocks while calibrating; off the device, one Hessian exists at a time.
         rows: folder of local rows instead of the hub's, or None.
     """
 
     source: ModelSource
     device: str
     dtype: torch.dtype
-    weights: Path | None
-    streamed: bool
+    kept: Path | None
+    weights: Literal["memory", "spread", "streamed"]
+    states: lean_pruning.States
     rows: Path | None
 
 
@@ -84,25 +103,47 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
 
     Raises:
         UnavailableError: the checkpoint or the calibration text cannot be fetched.
-        InputError: a method that does not fit the model.
+        InputError: a method that does not fit the model, or a file that is not what its hash says.
     """
-    given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype, "device": place.device}
-    streamed = place.streamed and variant.pattern != STRUCTURED_PATTERN
-    load, save = (streaming.load, streaming.save) if streamed else (models.load, export.save_plain)
-    if place.weights is not None and (place.weights / MEASURED).exists():
-        return load(ModelSource(str(place.weights)), **given), read_json(place.weights / MEASURED)["sparsity"]
-    model = load(place.source, **given)
+    if place.kept is not None and (place.kept / MEASURED).exists():
+        return _loaded(ModelSource(str(place.kept)), variant, place), read_json(place.kept / MEASURED)["sparsity"]
+    model = _loaded(place.source, variant, place)
     before = _linear_weights(model)
     if variant.options is None:
         return model, 0.0
     model = pruned(model, variant, place, batch_size=min(SAMPLES_AT_ONCE, batch_size))
     left = sum(int(layer.module.weight.count_nonzero()) for layer in model.layers)
     gone = round(1 - left / before, 6)
-    if place.weights is not None:
-        shutil.rmtree(place.weights, ignore_errors=True)  # of a worker killed before it had written MEASURED
-        save(model, place.weights)
-        write_json(place.weights / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})  # last: it says that all is there
+    if place.kept is not None:
+        _keep(model, variant, place, gone=gone)
     return model, gone
+
+
+def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageModel:
+    """Load a checkpoint as the place says, its files checked against their index and hashes first."""
+    integrity.check(checkpoints.resolve(source))
+    given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype}
+    if place.weights == "spread":
+        return spread.load(source, **given)
+    streamed = place.weights == "streamed" and variant.pattern != STRUCTURED_PATTERN
+    return (streaming.load if streamed else models.load)(source, **given, device=place.device)
+
+
+def _keep(model: LanguageModel, variant: Variant, place: Place, *, gone: float) -> None:
+    """Write pruned weights with their card and hashes; `MEASURED` comes last and says that all is there."""
+    text, method, folder = variant.calibration, cast(Method, variant.options), cast(Path, place.kept)
+    is_cut = variant.pattern == STRUCTURED_PATTERN
+    target = Target(variant.sparsity) if is_cut else Target(variant.sparsity, variant.pattern)
+    reading = None
+    if text is not None:
+        read = f"local rows in place of {text.corpus}" if place.rows else corpora.identity(cast(corpora.Corpus, text.corpus))
+        reading = model_card.Reading(read, text.windows, text.positions, variant.seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a worker killed before it had written MEASURED
+    streaming.save(model, folder)
+    if model.tokenizer is not None:
+        model_card.write(folder, model=model, method=method, target=target, reading=reading, cut=gone if is_cut else None)
+    integrity.write_hashes(folder)
+    write_json(folder / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})
 
 
 def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> LanguageModel:
@@ -120,8 +161,12 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
         tokenizer = models.tokenizer_of(model)
         windows = corpora.windows(cast(corpora.Corpus, text.corpus), tokenizer, **sizes, rows=place.rows)
     if variant.pattern != STRUCTURED_PATTERN:
-        target = Target(variant.sparsity, variant.pattern)
-        pruner.prune_(model, method, target, windows=windows, seed=variant.seed, batch_size=batch_size)
+        given: dict[str, Any] = {"windows": windows, "seed": variant.seed, "batch_size": batch_size}
+        target, in_memory = Target(variant.sparsity, variant.pattern), place.states == "device" and place.weights != "streamed"
+        if in_memory:
+            pruner.prune_(model, method, target, **given)
+        else:
+            lean_pruning.prune_(model, method, target, **given, states=place.states)
         return model
     norms = None
     if windows is not None:
@@ -158,7 +203,7 @@ def accuracy(
         task = tasks.load_tasks([name], family=variant.published)[name]
     else:
         task = standins.load(name, place.rows, family=variant.published)
-    found = tasks.evaluate(model, {name: task}, settings=known, limit=settings["limit"])[name]
+    found = batched_harness.evaluate(model, task, settings=known, chat_template=chat_template, limit=settings["limit"])
     low, high = share_interval(sum(found.correct), len(found.correct))
     return {
         "metric": found.metric,
@@ -173,7 +218,7 @@ def accuracy(
 
 
 def _place(made: Mapping[str, Any]) -> Place:
-    folders = {name: None if made[name] is None else Path(made[name]) for name in ("weights", "rows")}
+    folders = {name: None if made[name] is None else Path(made[name]) for name in ("kept", "rows")}
     named = {"source": ModelSource(**made["source"]), "dtype": getattr(torch, made["dtype"])}
     return Place(**{**made, **named, **folders})
 

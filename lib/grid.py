@@ -104,8 +104,9 @@ def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, 
         "source": asdict(variant.source),
         "device": device.device.type,
         "dtype": str(device.dtype).removeprefix("torch."),
-        "weights": None if kept is None else str(kept),
-        "streamed": grid.weights == "streamed",
+        "kept": None if kept is None else str(kept),
+        "weights": grid.weights,
+        "states": grid.states,
         "rows": None if grid.rows is None else str(cells.rows_folder(grid)),
     }
     specs = tuple(cell.spec(code=code) for cell in found)

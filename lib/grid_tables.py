@@ -92,10 +92,9 @@ def summary(found: Mapping[Cell, Record | None]) -> pd.DataFrame:
         Columns of what was pruned and how, then one a task; NaN where a cell is missing.
     """
     long = results(found)
-    is_task = long["task"] != LOSS
-    long["value"] = long["value"].where(~is_task, 100 * long["value"])
-    named = {LOSS: "loss, nats per token"} | {task: f"{task}, %" for task in long["task"].unique() if task != LOSS}
-    wide = long.assign(task=long["task"].map(named)).pivot_table(index=list(WHAT), columns="task", values="value", sort=False)
+    long["value"] = long["value"].where(long["task"] == LOSS, 100 * long["value"])
+    long["task"] = ["loss, nats per token" if task == LOSS else f"{task}, %" for task in long["task"]]
+    wide = long.pivot_table(index=list(WHAT), columns="task", values="value", sort=False)
     return wide.reset_index().rename_axis(columns=None)
 
 

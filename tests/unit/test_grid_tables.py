@@ -81,7 +81,7 @@ def test_what_became_of_the_cells_is_counted(profile: Config) -> None:
     write(profile, second, status="failed", reason="out of memory")
     write(profile, third, status="done", result=answered("10"))
     found = grid_tables.of_profile(profile)
-    row = grid_tables.state(found).set_index(["model", "task"]).loc[("dream-7b", "piqa")]
+    row = grid_tables.state(found).set_index(["model", "task"]).to_dict("index")[("dream-7b", "piqa")]
     own = [cell for cell in found if (cell.variant.model, cell.task) == ("dream-7b", "piqa")]
     assert (row["done"], row["failed"], row["not tested"], row["missing"]) == (1, 1, 1, len(own) - 3)
     assert row["reason"] == "it is gated"  # the first one
@@ -96,9 +96,10 @@ def test_results_are_put_side_by_side(profile: Config) -> None:
     assert main.loc["Wanda", "arc_challenge, %"] == 75  # the mean over both seeds, 50 and 100
     assert main.loc["magnitude", "piqa, %"] == 0 and main.loc["magnitude", "loss, nats per token"] == 2.5
     long = grid_tables.results(grid_tables.of_profile(profile)).set_index(["method", "pattern", "calibration", "seed", "task"])
-    wanda = long.loc[("Wanda", "2:4", "wikitext2, 2 x 48", 0, "piqa")]
+    numbers = long.to_dict("index")
+    wanda = numbers[("Wanda", "2:4", "wikitext2, 2 x 48", 0, "piqa")]
     assert (wanda["value"], wanda["n"]) == (0.5, 4) and 0 < wanda["low"] < 0.5 < wanda["high"] < 1
-    loss = long.loc[(DENSE, "unstructured", "", 0, LOSS)]
+    loss = numbers[(DENSE, "unstructured", "", 0, LOSS)]
     half = 1.96 * math.sqrt(0.5) / math.sqrt(2)
     assert (loss["low"], loss["high"]) == pytest.approx((1.5 - half, 1.5 + half))
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lib import cell_work, cells, config, costs, grid, models, plan, pruner
+from lib import batched_harness, cell_work, cells, config, costs, grid, integrity, models, plan, pruner
 from lib.availability import Found
 from lib.cells import DENSE, LOSS
 from lib.config import Config, InputError, ModelSource
@@ -121,6 +122,61 @@ def test_kept_weights_are_read_again_and_give_the_same(files: Path, output: Path
     monkeypatch.undo()
     monkeypatch.setenv("SINKS_OUTPUT", str(output))
     assert records(files) == first and (half / "measured.json").exists()
+
+
+@pytest.mark.parametrize("how", [{"weights": "streamed", "states": "disk"}, {"weights": "spread"}, {"states": "cpu"}], ids=str)
+def test_where_weights_and_states_lie_changes_no_result(files: Path, output: Path, how: dict[str, Any]) -> None:
+    chosen: dict[str, Any] = {"methods": ("SparseGPT", "sink-aware (Wanda)"), "references": {}, "keep_weights": False}
+    assert records(files, **chosen, **how) == records(files, **chosen)
+
+
+def test_kept_weights_have_a_card_and_hashes(files: Path, output: Path) -> None:
+    loaded = tiny_grid(files, references={}, task_names=(), keep_weights=True)
+    made = {one["shared"]["variant"]["method"] + " " + one["shared"]["variant"]["pattern"]: one for one in map(vars, grid.groups(
+        loaded, grid.settings(loaded)))}  # fmt: skip
+    for group in made.values():
+        assert all(isinstance(result, dict) for _, result in cell_work.work(group["shared"], group["cells"], batch_size=4))
+    folders = {name: Path(group["shared"]["place"]["kept"]) for name, group in made.items()}
+    assert not folders[f"{DENSE} unstructured"].exists()
+    card = (folders["sink-aware (Wanda) unstructured"] / "README.md").read_text()
+    assert "| method | sink-aware (Wanda) |" in card and "local rows in place of wikitext2" in card
+    assert "a smaller dense network" in (folders["sink-aware (Wanda) structured"] / "README.md").read_text()
+    kept = folders["magnitude unstructured"]
+    integrity.check(kept)
+    weights = next(kept.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    group = made["magnitude unstructured"]
+    (_, refused), *_ = cell_work.work(group["shared"], group["cells"], batch_size=4)
+    assert isinstance(refused, InputError) and "must have SHA-256" in str(refused)
+
+
+def test_a_damaged_checkpoint_is_refused_before_it_is_read(files: Path, output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(files / "models" / "llada", tmp_path / "llada"))
+    integrity.write_hashes(copy)
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    loaded = tiny_grid(files, models={"llada": ModelSource(str(copy))}, references={}, task_names=())
+    (group, *_) = grid.groups(loaded, grid.settings(loaded))
+    found = dict(cell_work.work(group.shared, group.cells, batch_size=4))
+    assert found and all("must have SHA-256" in str(error) for error in found.values())
+
+
+def test_chat_models_generate_through_their_template(files: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models_used = {"chat": ModelSource(str(files / "models" / "llada-1.5")), "base": ModelSource(str(files / "models" / "llada"))}
+    changes: dict[str, Any] = {"models": models_used, "families": {"chat": "llada-chat"}, "references": {}, "methods": ()}
+    changes |= {"structured_methods": (), "task_names": ("gsm8k", "piqa"), "loss_windows": 0, "keep_weights": False}
+    seen = []
+    real = batched_harness.evaluate
+
+    def watched(model: Any, task: Any, **given: Any) -> Any:
+        seen.append((model.name, task.name, given["chat_template"]))
+        return real(model, task, **given)
+
+    monkeypatch.setattr(batched_harness, "evaluate", watched)
+    records(files, **changes)
+    assert sorted(seen) == [
+        ("base", "gsm8k", False), ("base", "piqa", False), ("chat", "gsm8k", True), ("chat", "piqa", False)
+    ]  # fmt: skip
 
 
 def test_the_batch_changes_no_answer(files: Path, output: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lib import cells, config, data, gain_tables, grid_tables
+from lib import batch, cells, config, data, gain_tables, grid_tables, provenance
 from lib.cells import DENSE, LOSS, Cell
 from lib.config import ROOT, Config, InputError
 from lib.store import Record
@@ -67,10 +67,10 @@ def test_an_empty_store_is_shown_as_missing(profile: Config) -> None:
     found = grid_tables.of_profile(profile)
     assert list(found) == cells.expand(profile) and set(found.values()) == {None}
     state = grid_tables.state(found)
-    assert state["missing"].sum() == len(found) and state[["done", "failed", "not tested"]].to_numpy().sum() == 0
+    assert sum(state["missing"]) == len(found) and not state[["done", "failed", "not tested"]].to_numpy().any()
     assert len(grid_tables.summary(found)) == 0 and grid_tables.answers(found) == {}
     table = grid_tables.paper_table(found, model="llada-8b")
-    assert table["PIQA (paper)"].tolist()[0] == 74.10 and table["PIQA (ours)"].isna().all()
+    assert table["PIQA (paper)"].tolist()[0] == 74.10 and all(math.isnan(value) for value in table["PIQA (ours)"])
 
 
 def test_what_became_of_the_cells_is_counted(profile: Config) -> None:
@@ -127,7 +127,16 @@ def test_the_authors_table_takes_the_main_calibration_and_no_pattern(profile: Co
     table = grid_tables.paper_table(grid_tables.of_profile(profile), model="llada-8b").set_index("method")
     authors = {row["method"]: row for row in data.read_rows("paper_llada_50")}
     assert table.loc["Wanda", "PIQA (ours)"] == 75 and table.loc["Wanda", "PIQA (paper)"] == float(authors["Wanda"]["PIQA"])
-    assert table.loc["dense", "ARC-C (ours)"] == 75 and table["MMLU (ours)"].isna().all()
+    assert table.loc["dense", "ARC-C (ours)"] == 75 and all(math.isnan(value) for value in table["MMLU (ours)"])
+
+
+def test_notebooks_that_show_the_grid_run_again_when_it_went_on(profile: Config) -> None:
+    plain, notebooks = config.to_dict(profile), config.notebooks()
+    before = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
+    fill(profile)
+    after = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
+    assert {number for number in notebooks if before[number] != after[number]} == {"03", "04"}
+    assert before["01"] == provenance.fingerprint(notebooks["01"], config=plain)
 
 
 def test_a_damaged_store_is_refused(profile: Config) -> None:

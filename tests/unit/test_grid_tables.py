@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lib import batch, cells, config, data, gain_tables, grid_tables, provenance
+from lib import cells, config, data, gain_tables, grid_tables
 from lib.cells import DENSE, LOSS, Cell
 from lib.config import ROOT, Config, InputError
 from lib.store import Record
@@ -128,15 +128,6 @@ def test_the_authors_table_takes_the_main_calibration_and_no_pattern(profile: Co
     authors = {row["method"]: row for row in data.read_rows("paper_llada_50")}
     assert table.loc["Wanda", "PIQA (ours)"] == 75 and table.loc["Wanda", "PIQA (paper)"] == float(authors["Wanda"]["PIQA"])
     assert table.loc["dense", "ARC-C (ours)"] == 75 and all(math.isnan(value) for value in table["MMLU (ours)"])
-
-
-def test_notebooks_that_show_the_grid_run_again_when_it_went_on(profile: Config) -> None:
-    plain, notebooks = config.to_dict(profile), config.notebooks()
-    before = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
-    fill(profile)
-    after = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
-    assert {number for number in notebooks if before[number] != after[number]} == {"03", "04"}
-    assert before["01"] == provenance.fingerprint(notebooks["01"], config=plain)
 
 
 def test_a_damaged_store_is_refused(profile: Config) -> None:

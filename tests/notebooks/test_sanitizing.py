@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.notebooks import nbval_stderr
+
 PATTERNS = re.findall(
     r"^regex: (.*)\nreplace: (.*)$", (Path(__file__).parent / "sanitize.cfg").read_text(encoding="utf-8"), flags=re.MULTILINE
 )
@@ -39,3 +41,29 @@ def test_durations_may_differ_and_losses_may_not(text: str, same: bool) -> None:
     for pattern, replacement in PATTERNS:
         text = re.sub(pattern, replacement, text)
     assert ("3.2" not in text) == same
+
+
+HTML = (
+    "<table><thead>\n<tr>\n<th>method</th><th>gain</th><th>n</th><th>p</th></tr></thead>"
+    "<tbody><tr><td>Wanda</td><td>{}</td><td>{}</td><td>{}</td></tr></tbody></table>"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (HTML.format("0.0301", 8, "0.0469"), HTML.format("0.0305", 8, "0.203"), True),
+        (HTML.format("0.0301", 8, "0.0469"), HTML.format("0.0341", 8, "0.0469"), False),
+        (HTML.format("0.0301", 8, "0.0469"), HTML.format("0.0301", 9, "0.0469"), False),
+        (HTML.format("0.0301", 8, "0.0469"), HTML.format("NaN", 8, "0.0469"), False),
+        ("nelbo 3.59 | 4 windows", "nelbo 3.61 | 4 windows", True),
+        ("nelbo 3.59 | 4 windows", "nelbo 3.79 | 4 windows", False),
+        ("nelbo 3.59 | 4 windows", "nelbo 3.59 | 5 windows", False),
+        ("gain -0.02, reproduced", "gain -0.02, not reproduced", False),
+        ("gain 0.02", "gain -0.02", False),
+        ("Holm-adjusted p 0.19; effect 0.05", "Holm-adjusted p 1; effect 0.05", True),
+    ],
+)
+def test_another_processor_may_round_otherwise_and_no_more(first: str, second: str, same: bool) -> None:
+    assert (nbval_stderr.Printed(first) == second) is same
+    assert (nbval_stderr.Printed(first) != second) is not same

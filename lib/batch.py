@@ -45,7 +45,7 @@ def prepare(
             profile=profile,
             seed=loaded.seed,
             overrides=dict(overrides or {}),
-            fingerprint=provenance.fingerprint(path, config=plain),
+            fingerprint=_fingerprint(path, loaded, plain),
             output=output,
         )
         for number, path in notebooks.items()
@@ -88,6 +88,18 @@ def show(jobs: Sequence[Job], *, say: Say) -> None:
     for job in jobs:
         reason = execution.why_run(job)
         say(f"{_title(job)}{f'would run    {reason}' if reason else _skipped(job)}")
+
+
+def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, object]) -> str:
+    """Hash what decides a notebook's outputs; for one that shows the grid, the records of the grid belong to that."""
+    own = provenance.fingerprint(notebook, config=plain)
+    if settings.grid is None or "grid_tables" not in {path.stem for path in provenance.modules_reached(notebook)}:
+        return own
+    from lib import cells  # slow to import, and most profiles have no grid
+
+    folder = cells.store_of(settings).folder
+    records = [path for path in folder.glob("*.json") if not path.name.startswith(".")]
+    return f"{own} {provenance.folder_hash(records, folder)}"
 
 
 def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]) -> None:

@@ -187,15 +187,25 @@ def _content(source: ModelSource) -> str:
 def _variants(dense: Variant, grid: Grid, *, seed: int) -> Iterator[Variant]:
     """Yield the pruned variants of one model: the main calibration's, then those of the others."""
     main, *others = grid.calibrations.values()
-    for name in grid.methods:
+    for name, method in _distinct(grid.methods, METHODS, dense):
         for sparsity, pattern in _targets(grid):
-            yield from _seeded(dense, name, METHODS[name], sparsity, pattern, main, grid, seed=seed)
-    for name in grid.structured_methods:
+            yield from _seeded(dense, name, method, sparsity, pattern, main, grid, seed=seed)
+    for name, method in _distinct(grid.structured_methods, STRUCTURED, dense):
         for sparsity in grid.structured_sparsities:
-            yield from _seeded(dense, name, STRUCTURED[name], sparsity, STRUCTURED_PATTERN, main, grid, seed=seed)
+            yield from _seeded(dense, name, method, sparsity, STRUCTURED_PATTERN, main, grid, seed=seed)
     for calibration in others:
-        for name in grid.other_methods:
-            yield from _seeded(dense, name, METHODS[name], grid.other_sparsity, UNSTRUCTURED, calibration, grid, seed=seed)
+        for name, method in _distinct(grid.other_methods, METHODS, dense):
+            yield from _seeded(dense, name, method, grid.other_sparsity, UNSTRUCTURED, calibration, grid, seed=seed)
+
+
+def _distinct(names: Sequence[str], known: Mapping[str, Method], dense: Variant) -> Iterator[tuple[str, Method]]:
+    """Yield methods as a model can run them; one that only noise tells from another is left out where there is no noise."""
+    seen: list[Method] = []
+    for name in names:
+        method = without_noise(known[name]) if dense.is_causal else known[name]
+        if method not in seen:
+            seen.append(method)
+            yield name, method
 
 
 def _targets(grid: Grid) -> list[tuple[float, str]]:
@@ -206,8 +216,7 @@ def _targets(grid: Grid) -> list[tuple[float, str]]:
 def _seeded(
     dense: Variant, name: str, method: Method, sparsity: float, pattern: str, text: CalibrationText, grid: Grid, *, seed: int
 ) -> Iterator[Variant]:
-    """Yield a variant for every seed that can change it; noise is nothing that an autoregressive model has."""
-    method = without_noise(method) if dense.is_causal else method
+    """Yield a variant for every seed that can change it."""
     seeds = range(seed, seed + (1 if method.importance == "magnitude" else grid.seeds))
     read = text if method.needs_calibration else None
     for one in seeds:

@@ -146,24 +146,27 @@ def paper_table(found: Mapping[Cell, Record | None], *, model: str) -> pd.DataFr
         model: whose.
 
     Returns:
-        One row a method of the authors' table, two columns a benchmark: `X (paper)` and `X (ours)`.
+        One row a method of the authors' table, three columns a benchmark: `X (paper)`, `X (ours)` as the mean over calibrations,
+        and `X (±)`, half the 95 % interval of one calibration: the fewer documents were asked, the wider it is.
     """
     main, rows = _main(found), []
     for published in data.read_rows("paper_llada_50"):
         row: dict[str, Any] = {"method": published["method"]}
         for column, task in PAPER_TASKS.items():
+            ours = _measured(found, model, published["method"], task, main)
             row[f"{column} (paper)"] = float(published[column])
-            row[f"{column} (ours)"] = _mean(_values(found, model, published["method"], task, main))
+            row[f"{column} (ours)"] = _mean([100 * numbers["value"] for numbers in ours])
+            row[f"{column} (±)"] = _mean([50 * (numbers["high"] - numbers["low"]) for numbers in ours])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _values(
+def _measured(
     found: Mapping[Cell, Record | None], model: str, method: str, task: str, main: CalibrationText | None
-) -> Sequence[float]:
-    """Return the accuracies of one method at 50 % unstructured, one a seed, in points."""
+) -> list[dict[str, float]]:
+    """Return what `_numbers` says of one method at 50 % unstructured, one entry a seed."""
     return [
-        100 * float(record.result["accuracy"])
+        _numbers(task, record.result)
         for cell, record in found.items()
         if record is not None
         and record.result is not None

@@ -52,6 +52,13 @@ def test_references_read_no_noise(whole: list[Variant]) -> None:
     assert any(one.options is not None and one.options.inputs.kind == "noised" for one in whole)
 
 
+def test_what_only_noise_tells_apart_is_pruned_once_where_there_is_no_noise(whole: list[Variant]) -> None:
+    for model in ("llada-8b", "qwen2.5-7b"):
+        own = [one for one in whole if one.model == model and one.pattern == "2:4"]
+        assert len({one.options for one in own}) == len(own)
+        assert ("DWANDA" in {one.method for one in own}) is (model == "llada-8b") and "Wanda" in {one.method for one in own}
+
+
 def test_tasks_have_the_settings_of_their_family() -> None:
     found = cells.expand(paper(limit=20))
     by_name = {(cell.variant.model, cell.task): cell for cell in found if cell.variant.method == DENSE}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from lib import cells, config, data, gain_tables, grid_tables
+from lib import batch, cells, config, data, gain_tables, grid_tables, provenance
 from lib.cells import DENSE, LOSS, Cell
 from lib.config import ROOT, Config, InputError
+from lib.evaluation import share_interval
 from lib.store import Record
 from recipes import rehearsal
 
@@ -128,6 +129,29 @@ def test_the_authors_table_takes_the_main_calibration_and_no_pattern(profile: Co
     authors = {row["method"]: row for row in data.read_rows("paper_llada_50")}
     assert table.loc["Wanda", "PIQA (ours)"] == 75 and table.loc["Wanda", "PIQA (paper)"] == float(authors["Wanda"]["PIQA"])
     assert table.loc["dense", "ARC-C (ours)"] == 75 and all(math.isnan(value) for value in table["MMLU (ours)"])
+    assert all(math.isnan(value) for value in table["MMLU (±)"])
+
+
+def test_fewer_documents_give_a_wider_interval_beside_the_authors_numbers(profile: Config) -> None:
+    def width(answers: str) -> float:
+        for cell in cells.expand(profile):
+            if (cell.variant.model, cell.variant.method, cell.task) == ("llada-8b", DENSE, "piqa"):
+                write(profile, cell, status="done", result=answered(answers))
+        table = grid_tables.paper_table(grid_tables.of_profile(profile), model="llada-8b").set_index("method")
+        assert table.loc["dense", "PIQA (ours)"] == 75
+        return table.loc["dense", "PIQA (±)"]
+
+    low, high = share_interval(3, 4)
+    assert width("0111") == pytest.approx(100 * (high - low) / 2) and width("0111" * 50) < width("0111") / 5
+
+
+def test_notebooks_that_show_the_grid_run_again_when_it_went_on(profile: Config) -> None:
+    plain, notebooks = config.to_dict(profile), config.notebooks()
+    before = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
+    fill(profile)
+    after = {number: batch._fingerprint(path, profile, plain) for number, path in notebooks.items()}
+    assert {number for number in notebooks if before[number] != after[number]} == {"03", "04"}
+    assert before["01"] == provenance.fingerprint(notebooks["01"], config=plain)
 
 
 def test_a_damaged_store_is_refused(profile: Config) -> None:

@@ -94,7 +94,7 @@ def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str
         by_model(plan, grid),
         by_memory(plan, grid, itemsize=itemsize, gpus=gpus),
         by_task(plan, grid),
-        by_method(plan, grid),
+        by_method(plan, grid, itemsize=itemsize, gpus=gpus),
         by_data(plan),
     ]
     text = [line for table in body for line in (*table.to_string(index=False).splitlines(), "")]
@@ -127,7 +127,6 @@ def by_model(plan: Plan, grid: Grid) -> pd.DataFrame:
 def by_memory(plan: Plan, grid: Grid, *, itemsize: int, gpus: float) -> pd.DataFrame:
     """Tabulate by model where its checkpoint is, and what its dearest cell and its files take."""
     peak_of = f"GB on each of {gpus:g} GPUs" if grid.weights == "spread" and gpus > 1 else "GB on the device"
-    settings = {"batch_size": grid.batch_size, "weights": grid.weights, "states": grid.states, "itemsize": itemsize}
     rows = []
     for name, shape in plan.shapes.items():
         found, of_model = plan.models[name], _of(plan, name)
@@ -138,7 +137,7 @@ def by_memory(plan: Plan, grid: Grid, *, itemsize: int, gpus: float) -> pd.DataF
             "model": name,
             "checkpoint": found.state,
             "GB to fetch": _gigabytes(fetched),
-            peak_of: _gigabytes(max(costs.memory_bytes(one, shape, gpus=gpus, **settings) for one in of_model)),
+            peak_of: _gigabytes(max(_peak(one, shape, grid, itemsize=itemsize, gpus=gpus) for one in of_model)),
         }
         if grid.states != "device":
             states = max(costs.states_bytes(one, shape, itemsize=itemsize) for one in of_model)
@@ -169,8 +168,8 @@ def by_task(plan: Plan, grid: Grid) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_method(plan: Plan, grid: Grid) -> pd.DataFrame:
-    """Tabulate what pruning by each method costs, at its dearest."""
+def by_method(plan: Plan, grid: Grid, *, itemsize: int, gpus: float) -> pd.DataFrame:
+    """Tabulate what a pruned model of each method takes where it takes most: passes, hours, memory of a cell, and files."""
     dearest: dict[str, tuple[float, Variant]] = {}
     for one in cells.groups(list(plan.cells.values())):
         what = f"{one.method}, structured" if one.pattern == cells.STRUCTURED_PATTERN else one.method
@@ -179,15 +178,23 @@ def by_method(plan: Plan, grid: Grid) -> pd.DataFrame:
             dearest[what] = hours, one
     rows = []
     for what, (hours, one) in dearest.items():
-        passes = costs.pruning(one)
+        passes, shape = costs.pruning(one), plan.shapes.get(one.model)
         rows.append({
             "method": what,
             "calibration rows": f"{passes.rows:,.0f}",
             "forwards": f"{passes.forwards(_samples(grid)):,}",
             "hours": _short(hours),
+            "GB on the device": _gigabytes(_peak(one, shape, grid, itemsize=itemsize, gpus=gpus)) if shape else "unknown",
+            "GB of its files": _gigabytes(costs.kept_bytes(one, shape, itemsize=itemsize)) if shape and one.options else "0",
             "on": one.model,
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _peak(variant: Variant, shape: Shape, grid: Grid, *, itemsize: int, gpus: float) -> int:
+    """Return the estimated bytes on a device while a variant is pruned and measured."""
+    how = {"batch_size": grid.batch_size, "weights": grid.weights, "states": grid.states, "itemsize": itemsize}
+    return costs.memory_bytes(variant, shape, gpus=gpus, **how)
 
 
 def by_data(plan: Plan) -> pd.DataFrame:

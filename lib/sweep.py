@@ -27,6 +27,7 @@ from lib.supervisor import PAUSE_SECONDS, Group, Plan, serve
 __all__ = ["Group", "Summary", "run"]
 
 PROGRESS_SECONDS = 1.0
+LINE_SECONDS = 15.0  # between two lines of progress: a line for each of thousands of cells would fill the screen
 IDLE_SECONDS = 10  # after which joblib's workers end
 SETBACKS = 10  # pools that may break one after another without a finished cell
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of CUDA, ROCm, and either on Windows' Linux
@@ -206,14 +207,15 @@ def _progress(groups: Sequence[Group], store: Store, *, say: Say) -> Iterator[No
 
 def _watch(groups: Sequence[Group], store: Store, say: Say, ended: threading.Event) -> None:
     cells = [cell for group in groups for cell in group.cells]
-    began, first, last = time.monotonic(), len(cells) - len(store.missing(cells)), -1
+    began, first, last, due = time.monotonic(), len(cells) - len(store.missing(cells)), -1, 0.0
     while True:
         final = ended.wait(0 if last < 0 else PROGRESS_SECONDS)
         with suppress(InputError):  # a damaged store is the driver's to report
             count = len(cells) - len(store.missing(cells))
-            if count != last:
-                last = count
-                say(_line(_summary(groups, store), new=count - first, seconds=time.monotonic() - began))
+            seconds = time.monotonic() - began
+            if count != last and (final or seconds >= due):
+                last, due = count, seconds + LINE_SECONDS
+                say(_line(_summary(groups, store), new=count - first, seconds=seconds))
         if final:
             return
 

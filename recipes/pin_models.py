@@ -24,8 +24,12 @@ def newest(source: str) -> str:
         OSError: no network, no such repository, or no access.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx
 
-    return str(HfApi().model_info(source).sha)
+    try:
+        return str(HfApi().model_info(source).sha)
+    except httpx.HTTPError as error:  # without a network these are no OSError
+        raise OSError(str(error)) from error
 
 
 def pinned(text: str, *, resolve: Resolve = newest) -> tuple[str, list[str]]:

@@ -1,5 +1,6 @@
 """What is here, in the hub's cache, on the hub, or nowhere: told without downloading anything."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from datasets import config as datasets_config
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
-from lib import availability, corpora
+from lib import availability, config, corpora, grid
 from lib.availability import Found
 from lib.config import ModelSource
 from tests import tiny
@@ -24,6 +25,7 @@ FILES = {"config.json": 700, "model.safetensors": 9000, "tokenizer.json": 50, "p
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a hub that says what it has."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(availability, "hub_problem", lambda: "")
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "prepared")
     found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()])
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
@@ -121,3 +123,44 @@ def test_local_rows_are_looked_for_split_by_split(tmp_path: Path, hub: Path) -> 
     assert availability.corpus("c4", tmp_path, ["train"]) == Found("here")
     lost = availability.corpus("c4", tmp_path, ["train", "test"])
     assert lost.state == "cannot be had" and lost.reason == f"no local rows {tmp_path / 'c4' / 'test.jsonl'}"
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that nobody answers for, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(availability, "hub_problem", functools.cache(availability.hub_problem.__wrapped__))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_everything_is_named_and_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *given, **_: asked.append(given))
+    assert availability.hub_problem().startswith("the hub cannot be reached (")
+    for found in (availability.checkpoint(SOURCE), availability.corpus("c4", None, ["train"]), availability.benchmark("piqa")):
+        assert found.state == "cannot be had" and "is not in the cache, and the hub cannot be reached" in found.reason
+    assert not asked
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_network_that_fails_later_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "hub_problem", lambda: "")
+    found = availability.benchmark("piqa")  # asks, and gets an error of the network that is no OSError
+    assert found.state == "cannot be had" and found.reason.startswith("baber/piqa: ")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_plan_of_the_paper_is_made_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load("paper", overrides={"grid.teraflops": "100"})
+    said: list[str] = []
+    grid.show(loaded, say=said.append)
+    lost = [line for line in said if line.startswith("cannot be had now")]
+    names = {*grid.settings(loaded).models, *grid.settings(loaded).references, "wikitext2", "c4", "piqa", "gpqa_main_n_shot"}
+    assert names <= {line.split(": ")[1].split(" (")[0] for line in lost}
+    assert "speed: 100 TFLOP/s, as grid.teraflops says" in said[1]
+
+
+def test_the_hub_switched_off_is_said_so() -> None:
+    assert availability.hub_problem.__wrapped__() == "the hub is switched off by HF_HUB_OFFLINE"

@@ -229,7 +229,7 @@ def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypat
     assert rows["piqa"][2] == f"{100 * 2 * 128 * 2:,}" and rows["gsm8k_cot"][2] == f"{100 * 256:,}"
     assert rows["mmlu"][2] == f"{57 * 100:,}"  # a limit counts for each subject
     assert rows["piqa"][3] == f"{100 * 2 * 128 * 2 // 32:,}" and rows["mmlu"][3] == "179"  # 5700 / 32, rounded up
-    assert rows["mmlu"][0:2] == ["mmlu", str(342)]
+    assert rows["mmlu"][0:2] == ["mmlu", str(332)]
     assert not (output / "results").exists()
 
 
@@ -271,9 +271,10 @@ def test_forwards_are_those_of_measuring_and_of_calibration() -> None:
     table = plan.by_model(made, settings).set_index("model")
     shown = float(str(table.loc["llada-8b", "million forwards"]).replace(",", ""))
     assert shown == pytest.approx((measured + calibrated) / 1e6, rel=0.005)
-    by_method = plan.by_method(made, settings).set_index("method")
+    by_method = plan.by_method(made, settings, itemsize=2, gpus=1).set_index("method")
     assert by_method.loc["Wanda", "forwards"] == "64"  # 128 windows of two passes
-    assert plan.by_method(*priced(**{"grid.batch_size": 1})).set_index("method").loc["Wanda", "forwards"] == "256"
+    one_by_one = plan.by_method(*priced(**{"grid.batch_size": 1}), itemsize=2, gpus=1).set_index("method")
+    assert one_by_one.loc["Wanda", "forwards"] == "256"
 
 
 def test_memory_follows_where_weights_and_states_are() -> None:
@@ -312,6 +313,21 @@ def test_columns_of_memory_say_what_they_are() -> None:
     assert row["GB of states (cpu)"] == plan._gigabytes(largest) and "GB on each of 4 GPUs" in table
     plain = plan.by_memory(*priced(), itemsize=2, gpus=1).set_index("model")
     assert plain.loc["llada-8b", "GB of kept variants"] == "0" and "GB on the device" in plain
+
+
+def test_memory_and_files_of_a_cell_stand_beside_its_method() -> None:
+    made, settings = priced()
+    table = plan.by_method(made, settings, itemsize=2, gpus=1).set_index("method")
+    shape = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
+    gpt = max(
+        costs.memory_bytes(one, shape, batch_size=32, weights="memory", states="device", itemsize=2)
+        for one in plan._of(made, "llada-8b")
+        if one.method == "SparseGPT" and one.calibration is not None and one.calibration.positions == 4096
+    )
+    assert table.loc["SparseGPT", ["GB on the device", "GB of its files"]].tolist() == [plan._gigabytes(gpt), "16"]
+    assert table.loc["dense", "GB of its files"] == "0"  # its files are the checkpoint's
+    cut = 2 * (0.7 * shape.layers * shape.block_weights + 2 * shape.hidden * shape.vocab)  # 30 % of the blocks are gone
+    assert table.loc["sink-aware (Wanda), structured", "GB of its files"] == plan._gigabytes(cut)
 
 
 def test_what_is_to_be_fetched_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

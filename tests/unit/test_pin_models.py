@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from lib.config import ROOT
 from recipes import pin_models
@@ -57,3 +58,10 @@ def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_offline_nothing_changes() -> None:
     new, said = pin_models.pinned(PAPER)  # the tests run with the hub switched off
     assert new == PAPER and all("kept" in line for line in said)
+
+
+def test_without_a_network_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="refused"):
+        pin_models.newest("o/n")

@@ -57,6 +57,17 @@ def test_every_cell_is_computed_once_and_never_again(place: Place) -> None:
     assert not list((place.store.folder / "logs").iterdir())
 
 
+def test_lines_of_progress_keep_their_distance(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(sweep, "LINE_SECONDS", 3600.0)
+    lines: list[str] = []
+    run(place, *place.grid(3, 4), lines=lines)
+    assert lines == ["cells: 0 of 12 finished", "cells: 12 of 12 finished"]
+    monkeypatch.setattr(sweep, "LINE_SECONDS", 0.0)
+    run(place, *place.grid(5, 4), lines=lines)
+    assert len(lines) > 4
+
+
 def test_the_folder_may_be_relative(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     (group,) = place.grid(1, 1)

@@ -17,7 +17,6 @@ from lib import (
     lean_pruning,
     model_card,
     models,
-    one_shot,
     pruner,
     shrink,
     spread,
@@ -172,7 +171,7 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
     if windows is not None:
         given = {"inputs": method.inputs, "weighting": method.weighting, "seed": variant.seed, "batch_size": batch_size}
         calibration = calibration_sets.build(model, windows, **given)
-        statistics = one_shot.dense_statistics(model, calibration, batch_size=batch_size)
+        statistics = lean_pruning.dense_statistics(model, calibration, batch_size=batch_size, states=place.states)
         norms = {
             (block, role): found[role].input_norm(method.aggregate)[0]
             for block, found in enumerate(statistics)

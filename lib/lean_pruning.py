@@ -98,6 +98,38 @@ def prune_(
         _walk_(model, method, target, built, HiddenStates(states, model.device, folder), batch_size=batch_size, by_role=by_role)
 
 
+@torch.no_grad()
+def dense_statistics(
+    model: LanguageModel, built: CalibrationSet, *, batch_size: int = 4, states: States = "cpu", scratch: Path | str | None = None
+) -> list[dict[Role, InputStatistics]]:
+    """Collect the norms that every block of a dense model reads, as `one_shot.dense_statistics` does and bit for bit its result.
+
+    Args:
+        model: the dense model, streamed or not.
+        built: what it reads, and the token weights.
+        batch_size: samples at one time; as much as is on the device at once.
+        states: where hidden states wait between blocks.
+        scratch: as in `prune_`.
+
+    Returns:
+        Statistics by block and reading role; norms only.
+
+    Raises:
+        InputError: another place for states, or a scratch folder that is not there.
+    """
+    require(states in get_args(States), f"states must be one of {get_args(States)}", repr(states), "disk takes the least memory")
+    collected = []
+    with _folder(states, scratch) as folder:
+        waiting = HiddenStates(states, model.device, folder)
+        walk = _begun(model, Method("wanda", sequential=False), Target(0.0), built, waiting, batch_size=batch_size)
+        for index, block in enumerate(cast(Any, model.network.get_decoder()).layers):
+            collected.append(new_statistics(model, index, hessian=False, by_head=built.by_head))
+            _collect(walk, index, block, collected[-1], until=None)
+            for batch in range(walk.batches):
+                waiting.drop(index, batch)
+    return collected
+
+
 @contextmanager
 def _folder(states: States, scratch: Path | str | None) -> Iterator[Path | None]:
     """Lend a folder to states on disk, and remove it."""
@@ -199,12 +231,7 @@ def _walk_(
     by_role: bool,
 ) -> None:
     """Prune block after block: `calibration.stream` with `pruner.prune_on_`'s visit, whose order of sums it keeps."""
-    walk = _Walk(model, method, target, built, batch_size, states, {})
-    for batch, ids in enumerate(built.input_ids.split(batch_size)):
-        (hidden,), options = _first_inputs(model, ids, batch_size)
-        states.put(0, batch, hidden)
-        walk.options.update(options)
-        del hidden
+    walk = _begun(model, method, target, built, states, batch_size=batch_size)
     blocks = cast(Any, model.network.get_decoder()).layers
     one_by_one: list[tuple[Role, ...]] = [(role,) for role in LAST_FIRST]
     turns = one_by_one if by_role and method.importance == "sparsegpt" else [LAST_FIRST]
@@ -220,6 +247,19 @@ def _walk_(
             if method.sequential and not ends:
                 states.put(index + 1, batch, block(states.get(index, batch), **walk.options))
             states.drop(index, batch)
+
+
+def _begun(
+    model: LanguageModel, method: Method, target: Target, built: CalibrationSet, states: HiddenStates, *, batch_size: int
+) -> _Walk:
+    """Put what the first block reads where states wait."""
+    walk = _Walk(model, method, target, built, batch_size, states, {})
+    for batch, ids in enumerate(built.input_ids.split(batch_size)):
+        (hidden,), options = _first_inputs(model, ids, batch_size)
+        states.put(0, batch, hidden)
+        walk.options.update(options)
+        del hidden
+    return walk
 
 
 def _statistics(walk: _Walk, index: int, turn: tuple[Role, ...], *, one_by_one: bool) -> dict[Role, InputStatistics]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import lean_pruning, models, pruner, streaming
+from lib import calibration_sets, lean_pruning, models, one_shot, pruner, streaming
 from lib.calibration import InputStatistics
 from lib.config import InputError
 from lib.lean_pruning import HiddenStates, States
@@ -152,6 +152,36 @@ def test_a_model_of_one_block(tmp_path: Path) -> None:
 
 
 # --- what exists at one time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("states", PLACES)
+@pytest.mark.parametrize("weighting", [None, Weighting(), Weighting("sinks_up", level="head")], ids=["none", "tokens", "heads"])
+def test_norms_of_the_dense_model_are_those_of_the_walk_in_memory(
+    states: States, weighting: Weighting | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models.load(folders["deep"])
+    built = calibration_sets.build(model, tiny.ids(7, 20), weighting=weighting, seed=3, batch_size=3)
+    wanted = one_shot.dense_statistics(model, built, batch_size=3)
+    found = lean_pruning.dense_statistics(model, built, batch_size=3, **of_scratch(states, tmp_path))
+    assert [list(block) for block in found] == [list(block) for block in wanted] and len(found) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        for role in theirs:
+            for aggregate in ("root_mean_square", "sum_of_norms"):
+                assert torch.equal(ours[role].input_norm(aggregate), theirs[role].input_norm(aggregate))
+    assert not list(tmp_path.iterdir())
+
+
+def test_norms_of_the_dense_model_keep_a_batch_on_the_device(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kinds = models.load(folders["deep"]), []
+    put = HiddenStates.put
+    monkeypatch.setattr(HiddenStates, "put", lambda self, *given: (kinds.append(self.kind), put(self, *given))[1])
+    built = calibration_sets.build(model, tiny.ids(4, 20), seed=0)
+    lean_pruning.dense_statistics(model, built, batch_size=2, states="disk", scratch=tmp_path)
+    assert kinds == ["disk"] * 2 * (3 + 1)  # two batches, before three blocks and behind the last
+    with pytest.raises(InputError, match="scratch must be a folder"):
+        lean_pruning.dense_statistics(model, built, states="disk", scratch=tmp_path / "none")
 
 
 def watched_hessians(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -87,7 +87,8 @@ def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str
     head = [
         f"{len(plan.cells)} cells on {variants} variants of {len(plan.shapes)} models: {len(plan.finished)} finished, "
         f"{len(open_cells)} to compute",
-        f"speed: {plan.speed.teraflops:.3g} TFLOP/s, {plan.speed.origin}; {_short(hours)} hours of one such device for what is open",
+        f"speed: {plan.speed.teraflops:.3g} TFLOP/s, {plan.speed.origin}; "
+        f"{_short(hours)} hours of one such device for what is open",
         "",
     ]
     body = [

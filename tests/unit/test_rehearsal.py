@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import corpora, data, models, pruner, standins, tasks
+from lib import config, corpora, data, models, pruner, standins, tasks
 from lib.config import ROOT
 from lib.errors import InputError
 from lib.methods import METHODS, Target, without_noise
@@ -176,3 +176,16 @@ def test_predictions_differ_between_the_two_prunings(made: Path) -> None:
             pruner.prune_(model, METHODS[pruning], Target(0.5), windows=windows(model))
             left.append(torch.cat([(layer.module.weight != 0).flatten() for layer in model.layers]))
     assert 0.5 < float((left[0] == left[1]).float().mean()) < 1.0
+
+
+def test_the_notebooks_settings_fit_the_tiny_networks(made: Path) -> None:
+    loaded = config.load("rehearsal")
+    for name in loaded.joint_quantization.models:
+        model = models.load(made / "models" / Path(loaded.models[name].source).name)
+        widths = {layer.module.in_features for layer in model.layers}
+        groups = [size for size in loaded.joint_quantization.group_sizes if size]
+        assert loaded.joint_quantization.group_size in groups
+        assert all(width % size == 0 for width in widths for size in groups)
+    for source in loaded.models.values():  # articles stand between these two
+        tokenizer = tokenizer_of(models.load(made / "models" / Path(source.source).name))
+        assert tokenizer.bos_token_id is not None and tokenizer.eos_token_id is not None

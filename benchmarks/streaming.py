@@ -39,7 +39,8 @@ GIB = 2**30
 PATHS = ("streamed", "in memory")
 DEFAULT_METHODS = ("magnitude per row", "Wanda", "SparseGPT", "sink-aware (Wanda)", "sink-aware (SparseGPT)")
 STATUS = Path("/proc/self/status")
-ALLOCATOR = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"  # peaks are then those of what lives, and cost little
+# Peaks are then those of what lives: a tensor of 128 KiB or more is given back when it is freed, and takes no other one's place.
+ALLOCATOR = "glibc.malloc.mmap_threshold=131072:glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,13 @@ def test_memory_and_files_of_a_cell_stand_beside_its_method() -> None:
     assert table.loc["sink-aware (Wanda), structured", "GB of its files"] == plan._gigabytes(cut)
 
 
+def test_the_readme_prices_the_whole_grid_as_the_plan_does() -> None:
+    said: list[str] = []
+    grid.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=said.append)
+    count, hours = said[0].split()[0], said[1].split("; ")[1].split()[0]
+    assert f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "README.md").read_text()
+
+
 def test_what_is_to_be_fetched_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"GSAI-ML/LLaDA-8B-Base": Found("to be fetched", size=20 * 10**9, missing=5 * 10**9)}
     monkeypatch.setattr(plan.availability, "checkpoint", lambda source: found.get(source.source, Found("to be fetched")))

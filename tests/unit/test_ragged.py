@@ -146,7 +146,7 @@ def test_equal_confidences_are_broken_alike(width: int) -> None:
     model = tiny.stub(lambda ids: torch.nn.functional.one_hot(ids % 3, 4).float(), vocab=4, mask_token_id=3)
     texts = [[0, 1], [1, 2, 0], [2] * width]
     seen: list[Tensor] = []
-    keep = sampler._most_confident
+    keep = sampler.most_confident
 
     def watch(confidence: Tensor, counts: Tensor) -> Tensor:
         seen.append(keep(confidence, counts))

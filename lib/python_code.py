@@ -13,21 +13,22 @@ def code_only(source: str) -> str:
     >>> code_only("# why\\ndef f(x):  # how\\n    'What.'\\n\\n    return '# not a comment'\\n")
     "def f(x):\\n    return '# not a comment'"
     """
-    lines, cuts, previous = source.splitlines(), [], tokenize.NEWLINE
+    lines, previous = source.splitlines(), tokenize.NEWLINE
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
         return source
+    cuts = [token for token in tokens if token.type == tokenize.COMMENT]
     code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
     for token, following in pairwise(code):
         is_statement = previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT) and following.type == tokenize.NEWLINE
         cuts += [token] if token.type == tokenize.STRING and is_statement else []
         previous = token.type
-    cuts += [token for token in tokens if token.type == tokenize.COMMENT]
-    for token in sorted(cuts, key=lambda token: token.start, reverse=True):
-        (first, start), (last, end) = token.start, token.end
-        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    for (first, start), (last, end) in sorted(((token.start, token.end) for token in cuts), reverse=True):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:], *[""] * (last - first)]
+    inside = {row for token in code if token not in cuts for row in range(token.start[0], token.end[0])}  # of a text over lines
+    kept = (line if row in inside else line.rstrip() for row, line in enumerate(lines, 1) if line.strip() or row in inside)
+    return "\n".join(kept)
 
 
 def modules_imported(code: str, lib: Path) -> set[str]:

@@ -149,6 +149,7 @@ def test_what_only_people_read_in_a_module_does_not_count(project: Path) -> None
         ("x = (  # a\n    'text',  # b\n)\n", "x = (\n    'text',\n)"),
         ("x = f'{1:#x} # kept'\n", "x = f'{1:#x} # kept'"),
         ("if True:\n    x = 1\n'text'\n", "if True:\n    x = 1"),
+        ('x = """a\n\n  b """  # gone\n\ny = 1\n', 'x = """a\n\n  b """\ny = 1'),
         ("x = (\n", "x = (\n"),
     ],
 )

@@ -153,7 +153,7 @@ def test_equal_confidences_are_broken_alike(width: int) -> None:
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_most_confident", watch)
+        patch.setattr(sampler, "most_confident", watch)
         ragged.denoise(model, texts, new_tokens=24, steps=8)
         together = [[mark.tolist()[0] for mark in seen[row::3]] for row in range(3)]
         seen.clear()

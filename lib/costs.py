@@ -190,12 +190,12 @@ def memory_bytes(
 
 
 def states_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
-    """Return what the hidden states of all calibration windows take, before a block and behind it; 0 where none are kept."""
+    """Return what the hidden states of all calibration windows take between two blocks; 0 where none are kept."""
     text, method = variant.calibration, variant.options
     if text is None or method is None or not (method.sequential or variant.pattern == STRUCTURED_PATTERN):
         return 0
     samples = text.windows * (1 if method.inputs.kind == "clean" else method.inputs.levels)
-    return 2 * itemsize * samples * text.positions * shape.hidden
+    return itemsize * samples * text.positions * shape.hidden
 
 
 def kept_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:

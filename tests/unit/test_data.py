@@ -66,7 +66,9 @@ def test_documents_have_no_bos_where_the_tokenizer_has_none_but_always_an_end():
     assert data.encode_documents(tokenizer, [text]) == [usual[1:]] and usual[0] == 1
     assert data.article_windows(tokenizer, [ARTICLE] * 6, length=6).tolist() == [usual[1:7]] * 6
     tokenizer.eos_token = None
-    with pytest.raises(InputError, match="a tokenizer must have an end-of-text token, which stands between documents, got none: set"):
+    with pytest.raises(
+        InputError, match="a tokenizer must have an end-of-text token, which stands between documents, got none: set"
+    ):
         data.article_windows(tokenizer, [ARTICLE] * 6, length=6)
 
 

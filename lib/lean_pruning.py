@@ -1,7 +1,7 @@
 """Prune block by block in little memory: hidden states off the device, one Hessian at a time; the weights are `pruner.prune_`'s.
 
-A calibration of 128 windows of 2048 tokens leaves 2 GiB of hidden states between the blocks of LLaDA-8B in bfloat16. Here one batch
-of them is on the device at a time; the others wait in host memory or on disk.
+A calibration of 128 windows of 2048 tokens leaves 2 GiB of hidden states between the blocks of LLaDA-8B in bfloat16. Here one
+batch of them is on the device at a time; the others wait in host memory or on disk.
 """
 
 from contextlib import suppress

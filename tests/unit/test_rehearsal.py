@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lib import config, corpora, data, models, pruner, standins, tasks
 from lib.config import ROOT
+from lib.data import encode_documents, format_article
 from lib.errors import InputError
 from lib.methods import METHODS, Target, without_noise
-from lib.data import encode_documents, format_article
 from lib.models import LanguageModel, ModelSource, tokenizer_of
 from lib.scoring import EvaluationSettings
 from lib.tasks import OFFICIAL, Family, LoadedTask, TaskResult, published_settings

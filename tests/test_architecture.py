@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"__init__", "errors", "sections", "config", "runtime", "python_code", "provenance", "environment", "wheels"}
-    | {"leases", "store"},
+    | {"leases", "store", "hub"},
     {"data", "checkpoints", "integrity", "layouts", "hidden_states", "spread", "models", "recorder", "attention", "weight_store"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "ragged", "caches", "refresh", "late_steps", "decoding"},

@@ -1,21 +1,17 @@
 """What a run needs and whether it is here: checkpoints, corpora and data sets, asked for without downloading any of them."""
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import GatedRepoError
 
-from lib import checkpoints, corpora, standins
+from lib import checkpoints, corpora, hub, standins
 from lib.config import InputError, ModelSource
 
 State = Literal["here", "cached", "to be fetched", "cannot be had"]
-NETWORK_ERRORS = (httpx.HTTPError, OSError)  # without a network, the hub's library raises either kind
-PATIENCE_SECONDS = 5.0
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # what checkpoints.resolve fetches
 
 
@@ -86,29 +82,6 @@ def benchmark(task: str) -> Found:
     return Found("cannot be had", reason=reason) if reason else Found("to be fetched")
 
 
-@functools.cache
-def hub_problem() -> str:
-    """Say why the hub cannot be asked at all; asks once, since every file asked for in vain is tried again for half a minute.
-
-    Returns:
-        A clause for people; empty when the hub answers.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE_SECONDS)
-    except OfflineModeIsEnabled:
-        return "the hub is switched off by HF_HUB_OFFLINE"
-    except NETWORK_ERRORS as error:
-        return f"the hub cannot be reached ({_first_line(error)})"
-    return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _bytes(folder: Path) -> int:
     """Add up what a checkpoint's own files take."""
     files = [folder] if folder.is_file() else [file for pattern in (*PATTERNS, "*.gguf") for file in folder.glob(pattern)]
@@ -153,7 +126,7 @@ def _sizes(source: ModelSource) -> dict[str, int]:
 
     try:
         files: Any = HfApi().model_info(source.source, revision=source.revision, files_metadata=True).siblings
-    except NETWORK_ERRORS:
+    except hub.NETWORK_ERRORS:
         return {}
     wanted = [file for file in files or () if any(fnmatch(file.rfilename, pattern) for pattern in PATTERNS)]
     return {file.rfilename: int(file.size or 0) for file in wanted}
@@ -163,12 +136,12 @@ def _refused(name: str, kind: str) -> str:
     """Ask the hub whether a repository may be read."""
     from huggingface_hub import HfApi
 
-    if hub_problem():
-        return f"{name} is not in the cache, and {hub_problem()}"
+    if hub.problem():
+        return f"{name} is not in the cache, and {hub.problem()}"
     try:
         HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError:
         return f"{name} is gated: accept its terms on the hub and log in"
-    except NETWORK_ERRORS as error:
-        return f"{name}: {_first_line(error)}"
+    except hub.NETWORK_ERRORS as error:
+        return f"{name}: {hub.first_line(error)}"
     return ""

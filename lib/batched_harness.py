@@ -158,7 +158,7 @@ def evaluate(
         given: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
         given |= {"apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
         samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    scores = tasks._scores([row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])])
+    scores = tasks.document_scores(task, samples)
     if task.metric not in scores:
         raise InputError(f"the score of {task.name} must be one of {', '.join(scores)}, got {task.metric}: change its metric")
     found = (scores[task.metric], MappingProxyType(scores), task.chance, adapter.truncated, settings)

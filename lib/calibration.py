@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.config import InputError
+from lib.hidden_states import HiddenStates
 from lib.models import LanguageModel, LinearLayer, Role, network_body
 
 Aggregate = Literal["root_mean_square", "sum_of_norms"]
@@ -135,6 +136,7 @@ def stream(
     hessian: bool = False,
     sequential: bool = True,
     batch_size: int = 4,
+    states: HiddenStates | None = None,
 ) -> None:
     """Walk through the blocks: collect the statistics of one, let `visit` use them, go on to the next.
 
@@ -145,6 +147,7 @@ def stream(
         hessian: collect outer products too.
         sequential: True computes the next block's input with the block as `visit` left it, False with the block as it was.
         batch_size: samples at one time; changes memory, and the result only by rounding.
+        states: where hidden states wait between blocks; on the device when None.
 
     Raises:
         InputError: the calibration set is empty.
@@ -157,19 +160,23 @@ def stream(
         raise InputError("token weights by head must go with norms, got a Hessian: use weights by layer with SparseGPT")
     check_weights(model, calibration.token_weight)
     blocks = cast(Any, model.network.get_decoder()).layers
-    hidden, options = _first_inputs(model, calibration.input_ids, batch_size)
+    states = states or HiddenStates("device", model.device)
+    options = first_inputs(model, calibration.input_ids, states, batch_size)
+    batches = range(-(-len(calibration.input_ids) // batch_size))
     for index, block in enumerate(blocks):
         found = new_statistics(model, index, hessian=hessian, by_head=calibration.by_head)
         weight = of_layer(calibration.token_weight, index)
-        parts = [None] * len(hidden) if weight is None else weight.split(batch_size)
-        outputs = []
-        for inputs, part in zip(hidden, parts, strict=True):
+        parts = [None] * len(batches) if weight is None else weight.split(batch_size)
+        for batch, part in zip(batches, parts, strict=True):
             with reading(model, [index], lambda read, part=part, found=found: add_weighted(found, *read[1:], part)):
-                outputs.append(block(inputs, **options))
+                outputs = block(states.get(index, batch), **options)
+            if not sequential:
+                states.move(index, batch, outputs)
+            del outputs
         visit(index, found)
         del found  # before the next block's exist
-        again = sequential and index + 1 < len(blocks)
-        hidden = [block(inputs, **options) for inputs in hidden] if again else outputs
+        for batch in batches if sequential and index + 1 < len(blocks) else ():
+            states.move(index, batch, block(states.get(index, batch), **options))
 
 
 def check_weights(model: LanguageModel, weight: Tensor | None) -> None:
@@ -226,29 +233,35 @@ def new_statistics(model: LanguageModel, block: int, *, hessian: bool, by_head: 
     return found
 
 
-class _ReachedError(Exception):
-    """Raised to stop a forward pass once the first block has been reached."""
+class ReachedError(Exception):
+    """Raised by a hook to stop a forward pass at the module that was wanted."""
 
 
-def _first_inputs(model: LanguageModel, ids: Tensor, batch_size: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return what the first block reads, a tensor a batch, and the other arguments, which are the same for all batches."""
-    kept: list[Tensor] = []
+def first_inputs(
+    model: LanguageModel, ids: Int[Tensor, "sample position"], states: HiddenStates, batch_size: int
+) -> dict[str, Any]:
+    """Put what the first block reads, batch by batch, where hidden states wait.
+
+    Returns:
+        The other arguments of the first block, which are the same for all batches and blocks.
+    """
     options: dict[str, Any] = {}
+    numbers = iter(range(len(ids)))
 
     def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        kept.append(arguments[0])
+        states.put(0, next(numbers), arguments[0])
         options.update(named)
-        raise _ReachedError
+        raise ReachedError
 
     first = cast(Any, model.network.get_decoder()).layers[0]
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in ids.split(batch_size):
-            with suppress(_ReachedError):
+            with suppress(ReachedError):
                 network_body(model)(input_ids=batch.to(model.device), use_cache=False)
     finally:
         handle.remove()
-    return kept, options
+    return options
 
 
 def _use_input(

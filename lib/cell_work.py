@@ -17,9 +17,9 @@ from lib import (
     lean_pruning,
     model_card,
     models,
+    one_shot,
     pruner,
     shrink,
-    spread,
     standins,
     streaming,
     tasks,
@@ -123,7 +123,7 @@ def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageMode
     integrity.check(checkpoints.resolve(source))
     given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype}
     if place.weights == "spread":
-        return spread.load(source, **given)
+        return models.load(source, **given, device_map="auto")
     streamed = place.weights == "streamed" and variant.pattern != STRUCTURED_PATTERN
     return (streaming.load if streamed else models.load)(source, **given, device=place.device)
 
@@ -171,7 +171,7 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
     if windows is not None:
         given = {"inputs": method.inputs, "weighting": method.weighting, "seed": variant.seed, "batch_size": batch_size}
         calibration = calibration_sets.build(model, windows, **given)
-        statistics = lean_pruning.dense_statistics(model, calibration, batch_size=batch_size, states=place.states)
+        statistics = one_shot.dense_statistics(model, calibration, batch_size=batch_size, states=place.states)
         norms = {
             (block, role): found[role].input_norm(method.aggregate)[0]
             for block, found in enumerate(statistics)

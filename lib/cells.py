@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from lib import checkpoints, corpora, provenance, tasks
+from lib import checkpoints, corpora, provenance, python_code, tasks
 from lib.calibration_sets import Inputs
 from lib.config import ROOT, Config, InputError, ModelSource, output_root
 from lib.errors import require
@@ -159,8 +159,8 @@ def store_of(config: Config) -> Store:
 
 
 def code_version(root: Path) -> str:
-    """Hash the modules that a cell's computation reaches, whatever folder the clone lies in."""
-    return provenance.folder_hash(_reached(root / "lib", "cell_work"), root)[:24]
+    """Hash the code of the modules that a cell's computation reaches, whatever folder the clone lies in."""
+    return provenance.code_hash(_reached(root / "lib", "cell_work"), root)[:24]
 
 
 def _reached(lib: Path, name: str) -> list[Path]:
@@ -169,7 +169,7 @@ def _reached(lib: Path, name: str) -> list[Path]:
     while waiting:
         module = waiting.pop()
         reached.add(module)
-        waiting |= provenance._imported((lib / f"{module}.py").read_text(encoding="utf-8"), lib) - reached
+        waiting |= python_code.modules_imported((lib / f"{module}.py").read_text(encoding="utf-8"), lib) - reached
     return [lib / f"{module}.py" for module in sorted(reached - set(provenance.SETTINGS_MODULES))]
 
 

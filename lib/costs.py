@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from lib import availability, checkpoints, layouts
+from lib import checkpoints, hub, layouts
 from lib.cells import LOSS, STRUCTURED_PATTERN, Cell, Variant
 from lib.config import ModelSource
 
@@ -110,10 +110,10 @@ def shape_of(source: ModelSource) -> Shape | None:
         return _read_shape(layouts.configuration(checkpoints.read_json(folder / "config.json"), folder)[1])
     from huggingface_hub import hf_hub_download
 
-    where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(availability.hub_problem())}
+    where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(hub.problem())}
     try:
         path = Path(hf_hub_download(source.source, "config.json", **where))
-    except availability.NETWORK_ERRORS:  # no network, no access, no such revision
+    except hub.NETWORK_ERRORS:  # no network, no access, no such revision
         return SHAPES.get(source.source)
     return _read_shape(layouts.configuration(checkpoints.read_json(path), path.parent)[1])
 
@@ -190,12 +190,12 @@ def memory_bytes(
 
 
 def states_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
-    """Return what the hidden states of all calibration windows take, before a block and behind it; 0 where none are kept."""
+    """Return what the hidden states of all calibration windows take between two blocks; 0 where none are kept."""
     text, method = variant.calibration, variant.options
     if text is None or method is None or not (method.sequential or variant.pattern == STRUCTURED_PATTERN):
         return 0
     samples = text.windows * (1 if method.inputs.kind == "clean" else method.inputs.levels)
-    return 2 * itemsize * samples * text.positions * shape.hidden
+    return itemsize * samples * text.positions * shape.hidden
 
 
 def kept_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.config import ROOT, InputError
+from lib.errors import require
 
 DATA = ROOT / "data"
 EXTRACT_CHARS = 700  # about 160 tokens: leaves room for the description after the text in one 256-token window
@@ -57,10 +58,16 @@ def format_article(row: dict[str, str], *, description_last: bool) -> str:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokenise documents as BOS, text, EOS."""
+    """Tokenise documents as BOS, text, EOS; without a BOS where the tokenizer has none (Qwen2.5's).
+
+    Raises:
+        InputError: the tokenizer has no EOS, so that documents could not be told apart.
+    """
     rows = cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
-    start, end = cast(int, tokenizer.bos_token_id), cast(int, tokenizer.eos_token_id)
-    return [[start, *row, end] for row in rows]
+    rule = "a tokenizer must have an end-of-text token, which stands between documents"
+    require(tokenizer.eos_token_id is not None, rule, "none", "set eos_token in its tokenizer_config.json")
+    start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
+    return [[*start, *row, cast(int, tokenizer.eos_token_id)] for row in rows]
 
 
 def pack(documents: Iterable[list[int]], *, length: int) -> Iterator[list[int]]:

@@ -156,9 +156,7 @@ def answers(
     with tasks.quiet():
         given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
         samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    return tasks._scores([row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])])[
-        task.metric
-    ]
+    return tasks.document_scores(task, samples)[task.metric]
 
 
 class _Decoder(HarnessModel):

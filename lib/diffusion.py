@@ -203,7 +203,7 @@ def nelbo(
         batch_size: draws per forward pass.
 
     Returns:
-        The bound: lower is better; not comparable with the authors' unweighted pseudo-perplexity.
+        The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t.
 
     Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """

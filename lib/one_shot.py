@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,6 +21,7 @@ from lib.calibration import (
     reading,
     stream,
 )  # fmt: skip
+from lib.hidden_states import States, waiting
 from lib.models import LanguageModel, Role, network_body
 
 MEMORY_BUDGET = 2**31  # bytes of kept inputs; 4 windows of 2048 tokens of LLaDA-8B in bfloat16 would take 6 times as much
@@ -33,7 +36,13 @@ def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
 
 @torch.no_grad()
 def dense_statistics(
-    model: LanguageModel, calibration: CalibrationSet, *, hessian: bool = False, batch_size: int = 4
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    *,
+    hessian: bool = False,
+    batch_size: int = 4,
+    states: States = "device",
+    scratch: Path | str | None = None,
 ) -> list[dict[Role, InputStatistics]]:
     """Collect the statistics of every block of a model that does not change meanwhile.
 
@@ -42,12 +51,19 @@ def dense_statistics(
         calibration: what it reads, and the token weights.
         hessian: collect outer products too, of all blocks at the same time.
         batch_size: samples at one time.
+        states: where hidden states wait between blocks; elsewhere than on the device, one batch of them is there at a time.
+        scratch: where to make a folder for states on disk; that of the system when None.
 
     Returns:
         Statistics by block and reading role.
+
+    Raises:
+        InputError: as `calibration.stream`; another place for states, or a scratch folder that is not there.
     """
     collected: list[dict[Role, InputStatistics]] = []
-    stream(model, calibration, lambda _, found: collected.append(found), hessian=hessian, sequential=False, batch_size=batch_size)
+    with waiting(states, model.device, scratch) as place:
+        given: dict[str, Any] = {"hessian": hessian, "sequential": False, "batch_size": batch_size, "states": place}
+        stream(model, calibration, lambda _, found: collected.append(found), **given)
     return collected
 
 

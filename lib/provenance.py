@@ -1,6 +1,5 @@
 """Where a number came from: hashes of its inputs, versions of what computed it, and writes that never leave half a file."""
 
-import ast
 import hashlib
 import json
 import os
@@ -10,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+
+from lib import python_code
 
 LIB = Path(__file__).resolve().parent
 VERSIONED = ("torch", "transformers", "numpy", "scipy", "tokenizers")
@@ -133,6 +134,23 @@ def folder_hash(paths: Iterable[Path], root: Path) -> str:
     return _digest([[name, file_hash(names[name])] for name in sorted(names)])
 
 
+def code_hash(paths: Iterable[Path], root: Path) -> str:
+    """Hash names and code of Python files; what only people read there does not matter, see `python_code.code_only`.
+
+    Args:
+        paths: files; the order does not matter.
+        root: folder that the names are taken relative to.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Raises:
+        ValueError: a path is not below `root`.
+    """
+    names = {path.resolve().relative_to(root.resolve()).as_posix(): path for path in paths}
+    return _digest([[name, python_code.code_only(names[name].read_text(encoding="utf-8"))] for name in sorted(names)])
+
+
 def notebook_source_hash(path: Path | str) -> str:
     """Hash what a notebook does: cell types, sources and tags; outputs and execution counts do not matter.
 
@@ -158,12 +176,12 @@ def modules_reached(notebook: Path | str, *, lib: Path = LIB) -> list[Path]:
         Sorted paths of Python files, `__init__.py` always among them.
     """
     code = "\n".join(source for kind, source, _ in _cells(Path(notebook)) if kind == "code")
-    reached, waiting = {"__init__"}, _imported(code, lib)
+    reached, waiting = {"__init__"}, python_code.modules_imported(code, lib)
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting |= _imported((lib / f"{name}.py").read_text(encoding="utf-8"), lib)
+            waiting |= python_code.modules_imported((lib / f"{name}.py").read_text(encoding="utf-8"), lib)
     return [lib / f"{name}.py" for name in sorted(reached) if (lib / f"{name}.py").is_file()]
 
 
@@ -176,8 +194,9 @@ def fingerprint(
 ) -> str:
     """Hash everything that decides what a notebook writes.
 
-    These are its cells, the modules it reaches, the settings (without the sections that bear the name of another notebook), the
-    files of `data/` that cells or modules name, and the files of each model. It is the same on every machine and in every folder.
+    These are its cells, the code of the modules it reaches, the settings (without the sections that bear the name of another
+    notebook), the files of `data/` that cells or modules name, and the files of each model. It is the same on every machine and
+    in every folder.
 
     Args:
         notebook: a notebook file, named `NN_section.ipynb`.
@@ -196,7 +215,7 @@ def fingerprint(
     return _digest(
         {
             "notebook": notebook_source_hash(notebook),
-            "lib": folder_hash([path for path in modules if path.stem not in SETTINGS_MODULES], root),
+            "lib": code_hash([path for path in modules if path.stem not in SETTINGS_MODULES], root),
             "config": {key: value for key, value in config.items() if key not in others},
             "data": folder_hash(data_named(notebook, modules, root=root), root),
             "models": [_model_hash(Path(folder)) for folder in folders],
@@ -266,23 +285,6 @@ def _cells(path: Path) -> list[tuple[str, str, list[str]]]:
     """Read kind, source and tags of each cell; a source may be stored as one string or as lines."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [(cell["cell_type"], "".join(cell["source"]), sorted(cell["metadata"].get("tags", []))) for cell in cells]
-
-
-def _imported(code: str, lib: Path) -> set[str]:
-    """Name the modules of `lib` that a piece of code imports at any depth of nesting; all of them when it cannot be read."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError:
-        return {path.stem for path in lib.glob("*.py")}
-    dotted: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            dotted |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = f"lib.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            dotted |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    names = {name.split(".")[1] for name in dotted if name.startswith("lib.")}
-    return {name for name in names if (lib / f"{name}.py").is_file()}
 
 
 def _model_hash(folder: Path) -> str:

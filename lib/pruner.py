@@ -44,12 +44,12 @@ def prune_(
     """
     check(model, target)
     if not method.needs_calibration:
-        _prune_layers_(model.layers, method, target, None, random=stream(seed, "pruning"))
+        prune_layers_(model.layers, method, target, None, random=stream(seed, "pruning"))
         return
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
     calibration_sets.check_windows(model, windows)
-    if _one_pass(method):
+    if is_one_pass(method):
         ids = calibration_sets.read(model, windows, method.inputs, seed=seed).flatten(0, 1)
         weigh = measured_weights.weigher(method.weighting or SINKS)
         found = one_shot.one_shot_statistics(model, ids, weigh, batch_size=batch_size, memory_budget=memory_budget)
@@ -61,7 +61,7 @@ def prune_(
     prune_on_(model, method, target, built, batch_size=batch_size)
 
 
-def _one_pass(method: Method) -> bool:
+def is_one_pass(method: Method) -> bool:
     """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
     weighting = method.weighting
     if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
@@ -87,7 +87,7 @@ def prune_on_(
 
     def visit(block: int, found: dict[Role, InputStatistics]) -> None:
         """Prune one block with its statistics."""
-        _prune_layers_([layer for layer in model.layers if layer.block == block], method, target, found)
+        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, found)
 
     calibration.stream(
         model,
@@ -113,7 +113,7 @@ def prune_with_(model: LanguageModel, method: Method, target: Target, found: Seq
     if method.sequential:
         raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
     for block, statistics in enumerate(found):
-        _prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
+        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
 
 
 def exact_target(model: LanguageModel, sparsity: float) -> Target:
@@ -166,7 +166,7 @@ def measured_sparsity(model: LanguageModel) -> float:
     return zeros / sum(layer.module.weight.numel() for layer in model.layers)
 
 
-def _prune_layers_(
+def prune_layers_(
     layers: Sequence[LinearLayer],
     method: Method,
     target: Target,
@@ -174,7 +174,18 @@ def _prune_layers_(
     *,
     random: torch.Generator | None = None,
 ) -> None:
-    """Prune some layers, with the statistics of their block."""
+    """Prune some layers of one block in place, in the order given.
+
+    Args:
+        layers: of one block when there are statistics.
+        method: how.
+        target: how much.
+        found: the block's statistics by reading role; None for a method that reads nothing.
+        random: generator of random choices.
+
+    Raises:
+        InputError: inputs that are not finite, or what a method refuses.
+    """
     for layer in layers:
         statistics = None if found is None else statistics_of(found, layer.role)
         if statistics is not None:

@@ -44,7 +44,7 @@ def denoise(
     Source: ML-GSAI/LLaDA, generate.py, for each text. Padding stands on the right, where it moves no position.
     """
     block = block_length or new_tokens
-    sampler._check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
+    sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     if _are_equally_long(prompts):
         options: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block, "cfg_scale": cfg_scale}
         return sampler.sample(model, torch.tensor(prompts, dtype=torch.long), **options)[:, len(prompts[0]) :]
@@ -62,7 +62,7 @@ def denoise(
         logits = _guided_logits(model, ids, where, real, prompt_positions, cfg_scale=cfg_scale)
         chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = sampler._confidence(logits, chosen, remasking="low_confidence", generator=None)
+        confidence[where] = sampler.keeping_order(logits, chosen, remasking="low_confidence", generator=None)
         committed = _most_confident(confidence, counts[:, step % per_block], ends)
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
@@ -140,5 +140,5 @@ def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> 
     """Mark the `counts[row]` most confident positions of each row, cut at its end: which of equals wins depends on the width."""
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, end in enumerate(ends):
-        marked[row : row + 1, :end] = sampler._most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
+        marked[row : row + 1, :end] = sampler.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
     return marked

@@ -1,4 +1,7 @@
-"""What is summed up from attention probabilities while they exist: a chunk of queries at a time, never a whole matrix."""
+"""What is summed up from attention probabilities while they exist: a chunk of queries at a time, never a whole matrix.
+
+All layers' sums lie on the device of the first layer's, whatever devices a model is spread over.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -83,16 +86,21 @@ class MassRecorder:
             kept.append(running.clone())
             if "argmax" in self.keep:
                 favourites.append(favourite > 0)
-        self._sums.append(torch.stack(kept, dim=2))
+        _append(self._sums, torch.stack(kept, dim=2))
         if "argmax" in self.keep:
-            self._favourites.append(torch.stack(favourites, dim=1))
+            _append(self._favourites, torch.stack(favourites, dim=1))
         if "map" in self.keep:
-            self._maps.append(torch.cat(maps, dim=1))
+            _append(self._maps, torch.cat(maps, dim=1))
 
     def add_values(self, value: Float[Tensor, "batch kv_head key dim"]) -> None:
         """Keep the norms of one layer's value vectors, when they are wanted."""
         if "value_norm" in self.keep:
-            self._value_norms.append(value.float().norm(dim=-1))
+            _append(self._value_norms, value.float().norm(dim=-1))
+
+
+def _append(parts: list[Tensor], value: Tensor) -> None:
+    """Add a layer's part on the device of the first one: they are stacked."""
+    parts.append(value.to(parts[0].device) if parts else value)
 
 
 def _emptied(parts: list[Tensor], what: str) -> list[Tensor]:

@@ -96,7 +96,7 @@ def sample(
     Source: ML-GSAI/LLaDA, generate.py. The LM head runs on the masked positions of the current block only.
     """
     block = block_length or new_tokens
-    _check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
+    check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     _check_generator(generator, needed=temperature > 0 or remasking == "random")
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
@@ -110,11 +110,11 @@ def sample(
         if step % per_block == 0:
             counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
         where = (ids == mask_id) & in_block
-        logits = _guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
+        logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
         chosen = choose_tokens(logits, temperature=temperature, generator=generator)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = _confidence(logits, chosen, remasking=remasking, generator=generator)
-        committed = _most_confident(confidence, counts[:, step % per_block])
+        confidence[where] = keeping_order(logits, chosen, remasking=remasking, generator=generator)
+        committed = most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
             ratio = float((ids == mask_id)[:, start:].float().mean())
             on_step(DenoisingStep(step, ids.clone(), ids == mask_id, committed.clone(), ratio))
@@ -122,7 +122,7 @@ def sample(
     return ids
 
 
-def _most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
+def most_confident(confidence: Float[Tensor, "batch position"], counts: Int[Tensor, "batch"]) -> Bool[Tensor, "batch position"]:
     """Mark the `counts[row]` most confident positions of each row."""
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, count in enumerate(counts.tolist()):
@@ -130,10 +130,23 @@ def _most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
     return marked
 
 
-def _guided_logits(
-    model: LanguageModel, ids: Tensor, where: Tensor, prompt_positions: Tensor, *, cfg_scale: float
+def guided_logits(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch position"],
+    where: Bool[Tensor, "batch position"],
+    prompt_positions: Bool[Tensor, "batch position"],
+    *,
+    cfg_scale: float,
 ) -> Float[Tensor, "selected vocab"]:
-    """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked."""
+    """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked.
+
+    Args:
+        model: a diffusion model when there is guidance.
+        ids: what the network reads, masks included.
+        where: positions whose token is to be predicted.
+        prompt_positions: what guidance masks.
+        cfg_scale: as in `sample`; 0 is none, and one pass instead of two.
+    """
     if cfg_scale <= 0:
         return logits_at(model, ids, where)
     unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
@@ -142,10 +155,21 @@ def _guided_logits(
     return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
 
 
-def _confidence(
-    logits: Tensor, chosen: Tensor, *, remasking: Remasking, generator: torch.Generator | None
+def keeping_order(
+    logits: Float[Tensor, "selected vocab"],
+    chosen: Int[Tensor, "selected"],
+    *,
+    remasking: Remasking,
+    generator: torch.Generator | None,
 ) -> Float[Tensor, "selected"]:
-    """Return how early each prediction deserves to be kept: its float64 probability, or a random number."""
+    """Return how early each prediction deserves to be kept: its float64 probability, or a random number.
+
+    Args:
+        logits: at the positions in question.
+        chosen: the token predicted at each.
+        remasking: as in `sample`.
+        generator: CPU generator of the sampling stream, for random numbers.
+    """
     if remasking == "random":
         return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
     # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
@@ -153,7 +177,12 @@ def _confidence(
     return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])
 
 
-def _check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:
+def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:
+    """Refuse what `sample` cannot do, before any work.
+
+    Raises:
+        InputError: an autoregressive model, or lengths that do not divide.
+    """
     if model.mask_token_id is None:
         raise InputError(f"sampling by denoising must use a diffusion model, got {model.name}: use continue_text")
     if new_tokens < 1 or block < 1 or new_tokens % block:

@@ -156,7 +156,7 @@ def _log_likelihoods(
     read = ids if model.mask_token_id is None else ids.masked_fill(where, model.mask_token_id)
     distinct, origin = torch.unique(torch.cat([read, where.long(), prompt.long()], dim=1), dim=0, return_inverse=True)
     read, asked, context = distinct.chunk(3, dim=1)
-    logits = sampler._guided_logits(model, read, asked.bool(), context.bool(), cfg_scale=cfg_scale)
+    logits = sampler.guided_logits(model, read, asked.bool(), context.bool(), cfg_scale=cfg_scale)
     slots = torch.zeros_like(asked).masked_scatter(asked.bool(), torch.arange(len(logits), device=model.device))
     picked, tokens, owner = slots[origin][where], ids[where], where.nonzero()[:, 0].cpu()
     values = (logits[picked, tokens] - logits.logsumexp(-1)[picked]).double().cpu()

@@ -1,8 +1,12 @@
-"""Load a checkpoint whose weights lie on several GPUs of one machine, for models that are larger than one of them."""
+"""Spread a network's blocks over the GPUs of one machine, for models that are larger than one of them.
+
+accelerate's hooks move the input of each module to where its weights are. What is added here: maps that cannot work are refused
+before anything moves, and what body and head return goes back to where input goes, so that nothing else needs to know of several
+devices.
+"""
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,59 +14,35 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import find_tied_parameters, get_balanced_memory, send_to_device
 from transformers import PreTrainedModel
 
-from lib import attention, models
-from lib.config import ModelSource
 from lib.errors import require
-from lib.models import LanguageModel
 
 Device = int | str
-KEPT_BY_RECORDER = ("_sums", "_maps", "_favourites", "_value_norms")
 
 
-def load(
-    source: ModelSource | str | Path,
-    *,
-    name: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device_map: str | Mapping[str, int | str] = "auto",
-    max_memory: Mapping[int | str, int | str] | None = None,
-) -> LanguageModel:
-    """Load a checkpoint as `models.load` does, but spread over the GPUs of this machine.
-
-    Decoder blocks stay whole. What the network, its body and its head return lies on the device of the embedding, where input
-    goes, so that nothing else needs to know of several devices. It cannot be copied or moved.
+def over_devices_(
+    network: PreTrainedModel, device_map: str | Mapping[str, Device], max_memory: Mapping[Device, int | str] | None = None
+) -> None:
+    """Move a network from the memory of the CPU to the devices of a map.
 
     Args:
-        source: as in `models.load`; read into the memory of the CPU first.
-        name: short name for tables and figures; the last part of the source when None.
-        dtype: dtype of the weights.
-        device_map: `"auto"` for equal shares of all GPUs that this process sees, or of none all on the CPU; or the device of each
-            module by name.
-        max_memory: for `"auto"`, bytes (or text such as `"40GB"`) of weights on each device; the others get none.
-
-    Returns:
-        The model in evaluation mode, its attention set to SDPA.
+        network: in evaluation mode.
+        device_map: `"auto"`, or the device of each module by name; see `models.load`.
+        max_memory: see `models.load`.
 
     Raises:
-        InputError: as in `models.load`; or a map with unknown or missing modules, with a divided block, with a device that this
-            machine does not have, or with weights that would not lie where they are used.
-        UnavailableError: it lies elsewhere and cannot be fetched.
-
-    Source: `dispatch_model` of accelerate, whose hooks move the input of each module to where its weights are.
+        InputError: see `check`.
     """
-    _check_request(device_map, max_memory)
-    model = models.load(source, name=name, dtype=dtype)
-    chosen = _automatic(model.network, max_memory) if isinstance(device_map, str) else dict(device_map)
-    check(model.network, chosen)
-    dispatch(model.network, chosen)
-    return model
+    chosen = automatic(network, max_memory) if isinstance(device_map, str) else dict(device_map)
+    check(network, chosen)
+    dispatch(network, chosen)
 
 
 def check(network: PreTrainedModel, device_map: Mapping[str, Device]) -> None:
     """Refuse a map on which the network could not be computed or its weights not be changed.
 
     Raises:
-        InputError: see `load`.
+        InputError: unknown or missing modules, a divided block, a device that this machine does not have, or weights that would
+            not lie where they are used.
     """
     for module, device in device_map.items():
         _check_device(device, where=f"the device of {module or 'all modules'}")
@@ -97,24 +77,26 @@ def _bring_home(network: PreTrainedModel, home: torch.device, skipped: Any) -> N
     """Return what body and head compute to the device of the input; accelerate does so for the whole network only."""
     for module in (network.get_decoder(), network.get_output_embeddings()):
         cast(torch.nn.Module, module).register_forward_hook(partial(_send, home, skipped))
-    for block in cast(Any, network.get_decoder()).layers:
-        block.register_forward_hook(partial(_gather, home))
 
 
 def _send(home: torch.device, skipped: Any, _: torch.nn.Module, __: Any, output: Any) -> Any:
     return send_to_device(output, home, skip_keys=skipped)
 
 
-def _gather(home: torch.device, *_: Any) -> None:
-    """Bring what the open recorder has of the block that just ran to where the other blocks' is: it stacks them."""
-    recorder = attention._ACTIVE.get()
-    for name in () if recorder is None else KEPT_BY_RECORDER:
-        kept = getattr(recorder, name)
-        kept[-1:] = [value.to(home) for value in kept[-1:]]
+def check_request(device_map: str | Mapping[str, Device] | None, max_memory: Mapping[Device, int | str] | None = None) -> None:
+    """Refuse what can be refused before gigabytes are read.
 
+    Args:
+        device_map: as in `models.load`; None where nothing is spread.
+        max_memory: as there.
 
-def _check_request(device_map: str | Mapping[str, Device], max_memory: Mapping[Device, int | str] | None) -> None:
-    """Refuse what can be refused before gigabytes are read."""
+    Raises:
+        InputError: neither `"auto"` nor a map, an empty map, a device that this machine does not have, or `max_memory` without
+            `"auto"`.
+    """
+    if device_map is None:
+        require(max_memory is None, "max_memory must go with device_map auto", "no device_map", "add it")
+        return
     if isinstance(device_map, str):
         require(device_map == "auto", "device_map must be auto, or devices by module", repr(device_map), "use one of these")
         for device in max_memory or ():
@@ -138,8 +120,12 @@ def _check_device(device: Device, *, where: str) -> None:
     require(device in known, f"{where} must be {there}", repr(device), remedy)
 
 
-def _automatic(network: PreTrainedModel, max_memory: Mapping[Device, int | str] | None) -> dict[str, Device]:
-    """Fill the GPUs evenly, block by block."""
+def automatic(network: PreTrainedModel, max_memory: Mapping[Device, int | str] | None = None) -> dict[str, Device]:
+    """Fill the GPUs evenly, block by block.
+
+    Returns:
+        Device by name of module; all on the CPU where this process sees no GPU and no memory is named.
+    """
     if max_memory is None and not _gpus():
         return {"": "cpu"}
     whole = list(cast(Any, network)._no_split_modules)

@@ -16,15 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lib import checkpoints, export, layouts, models
 from lib.checkpoints import LLADA_TYPES
@@ -76,19 +68,8 @@ def load(
     raw = checkpoints.read_json(files / "config.json")
     config = layouts.configuration(raw, files)[1]
     network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
-    is_causal = bool(getattr(config, "is_causal", True))
-    tokenizer, shift = _reads(raw, files)
-    return LanguageModel(
-        name=name or source.source.rstrip("/").rsplit("/", 1)[-1],
-        source=source,
-        network=network,
-        tokenizer=tokenizer,
-        mask_token_id=models._mask_token_id(config, tokenizer, is_causal=is_causal, folder=files),
-        logit_shift=1 if is_causal else shift,
-        is_causal=is_causal,
-        layers=linear_layers(network),
-        fingerprint=checkpoints.fingerprint(folder),
-    )
+    tokenizer, shift = layouts.tokenizer_and_shift(raw, files)
+    return models.described(network, tokenizer, shift, source=source, folder=folder, name=name)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -103,18 +84,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 shape = tuple(file.get_slice(key).get_shape())
-                found[_llada_name(key, folder) if is_llada else key] = StoredTensor(path, key, shape)
+                found[layouts.llada_name(key, folder) if is_llada else key] = StoredTensor(path, key, shape)
     return found
-
-
-def _llada_name(key: str, folder: Path) -> str:
-    """Return Llama's name for a tensor of the LLaDA layout."""
-    parts = key.removeprefix("model.transformer.").removesuffix(".weight").split(".")
-    if parts[0] == "blocks" and len(parts) == 3 and parts[2] in layouts.LLADA_BLOCK:
-        return f"model.layers.{parts[1]}.{layouts.LLADA_BLOCK[parts[2]]}.weight"
-    if len(parts) == 1 and parts[0] in layouts.LLADA_TOP:
-        return f"{layouts.LLADA_TOP[parts[0]]}.weight"
-    raise InputError(f"a LLaDA layout must hold only known tensors, got {key!r} in {folder}: not a LLaDA text trunk")
 
 
 def _network(
@@ -176,15 +147,6 @@ def _largest_block(network: PreTrainedModel, dtype: torch.dtype) -> int:
     for layer in linear_layers(network):
         sizes[layer.block] = sizes.get(layer.block, 0) + layer.module.weight.numel() * dtype.itemsize
     return max(sizes.values())
-
-
-def _reads(raw: Mapping[str, Any], folder: Path) -> tuple[PreTrainedTokenizerBase | None, int]:
-    """Return the tokenizer of a layout, and how far the logits of a bidirectional network are shifted."""
-    if raw["model_type"] in LLADA_TYPES:
-        return models._tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
-    if raw["model_type"] == "Dream":
-        return models._tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
-    return models._tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
 
 
 def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHARD_BYTES) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import environment
+from lib import environment, hub
 from lib.cell_process import BUSY, MEMORY, PROGRESS, STOPPED
 from lib.store import Record, Store
 
@@ -166,6 +166,8 @@ def _variables(plan: Plan, slot: str) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": str(plan.threads), "PYTHONFAULTHANDLER": "1"}
     if slot.startswith("cuda-"):
         own["CUDA_VISIBLE_DEVICES"] = slot.removeprefix("cuda-")
+    if hub.problem():  # every file and data set, cached ones too, would be asked for in vain for half a minute
+        own["HF_HUB_OFFLINE"] = "1"
     return dict(os.environ) | environment.settings() | own
 
 

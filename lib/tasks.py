@@ -294,7 +294,7 @@ def _evaluate(model: LanguageModel, task: LoadedTask, settings: EvaluationSettin
     with quiet():
         given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
         samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    scores = _scores([row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])])
+    scores = document_scores(task, samples)
     if task.metric not in scores:
         raise InputError(f"the score of {task.name} must be one of {', '.join(scores)}, got {task.metric}: change its metric")
     return TaskResult(
@@ -302,10 +302,18 @@ def _evaluate(model: LanguageModel, task: LoadedTask, settings: EvaluationSettin
     )
 
 
-def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[bool, ...]]:
-    """Collect the 0/1 scores of documents by name; a task with several answer filters names them after a comma."""
+def document_scores(task: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, tuple[bool, ...]]:
+    """Collect the 0/1 scores of documents by name; a task with several answer filters names them after a comma.
+
+    Args:
+        task: as `load_tasks` returned it.
+        samples: what lm_eval logged of each of its parts.
+
+    Returns:
+        Scores in the order of the parts and their documents.
+    """
     collected: dict[str, list[bool]] = {}
-    for row in samples:
+    for row in (row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])):
         for metric in (name for name in row["metrics"] if name in SCORES):
             name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
             collected.setdefault(name, []).append(float(row[metric]) == 1.0)

@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"__init__", "errors", "sections", "config", "runtime", "provenance", "environment", "wheels"} | {"leases", "store"},
-    {"data", "checkpoints", "integrity", "layouts", "models", "recorder", "attention", "weight_store"}
+    {"__init__", "errors", "sections", "config", "runtime", "python_code", "provenance", "environment", "wheels"}
+    | {"leases", "store", "hub"},
+    {"data", "checkpoints", "integrity", "layouts", "hidden_states", "spread", "models", "recorder", "attention", "weight_store"}
     | {"sinks", "variance", "stability", "planted", "blocking"},
     {"diffusion", "sampler", "ragged", "caches", "refresh", "late_steps", "decoding"},
     {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
@@ -20,7 +21,7 @@ LAYERS = (
     | {"batched_harness"}
     | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
     | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "spread", "corpora"}
+    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}
     | {"configurations", "measured_formats", "hardware_aware"}
     | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
     | {"decoding_runs", "decoding_tasks", "decoding_tables"},
@@ -98,6 +99,20 @@ def local_imports(tree: ast.AST) -> set[str]:
     return {name.split(".")[1] for name in imports(tree) if name.startswith("lib.")}
 
 
+def private_names_of_others(tree: ast.Module) -> list[str]:
+    """What begins with one underscore and belongs to another module of lib: imported by name, or reached through the module."""
+    aliases: set[str] = set()
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("_")]
+            aliases |= {alias.asname or alias.name for alias in node.names} if node.module == "lib" else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            found += [f"{node.value.id}.{node.attr}"] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+    return sorted(found)
+
+
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
@@ -157,6 +172,16 @@ def test_public_functions_are_described_and_typed(path: Path) -> None:
         arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
         bare = [argument.arg for argument in arguments if argument.annotation is None and argument.arg not in ("self", "cls")]
         assert not bare, f"{node.name} leaves {bare} without a type"
+
+
+@every_program
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    assert not private_names_of_others(TREES[path])
+
+
+def test_a_private_name_of_another_module_is_seen() -> None:
+    code = "from lib import sampler, tasks as benchmarks\nfrom lib.pruner import _check\nsampler._x()\nbenchmarks._y\nself._z\n"
+    assert private_names_of_others(ast.parse(code)) == ["benchmarks._y", "lib.pruner._check", "sampler._x"]
 
 
 @every_module

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
 from lib import availability, config, corpora, grid
+from lib import hub as hub_module
 from lib.availability import Found
 from lib.config import ModelSource
 from tests import tiny
@@ -25,7 +26,7 @@ FILES = {"config.json": 700, "model.safetensors": 9000, "tokenizer.json": 50, "p
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a hub that says what it has."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(availability, "hub_problem", lambda: "")
+    monkeypatch.setattr(hub_module, "problem", lambda: "")
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "prepared")
     found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()])
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
@@ -131,14 +132,14 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(availability, "hub_problem", functools.cache(availability.hub_problem.__wrapped__))
+    monkeypatch.setattr(hub_module, "problem", functools.cache(hub_module.problem.__wrapped__))
 
 
 @pytest.mark.usefixtures("no_network")
 def test_without_a_network_everything_is_named_and_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *given, **_: asked.append(given))
-    assert availability.hub_problem().startswith("the hub cannot be reached (")
+    assert hub_module.problem().startswith("the hub cannot be reached (")
     for found in (availability.checkpoint(SOURCE), availability.corpus("c4", None, ["train"]), availability.benchmark("piqa")):
         assert found.state == "cannot be had" and "is not in the cache, and the hub cannot be reached" in found.reason
     assert not asked
@@ -146,7 +147,7 @@ def test_without_a_network_everything_is_named_and_nothing_is_tried_twice(monkey
 
 @pytest.mark.usefixtures("no_network")
 def test_a_network_that_fails_later_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "hub_problem", lambda: "")
+    monkeypatch.setattr(hub_module, "problem", lambda: "")
     found = availability.benchmark("piqa")  # asks, and gets an error of the network that is no OSError
     assert found.state == "cannot be had" and found.reason.startswith("baber/piqa: ")
 
@@ -163,4 +164,4 @@ def test_the_plan_of_the_paper_is_made_without_a_network(monkeypatch: pytest.Mon
 
 
 def test_the_hub_switched_off_is_said_so() -> None:
-    assert availability.hub_problem.__wrapped__() == "the hub is switched off by HF_HUB_OFFLINE"
+    assert hub_module.problem.__wrapped__() == "the hub is switched off by HF_HUB_OFFLINE"

@@ -58,6 +58,20 @@ def test_windows_begin_at_documents_and_hold_bos_and_eos():
         data.article_windows(tiny.words(), [ARTICLE], length=500)
 
 
+def test_documents_have_no_bos_where_the_tokenizer_has_none_but_always_an_end():
+    tokenizer = tiny.words()
+    text = data.format_article(ARTICLE, description_last=False)
+    (usual,) = data.encode_documents(tokenizer, [text])
+    tokenizer.bos_token = None
+    assert data.encode_documents(tokenizer, [text]) == [usual[1:]] and usual[0] == 1
+    assert data.article_windows(tokenizer, [ARTICLE] * 6, length=6).tolist() == [usual[1:7]] * 6
+    tokenizer.eos_token = None
+    with pytest.raises(
+        InputError, match="a tokenizer must have an end-of-text token, which stands between documents, got none: set"
+    ):
+        data.article_windows(tokenizer, [ARTICLE] * 6, length=6)
+
+
 def test_prompts_are_the_openings_of_articles_spread_over_the_list():
     articles = [{**ARTICLE, "title": f"w{index}", "extract": "word " * 30} for index in range(10)]
     prompts = data.article_prompts(tiny.words(), articles, count=5, length=3)

@@ -290,7 +290,7 @@ def test_memory_follows_where_weights_and_states_are() -> None:
     assert bytes_of("spread", "device") == bytes_of("memory", "device", 4) == whole
     kept = 2 * shape.block_weights * 3 + 2 * 2 * shape.hidden * shape.vocab
     assert whole - bytes_of("streamed", "device") == 2 * shape.weights - kept
-    states, hessians = 2 * 2 * 128 * 2048 * shape.hidden, 4 * 3 * shape.hidden**2
+    states, hessians = 2 * 128 * 2048 * shape.hidden, 4 * 3 * shape.hidden**2
     assert costs.states_bytes(one, shape, itemsize=2) == states
     assert whole - bytes_of("memory", "cpu") == whole - bytes_of("memory", "disk") == states + hessians
     structured = dataclasses.replace(one, pattern=cells.STRUCTURED_PATTERN, sparsity=0.5)
@@ -335,6 +335,16 @@ def test_the_readme_prices_the_whole_grid_as_the_plan_does() -> None:
     grid.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=said.append)
     count, hours = said[0].split()[0], said[1].split("; ")[1].split()[0]
     assert f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "README.md").read_text()
+
+
+def test_the_readme_says_the_plans_memory() -> None:
+    whole, lean = (
+        plan.by_memory(*priced(**{"grid.limit": None, "grid.states": states}), itemsize=2, gpus=1).set_index("model")
+        for states in ("device", "cpu")
+    )
+    peaks = [round(float(str(table.loc["llada-8b", "GB on the device"]))) for table in (lean, whole)]
+    text = (config.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "the dearest cell of LLaDA-8B in bfloat16 then takes {} GB of a GPU instead of {} |".format(*peaks) in text
 
 
 def test_what_is_to_be_fetched_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

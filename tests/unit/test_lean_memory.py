@@ -55,9 +55,9 @@ def test_the_other_hessians_and_the_last_ones_original_are_gone(peaks: dict[str,
 
 
 def test_states_are_not_in_memory(peaks: dict[str, int]) -> None:
-    """In memory there are those that a block reads and those that it gives."""
+    """In memory there are those that a block reads; each batch of them gives way to what the block makes of it."""
     saved = peaks["narrow, usual, 2"] - peaks["narrow, lean, 2"]
-    assert saved > 0.8 * 2 * state_bytes(NARROW, MANY)
+    assert 0.8 * state_bytes(NARROW, MANY) < saved < 1.5 * state_bytes(NARROW, MANY)
 
 
 def test_the_peak_does_not_grow_with_the_depth(peaks: dict[str, int]) -> None:

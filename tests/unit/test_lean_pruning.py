@@ -14,7 +14,7 @@ from torch import Tensor
 from lib import calibration_sets, lean_pruning, models, one_shot, pruner, streaming
 from lib.calibration import InputStatistics
 from lib.config import InputError
-from lib.lean_pruning import HiddenStates, States
+from lib.hidden_states import HiddenStates, States
 from lib.methods import METHODS, Method, Target, pattern_target, without_noise
 from lib.models import LanguageModel
 from lib.token_weights import Weighting
@@ -162,7 +162,7 @@ def test_norms_of_the_dense_model_are_those_of_the_walk_in_memory(
     model = models.load(folders["deep"])
     built = calibration_sets.build(model, tiny.ids(7, 20), weighting=weighting, seed=3, batch_size=3)
     wanted = one_shot.dense_statistics(model, built, batch_size=3)
-    found = lean_pruning.dense_statistics(model, built, batch_size=3, **of_scratch(states, tmp_path))
+    found = one_shot.dense_statistics(model, built, batch_size=3, **of_scratch(states, tmp_path))
     assert [list(block) for block in found] == [list(block) for block in wanted] and len(found) == 3
     for ours, theirs in zip(found, wanted, strict=True):
         for role in theirs:
@@ -178,10 +178,10 @@ def test_norms_of_the_dense_model_keep_a_batch_on_the_device(
     put = HiddenStates.put
     monkeypatch.setattr(HiddenStates, "put", lambda self, *given: (kinds.append(self.kind), put(self, *given))[1])
     built = calibration_sets.build(model, tiny.ids(4, 20), seed=0)
-    lean_pruning.dense_statistics(model, built, batch_size=2, states="disk", scratch=tmp_path)
+    one_shot.dense_statistics(model, built, batch_size=2, states="disk", scratch=tmp_path)
     assert kinds == ["disk"] * 2 * (3 + 1)  # two batches, before three blocks and behind the last
     with pytest.raises(InputError, match="scratch must be a folder"):
-        lean_pruning.dense_statistics(model, built, states="disk", scratch=tmp_path / "none")
+        one_shot.dense_statistics(model, built, states="disk", scratch=tmp_path / "none")
 
 
 def watched_hessians(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -287,7 +287,7 @@ def test_states_keep_their_dtype_and_are_forgotten(tmp_path: Path) -> None:
 def test_a_failure_in_the_middle_leaves_no_states_and_no_hooks(
     fails_at: int, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, prune_layers_ = [], pruner._prune_layers_
+    calls, prune_layers_ = [], pruner.prune_layers_
 
     def failing(*arguments: Any, **options: Any) -> None:
         calls.append(len(list(tmp_path.glob("*/*.safetensors"))))
@@ -295,7 +295,7 @@ def test_a_failure_in_the_middle_leaves_no_states_and_no_hooks(
             raise RuntimeError("out of memory")
         prune_layers_(*arguments, **options)
 
-    monkeypatch.setattr(pruner, "_prune_layers_", failing)
+    monkeypatch.setattr(pruner, "prune_layers_", failing)
     model = models.load(folders["deep"])
     with pytest.raises(RuntimeError, match="out of memory"):
         lean_pruning.prune_(model, METHODS["SparseGPT"], HALF, windows=tiny.ids(7, 20), states="disk", scratch=tmp_path)

@@ -1,14 +1,16 @@
+import ast
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from lib import config, provenance
+from lib import config, provenance, python_code
 
 
 def write_notebook(path: Path, code: str, **changes: object) -> Path:
@@ -55,7 +57,7 @@ def test_every_input_moves_the_fingerprint(project: Path, name: str) -> None:
     if path.suffix == ".ipynb":
         write_notebook(path, "from lib.upper import f  # changed")
     else:
-        path.write_bytes(path.read_bytes() + b"\n# changed")
+        path.write_bytes(path.read_bytes() + b"\nchanged = 1")
     assert fingerprint(project) != before
 
 
@@ -128,6 +130,58 @@ def test_a_notebook_that_is_not_plain_python_reaches_everything(tmp_path: Path, 
         "other",
         "config",
     }
+
+
+def test_what_only_people_read_in_a_module_does_not_count(project: Path) -> None:
+    before, path = fingerprint(project), project / "lib" / "lower.py"
+    path.write_text('"""What it is."""\n\n# why\nx = 1  # how\n')
+    assert fingerprint(project) == before
+    path.write_text("x = '# why'\n")
+    assert fingerprint(project) != before
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ('"""One\n# two\n"""\nx = 1\n', "x = 1"),
+        ('class A:\n    """What."""\n\n    y = """kept\n# kept"""  # gone\n', 'class A:\n    y = """kept\n# kept"""'),
+        ("f('text')  # gone\n'text'\n", "f('text')"),
+        ("x = (  # a\n    'text',  # b\n)\n", "x = (\n    'text',\n)"),
+        ("x = f'{1:#x} # kept'\n", "x = f'{1:#x} # kept'"),
+        ("if True:\n    x = 1\n'text'\n", "if True:\n    x = 1"),
+        ('x = """a\n\n  b """  # gone\n\ny = 1\n', 'x = """a\n\n  b """\ny = 1'),
+        ("x = (\n", "x = (\n"),
+    ],
+)
+def test_code_is_what_is_left_without_comments_and_docstrings(source: str, code: str) -> None:
+    assert python_code.code_only(source) == code
+
+
+@pytest.mark.parametrize("path", sorted(provenance.LIB.glob("*.py")), ids=lambda path: path.stem)
+def test_code_alone_is_the_same_program(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert program(with_bodies(python_code.code_only(source))) == program(source)
+
+
+def with_bodies(code: str) -> str:
+    """Code in which what had a docstring alone has a body again."""
+    found, lines = [], [*code.splitlines(), ""]
+    for line, following in pairwise(lines):
+        found.append(line)
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith(("def ", "class ")) and line.endswith(":") and not following.startswith(" " * (indent + 1)):
+            found.append(" " * (indent + 4) + "pass")
+    return "\n".join(found)
+
+
+def program(source: str) -> str:
+    """The syntax tree of some code without its bare texts."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            kept = [part for part in node.body if not isinstance(part, ast.Expr) or not isinstance(part.value, ast.Constant)]
+            node.body = kept or [ast.Pass()]
+    return ast.dump(tree)
 
 
 def test_folder_hash_knows_names_and_contents(tmp_path: Path) -> None:

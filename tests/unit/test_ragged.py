@@ -146,14 +146,14 @@ def test_equal_confidences_are_broken_alike(width: int) -> None:
     model = tiny.stub(lambda ids: torch.nn.functional.one_hot(ids % 3, 4).float(), vocab=4, mask_token_id=3)
     texts = [[0, 1], [1, 2, 0], [2] * width]
     seen: list[Tensor] = []
-    keep = sampler._most_confident
+    keep = sampler.most_confident
 
     def watch(confidence: Tensor, counts: Tensor) -> Tensor:
         seen.append(keep(confidence, counts))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_most_confident", watch)
+        patch.setattr(sampler, "most_confident", watch)
         ragged.denoise(model, texts, new_tokens=24, steps=8)
         together = [[mark.tolist()[0] for mark in seen[row::3]] for row in range(3)]
         seen.clear()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib import config, corpora, data, models, pruner, standins, tasks
 from lib.config import ROOT
+from lib.data import encode_documents, format_article
 from lib.errors import InputError
 from lib.methods import METHODS, Target, without_noise
 from lib.models import LanguageModel, ModelSource, tokenizer_of
@@ -186,6 +187,9 @@ def test_the_notebooks_settings_fit_the_tiny_networks(made: Path) -> None:
         groups = [size for size in loaded.joint_quantization.group_sizes if size]
         assert loaded.joint_quantization.group_size in groups
         assert all(width % size == 0 for width in widths for size in groups)
-    for source in loaded.models.values():  # articles stand between these two
+    for name, source in loaded.models.items():
         tokenizer = tokenizer_of(models.load(made / "models" / Path(source.source).name))
-        assert tokenizer.bos_token_id is not None and tokenizer.eos_token_id is not None
+        article = {"title": "Owl", "description": "Bird", "topic": "", "extract": "Owls hunt at night."}
+        (ids,) = encode_documents(tokenizer, [format_article(article, description_last=False)])
+        assert ids[-1] == tokenizer.eos_token_id
+        assert (ids[0] == tokenizer.bos_token_id) is (name != "qwen_7b")  # Qwen2.5's has none

@@ -33,7 +33,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageModel,
     folder = {"llada": tiny.LLADA, "dream": tiny.DREAM}.get(request.param) or tiny.folder(
         tmp_path / "tied", causal=False, tie=True
     )
-    return models.load(folder), spread.load(folder, device_map=ON_CPU)
+    return models.load(folder), models.load(folder, device_map=ON_CPU)
 
 
 def logits(model: LanguageModel) -> Tensor:
@@ -108,22 +108,33 @@ def test_input_goes_to_the_weights_and_what_comes_out_goes_home() -> None:
     assert norm(states[0]).is_meta, "the hook sent the input to the weights"
 
 
-def test_output_of_body_and_head_and_masses_come_home() -> None:
+def test_output_of_body_and_head_come_home() -> None:
     model = models.load(tiny.LLADA)
     spread._bring_home(model.network, torch.device("meta"), None)
-    ids = tiny.ids(1, 6)
-    with attention.record(model, keep=("map", "value_norm")) as recorder:
-        found: Any = models.network_body(model)(input_ids=ids, use_cache=False)
+    found: Any = models.network_body(model)(input_ids=tiny.ids(1, 6), use_cache=False)
     assert found.last_hidden_state.is_meta
-    masses = recorder._sums + recorder._maps + recorder._value_norms
-    assert len(masses) == 3 * 2 and all(value.is_meta for value in masses)
     head: Any = model.network.get_output_embeddings()
     assert head(torch.zeros(1, head.in_features)).is_meta
 
 
+@pytest.mark.parametrize("kept", ["map", "argmax", "value_norm"])
+def test_sums_of_all_layers_lie_where_the_first_ones_do(kept: Any) -> None:
+    """A second layer on another device, for which the one without memory stands in: its parts go to the first layer's."""
+    recorder = attention.MassRecorder(keep=(kept,))
+    states = torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    for device in ("meta", "cpu"):
+        there = states.to(device)
+        recorder.add(there, there, None, scaling=0.5, is_causal=False)
+        recorder.add_values(there)
+    parts = [recorder._sums, recorder._maps, recorder._favourites, recorder._value_norms]
+    assert [len(part) for part in parts if part] == [2, 2]
+    assert all(value.is_meta for part in parts for value in part)
+
+
 def test_without_gpus_all_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 0)
-    model = spread.load(tiny.DREAM, name="dream", dtype=torch.bfloat16)
+    model = models.load(tiny.DREAM, name="dream", dtype=torch.bfloat16, device_map="auto")
+    assert hasattr(model.network, "hf_device_map")
     assert (model.name, model.network.dtype) == ("dream", torch.bfloat16)
     assert {value.device.type for value in model.network.state_dict().values()} == {"cpu"}
     assert torch.equal(logits(model), logits(models.load(tiny.DREAM, dtype=torch.bfloat16)))
@@ -133,16 +144,16 @@ def test_gpus_are_filled_evenly_and_blocks_stay_whole(monkeypatch: pytest.Monkey
     gpus(monkeypatch, 2)
     network = models.load(tiny.folder(tmp_path / "deep", num_hidden_layers=8)).network
     block = sum(value.nbytes for value in network.get_submodule("model.layers.0").parameters())
-    found = spread._automatic(network, {0: 100 * block, 1: 100 * block})
+    found = spread.automatic(network, {0: 100 * block, 1: 100 * block})
     spread.check(network, found)
     of_blocks = [found[f"model.layers.{number}"] for number in range(8)]
     assert of_blocks == sorted(of_blocks) and 3 <= of_blocks.count(0) <= 5
     with pytest.raises(
         InputError, match=r"must be cpu or a GPU of this machine .*, got 'disk': weights on disk cannot be pruned"
     ):
-        spread.check(network, spread._automatic(network, {0: 3 * block, 1: 3 * block}))
+        spread.check(network, spread.automatic(network, {0: 3 * block, 1: 3 * block}))
     with pytest.raises(InputError, match=r"all on GPUs or all on the CPU, got a map with both, .*model.layers"):
-        spread.check(network, spread._automatic(network, {0: 3 * block, 1: 3 * block, "cpu": 100 * block}))
+        spread.check(network, spread.automatic(network, {0: 3 * block, 1: 3 * block, "cpu": 100 * block}))
 
 
 @pytest.mark.parametrize(
@@ -162,20 +173,24 @@ def test_gpus_are_filled_evenly_and_blocks_stay_whole(monkeypatch: pytest.Monkey
 def test_maps_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch, device_map: Any, message: str) -> None:
     gpus(monkeypatch, 2)
     with pytest.raises(InputError, match=message):
-        spread.load(tiny.LLADA, device_map=device_map)
+        models.load(tiny.LLADA, device_map=device_map)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_memory": {3: "1GB"}}, "each device of max_memory must be .* got 3"),
+        ({"max_memory": {3: "1GB"}, "device_map": "auto"}, "each device of max_memory must be .* got 3"),
         ({"max_memory": {"cpu": "1GB"}, "device_map": ON_CPU}, "max_memory must go with device_map auto"),
+        ({"max_memory": {"cpu": "1GB"}}, "max_memory must go with device_map auto, got no device_map"),
+        ({"device": "cuda", "device_map": "auto"}, "device must be left out where device_map says it, got cuda"),
     ],
 )
-def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, options: Mapping[str, Any], message: str) -> None:
+def test_requests_that_contradict_themselves_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: Mapping[str, Any], message: str
+) -> None:
     gpus(monkeypatch, 2)
     with pytest.raises(InputError, match=message):
-        spread.load(tiny.LLADA, **options)
+        models.load(tiny.LLADA, **options)
 
 
 def test_a_tied_matrix_has_one_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

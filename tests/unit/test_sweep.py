@@ -91,6 +91,16 @@ def test_two_workers_share_the_machine(place: Place) -> None:
     grids.clean_up(place)
 
 
+@pytest.mark.parametrize(("problem", "offline"), [("", None), ("the hub cannot be reached (no route)", "1")])
+def test_without_a_network_no_process_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, offline: str | None
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(supervisor.hub, "problem", lambda: problem)
+    plan = supervisor.Plan((), Store(tmp_path), "work", 1, 1, "run")
+    assert supervisor._variables(plan, "cpu-0").get("HF_HUB_OFFLINE") == offline
+
+
 def test_a_failure_costs_one_cell_and_says_why(place: Place) -> None:
     acts = ["", "bug", "", "input", "unavailable", "nan", "survived", "", "skip"]
     cells = [cell(number, act=act) for number, act in enumerate(acts)]

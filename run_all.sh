@@ -19,4 +19,4 @@ if [ -z "$python" ]; then
     exit 2
 fi
 
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m lib.launcher "$@"
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m lib.launch.command "$@"

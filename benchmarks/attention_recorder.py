@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import attention
-from lib.config import ModelSource
-from lib.models import LanguageModel, linear_layers, network_body
+from lib.attention import masses
+from lib.core.config import ModelSource
+from lib.models.language_model import LanguageModel, linear_layers, network_body
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def ways(model: LanguageModel, ids: Tensor, *, query_chunk: int) -> dict[str, Ca
         network_body(model)(input_ids=ids, use_cache=False)
 
     def recorder() -> None:
-        attention.sink_mass(model, ids, query_chunk=query_chunk)
+        masses.sink_mass(model, ids, query_chunk=query_chunk)
 
     def output_attentions() -> None:
         model.network.set_attn_implementation("eager")
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="positions (default 128 512 2048)")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each way (default 9)")
-    parser.add_argument("--query-chunk", type=int, default=attention.QUERY_CHUNK, help="queries the recorder handles at one time")
+    parser.add_argument("--query-chunk", type=int, default=masses.QUERY_CHUNK, help="queries the recorder handles at one time")
     parser.add_argument("--causal", action="store_true", help="measure an autoregressive network")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for name, default in (("layers", 8), ("width", 256), ("heads", 8), ("mlp", 768)):

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_recorder import MIB, build, peak_bytes, seconds
-from lib import calibration_sets, pruner, pruning, sinks
-from lib.calibration_sets import Inputs
-from lib.methods import METHODS, RELEASE, Method, Target
-from lib.models import LanguageModel
+from lib.attention import sinks
+from lib.calibration import sets
+from lib.calibration.sets import Inputs
+from lib.models.language_model import LanguageModel
+from lib.pruning import importances, pruner
+from lib.pruning.methods import METHODS, RELEASE, Method, Target
 
 REFERENCE = "reference, two passes"
 SINK_AWARE = "sink-aware (Wanda)"
@@ -41,7 +43,7 @@ class Row:
 @torch.no_grad()
 def two_passes_(model: LanguageModel, windows: Tensor, inputs: Inputs) -> None:
     """Prune by |W| x the sum over samples of the norms of omega x: two passes a sample, every attention matrix kept."""
-    ids = calibration_sets.read(model, windows, inputs, seed=0).flatten(0, 1)
+    ids = sets.read(model, windows, inputs, seed=0).flatten(0, 1)
     norms = {layer.name: torch.zeros(layer.module.in_features, device=model.device) for layer in model.layers}
     for sample in ids.to(model.device).split(1):
         model.network.set_attn_implementation("eager")
@@ -58,7 +60,9 @@ def two_passes_(model: LanguageModel, windows: Tensor, inputs: Inputs) -> None:
             handle.remove()
     for layer in model.layers:
         importance = layer.module.weight.abs() * norms[layer.name]
-        layer.module.weight.copy_(pruning.prune(layer.module.weight, pruning.keep_mask(importance, sparsity=HALF.sparsity)))
+        layer.module.weight.copy_(
+            importances.prune(layer.module.weight, importances.keep_mask(importance, sparsity=HALF.sparsity))
+        )
 
 
 def _add_norm_(norms: Tensor, omega: Tensor, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:

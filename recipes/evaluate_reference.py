@@ -8,11 +8,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from lib import data, diffusion, evaluation, models
-from lib.canvas import png_bytes
-from lib.config import ROOT
-from lib.models import LanguageModel, tokenizer_of
-from lib.provenance import write_bytes, write_text
+from lib.core.config import ROOT
+from lib.core.provenance import write_bytes, write_text
+from lib.diffusion import likelihood
+from lib.evaluation import sums
+from lib.models import loading
+from lib.models.language_model import LanguageModel, tokenizer_of
+from lib.report.canvas import png_bytes
+from lib.texts import articles
 from recipes.train_reference import Recipe
 
 REFERENCE = ROOT / "models" / "reference"
@@ -20,18 +23,18 @@ DRAWS = 16
 CARD = ROOT / "recipes" / "model_card.md"
 
 
-def held_out_loss(model: LanguageModel) -> diffusion.Estimate:
+def held_out_loss(model: LanguageModel) -> likelihood.Estimate:
     """Return NELBO or exact NLL on windows of held-out articles, in nats per token."""
-    windows = data.article_windows(tokenizer_of(model), data.read_rows("articles_evaluation"), length=256)
-    return diffusion.next_token_nll(model, windows) if model.is_causal else diffusion.nelbo(model, windows, draws=DRAWS, seed=0)
+    windows = articles.article_windows(tokenizer_of(model), articles.read_rows("articles_evaluation"), length=256)
+    return likelihood.next_token_nll(model, windows) if model.is_causal else likelihood.nelbo(model, windows, draws=DRAWS, seed=0)
 
 
 def measure(model: LanguageModel) -> dict[str, Any]:
     """Return what the card reports about one model."""
     loss = held_out_loss(model)
-    rows = data.read_rows("sums_test")
-    correct = sum(evaluation.is_correct(evaluation.answer_sums(model, rows), rows))
-    low, high = evaluation.share_interval(correct, len(rows))
+    rows = articles.read_rows("sums_test")
+    correct = sum(sums.is_correct(sums.answer_sums(model, rows), rows))
+    low, high = sums.share_interval(correct, len(rows))
     commonest = max(sum(row["answer"] == answer for row in rows) for answer in {row["answer"] for row in rows})
     return {
         "held_out_nats_per_token": round(loss.mean, 4),
@@ -89,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in ("dlm", "ar"):
         folder = REFERENCE / name
-        measured = measure(models.load(folder, name=name))
+        measured = measure(loading.load(folder, name=name))
         recipe = {**Recipe().__dict__, **json.loads((folder / "recipe.json").read_text())}
         write_text(folder / "evaluation.json", json.dumps(measured, indent=2) + "\n")
         write_bytes(folder / "training_curve.png", training_curve(folder))

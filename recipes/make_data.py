@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lib.data import DATA
+from lib.texts.articles import DATA
 from recipes import corpus, make_tasks
 from recipes.make_tasks import text_hash, write_rows
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.data import DATA, read_rows, shorten
-from lib.provenance import write_text
+from lib.core.provenance import write_text
+from lib.texts.articles import DATA, read_rows, shorten
 
 CHOICE_DOCUMENTS = 240
 TEXT_CHARS = 150  # 300 gave the diffusion model the same accuracy for half as many tokens again

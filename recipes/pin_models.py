@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lib.config import ROOT
-from lib.provenance import write_text
+from lib.core.config import ROOT
+from lib.core.provenance import write_text
 
 LINE = re.compile(r"(?P<head>\{source: (?P<source>[\w.-]+/[\w.-]+), revision: )(?P<revision>[\w.-]+)(?P<tail>\})")
 Resolve = Callable[[str], str]

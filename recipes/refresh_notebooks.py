@@ -14,7 +14,8 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm.auto import tqdm
 
-from lib import config, environment, provenance, readme
+from lib.core import config, environment, provenance
+from lib.report import readme
 
 KEPT_METADATA = ("tags",)
 LANGUAGE = {"name": "python"}

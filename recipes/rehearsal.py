@@ -1,8 +1,8 @@
 """Write what a rehearsal of the paper profile needs: `python -m recipes.rehearsal FOLDER [--seed N]`.
 
 `FOLDER/models/` gets tiny random checkpoints in the layouts of the released models, `FOLDER/rows/` look-alike rows of every
-benchmark, which `lib.standins.load` puts into lm_eval's own templates, and articles in place of the corpora. Nothing of it says
-anything about a real model.
+benchmark, which `lib.evaluation.standins.load` puts into lm_eval's own templates, and articles in place of the corpora. Nothing
+of it says anything about a real model.
 """
 
 import argparse
@@ -11,10 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
-from lib import corpora
-from lib.config import InputError
-from lib.data import read_rows
-from lib.provenance import PARTIAL
+from lib.core.errors import InputError
+from lib.core.provenance import PARTIAL
+from lib.texts import corpora
+from lib.texts.articles import read_rows
 from recipes import rehearsal_models, rehearsal_rows
 from recipes.make_tasks import write_rows
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from lib.runtime import generator
+from lib.core.runtime import generator
 from recipes import rehearsal_tokenizers as tokenizers
 from recipes.rehearsal_tokenizers import DREAM_SPECIAL, LLADA_SPECIAL, LLAMA_SPECIAL, QWEN_SPECIAL, token_id
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lib.config import ROOT
+from lib.core.config import ROOT
 
 TEXT_TOKENS = 1024  # bytes and the first merges of the reference tokenizer
 UNBOUNDED = 1000000000000000019884624838656  # how tokenizers write that they have no longest text

@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import data
-from lib.diffusion import forward_noise
-from lib.runtime import generator
+from lib.core.runtime import generator
+from lib.diffusion.likelihood import forward_noise
+from lib.texts import articles as data
 from recipes import corpus, tokenizer
 
 

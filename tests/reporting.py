@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import config, figures, report
+from lib.core import config
+from lib.report import figures
+from lib.report import notebook as report
 
 NAME = "01_sink_traces"
 TITLE = "Do sinks move?"

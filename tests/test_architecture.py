@@ -1,69 +1,38 @@
 """The rules of the code's shape: one-way imports, short and typed functions, and a list of things that are never done."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = (
-    {"__init__", "errors", "sections", "config", "runtime", "python_code", "provenance", "environment", "wheels"}
-    | {"leases", "store", "hub"},
-    {"data", "checkpoints", "integrity", "layouts", "hidden_states", "spread", "models", "recorder", "attention", "weight_store"}
-    | {"sinks", "variance", "stability", "planted", "blocking"},
-    {"diffusion", "sampler", "ragged", "caches", "refresh", "late_steps", "decoding"},
-    {"pruning", "sparsegpt", "structured", "token_weights", "allocation", "quantization"}
-    | {"joint_compression"}
-    | {"calibration", "calibration_sets", "measured_weights", "one_shot", "methods", "pruner", "lean_pruning"}
-    | {"shrink", "phases"},
-    {"evaluation", "scoring", "harness", "tasks", "standins", "pseudo_perplexity", "paired", "timing", "search"}
-    | {"batched_harness"}
-    | {"traces", "trace_views", "trace_statistics", "noise_match", "sink_effect"}
-    | {"pruning_runs", "adaptive_runs", "where_it_acts", "attribution"}
-    | {"joint_runs", "joint_grid", "joint_export", "export", "model_card", "containers", "streaming", "corpora"}
-    | {"configurations", "measured_formats", "hardware_aware"}
-    | {"roofline", "call_times", "format_support", "linear_formats", "latency"}
-    | {"decoding_runs", "decoding_tasks", "decoding_tables"},
-    {"sweep", "supervisor", "cell_process", "cluster", "cells", "cell_work", "grid", "grid_tables"}
-    | {"availability", "costs", "plan"}
-    | {"tables", "results", "claims", "canvas", "figures", "animation", "trace_figures", "trace_tables", "report"}
-    | {"variance_tables", "agreement_tables", "effect_tables", "variance_figures"}
-    | {"pruning_tables", "gain_tables", "pruning_figures", "sink_pruning_figures"}
-    | {"joint_tables", "joint_figures", "hardware_tables", "timing_figures"}
-    | {"readme", "html_report", "execution", "batch", "launcher"},
+FLOORS = (
+    {"core"},
+    {"models", "report"},
+    {"attention"},
+    {"diffusion"},
+    {"texts", "calibration", "decoding"},
+    {"pruning"},
+    {"quantization", "evaluation", "timing"},
+    {"studies"},
+    {"grid"},
+    {"launch"},
 )
-LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-PURE = (
-    "sinks",
-    "variance",
-    "stability",
-    "planted",
-    "pruning",
-    "sparsegpt",
-    "structured",
-    "allocation",
-    "token_weights",
-    "quantization",
-    "joint_compression",
-)
-PURE_MAY_IMPORT = {
-    "torch",
-    "jaxtyping",
-    "numpy",
-    "math",
-    "typing",
-    "collections",
-    "dataclasses",
-    "lib.config",
-    "lib.sinks",
-    "lib.pruning",
-    "lib.sparsegpt",
-    "lib.quantization",
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_MODULES = 12
+PURE = {
+    "attention": ("sinks", "variance", "stability", "planted"),
+    "calibration": ("token_weights",),
+    "pruning": ("importances", "sparsegpt", "structured", "allocation"),
+    "quantization": ("rounding", "joint"),
 }
+PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in names}
+PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.core.errors"}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
-MAY_PRINT = ("launcher",)
+MAY_PRINT = ("lib.launch.command",)
 GLOBAL_RANDOM = (
     "torch.manual_seed",
     "torch.seed",
@@ -73,8 +42,8 @@ GLOBAL_RANDOM = (
     "random.seed",
 )
 
-LIBRARY = sorted((ROOT / "lib").glob("*.py"))
-PROGRAMS = LIBRARY + sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+LIBRARY = sorted((ROOT / "lib").rglob("*.py"))
+PROGRAMS = LIBRARY + sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in PROGRAMS}
 TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 
@@ -83,20 +52,35 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def dotted(path: Path) -> str:
+    """The name that a file of the library is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(name: str) -> str:
+    """The room that a dotted name of the library lies in; empty for the package itself."""
+    return name.split(".")[1] if "." in name else ""
+
+
+MODULES = {dotted(path): path for path in LIBRARY}
+
+
 def imports(tree: ast.AST) -> set[str]:
-    """Dotted names that are imported anywhere, inside functions as well."""
+    """Dotted names of modules that are imported anywhere, inside functions as well."""
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], "imports are absolute"
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            found |= {f"{node.module}.{alias.name}" if node.module == "lib" else str(node.module) for alias in node.names}
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (below & MODULES.keys()) or {str(node.module)}
     return found
 
 
 def local_imports(tree: ast.AST) -> set[str]:
-    return {name.split(".")[1] for name in imports(tree) if name.startswith("lib.")}
+    return {name for name in imports(tree) if name.split(".")[0] == "lib"}
 
 
 def private_names_of_others(tree: ast.Module) -> list[str]:
@@ -106,7 +90,7 @@ def private_names_of_others(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
             found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("_")]
-            aliases |= {alias.asname or alias.name for alias in node.names} if node.module == "lib" else set()
+            aliases |= {alias.asname or alias.name for alias in node.names if alias.name.islower()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             found += [f"{node.value.id}.{node.attr}"] if node.attr.startswith("_") and not node.attr.startswith("__") else []
@@ -133,26 +117,38 @@ every_program = pytest.mark.parametrize("path", PROGRAMS, ids=named)
 
 @every_module
 def test_imports_go_one_way(path: Path) -> None:
-    assert path.stem in LAYER, f"{path.stem} has no layer: put it into LAYERS of this test and into the table of the design"
-    upwards = {name for name in local_imports(TREES[path]) if LAYER[name] > LAYER[path.stem]}
-    assert not upwards, f"{path.stem} (layer {LAYER[path.stem]}) imports from above: {upwards}"
+    own = room(dotted(path))
+    others = {room(name) for name in local_imports(TREES[path])} - {own, ""}
+    assert not own or own in FLOOR, f"{own} is no room: put it into FLOORS of this test and into README"
+    beside = {other for other in others if not own or FLOOR[other] >= FLOOR[own]}
+    assert not beside, f"{own or 'lib'} imports from rooms that are not below it: {beside}"
     above = {name.split(".")[0] for name in imports(TREES[path])} & {"recipes", "benchmarks", "tests"}
     assert not above, f"lib stands below {above}"
 
 
 def test_imports_have_no_circle() -> None:
-    graph = {path.stem: local_imports(TREES[path]) for path in LIBRARY}
+    graph = {dotted(path): local_imports(TREES[path]) - {dotted(path)} for path in LIBRARY}
     TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("name", PURE)
+def test_rooms_are_described_and_small() -> None:
+    folders = {path.parent for path in LIBRARY}
+    for folder in folders:
+        modules = [path for path in LIBRARY if path.parent == folder and path.name != "__init__.py"]
+        assert (folder / "__init__.py").is_file()
+        assert len(modules) <= MOST_MODULES, f"{named(folder)} has {len(modules)} modules: split it by meaning"
+        repeating = [path.stem for path in modules if path.stem == folder.name]
+        assert not repeating, f"{named(folder)}/{repeating[0]}.py says the room's name again"
+    assert {room(name) for name in MODULES} - {""} == FLOOR.keys(), "FLOORS names the rooms that there are"
+
+
+@pytest.mark.parametrize("name", sorted(PURE_MODULES))
 def test_pure_modules_know_tensors_only(name: str) -> None:
-    path = ROOT / "lib" / f"{name}.py"
-    if not path.exists():
-        pytest.skip(f"{name} is not written yet")
-    foreign = {full for full in imports(TREES[path]) if full not in PURE_MAY_IMPORT and full.split(".")[0] not in PURE_MAY_IMPORT}
+    tree = TREES[MODULES[name]]
+    allowed = PURE_MAY_IMPORT | PURE_MODULES
+    foreign = {full for full in imports(tree) if full not in allowed and full.split(".")[0] not in allowed}
     assert not foreign, f"{name} takes tensors and returns tensors, but imports {foreign}"
-    assert not [call for call, _ in calls(TREES[path]) if call in ("open", "Path")]
+    assert not [call for call, _ in calls(tree) if call in ("open", "Path")]
 
 
 @every_program
@@ -180,14 +176,15 @@ def test_private_names_stay_in_their_module(path: Path) -> None:
 
 
 def test_a_private_name_of_another_module_is_seen() -> None:
-    code = "from lib import sampler, tasks as benchmarks\nfrom lib.pruner import _check\nsampler._x()\nbenchmarks._y\nself._z\n"
-    assert private_names_of_others(ast.parse(code)) == ["benchmarks._y", "lib.pruner._check", "sampler._x"]
+    code = "from lib.evaluation import sums, tasks as benchmarks\nfrom lib.pruning.pruner import _check\n"
+    code += "sums._x()\nbenchmarks._y\nself._z\n"
+    assert private_names_of_others(ast.parse(code)) == ["benchmarks._y", "lib.pruning.pruner._check", "sums._x"]
 
 
 @every_module
 def test_library_does_not_print(path: Path) -> None:
     printed = [call for call, _ in calls(TREES[path]) if call == "print"]
-    assert not printed or path.stem in MAY_PRINT
+    assert not printed or dotted(path) in MAY_PRINT
 
 
 @every_module
@@ -209,9 +206,9 @@ def test_devices_are_chosen_in_one_place(path: Path) -> None:
 
 
 def test_launcher_starts_fast() -> None:
-    heavy = {"torch", "transformers", "numpy", "pandas", "matplotlib", "yaml", "papermill"}
-    for name in ("launcher", "environment"):
-        tree = TREES[ROOT / "lib" / f"{name}.py"]
+    """Before anything is installed, or a wrong word is answered, only these may be imported."""
+    first = {"lib", "lib.core", "lib.core.environment", "lib.launch", "lib.launch.command"}
+    for name in first:
+        tree = TREES[MODULES[name]]
         at_top = imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
-        assert not {full for full in at_top if full.split(".")[0] in heavy}
-        assert at_top & {f"lib.{module.stem}" for module in LIBRARY} <= {"lib.environment"}
+        assert {full for full in at_top if full.split(".")[0] not in sys.stdlib_module_names} <= first

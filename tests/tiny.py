@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from lib import models
-from lib.models import LanguageModel
+from lib.models import loading
+from lib.models.language_model import LanguageModel
 
 PARITY = Path(__file__).resolve().parent / "parity"
 LLADA = PARITY / "llada_tiny"
@@ -60,7 +60,7 @@ def folder(path: Path, *, shard_size: str = "1GB", dtype: torch.dtype = torch.fl
 
 def model(path: Path, **options: Any) -> LanguageModel:
     """Save a tiny network and load it as the library does."""
-    return models.load(folder(path, **options))
+    return loading.load(folder(path, **options))
 
 
 def edit_config(path: Path, **changes: Any) -> Path:
@@ -105,7 +105,7 @@ def stub(logits_of: Any, *, vocab: int, mask_token_id: int | None, is_causal: bo
     made = object.__new__(LanguageModel)
     values: dict[str, Any] = {
         "name": "stub",
-        "source": models.ModelSource("stub"),
+        "source": loading.ModelSource("stub"),
         "network": fake,
         "tokenizer": None,
         "mask_token_id": mask_token_id,

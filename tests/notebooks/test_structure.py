@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lib import config, provenance, readme
+from lib.core import config, provenance
+from lib.report import readme
 
 ROOT = config.ROOT
 NOTEBOOKS = config.notebooks()
@@ -141,4 +142,4 @@ def test_committed_outputs_are_whole(path: Path) -> None:
 
 
 def test_readme_shows_the_present_verdicts() -> None:
-    assert readme.is_current(ROOT / "README.md"), "write it anew with lib.readme.update_readme"
+    assert readme.is_current(ROOT / "README.md"), "write it anew with lib.report.readme.update_readme"

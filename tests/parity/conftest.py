@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from lib import models
+from lib.models import loading
 from tests.tiny import DREAM, LLADA
 
 
 def recorded(folder: Path) -> SimpleNamespace:
     """Load a checkpoint and its recorded outputs."""
-    return SimpleNamespace(folder=folder, model=models.load(folder), expected=load_file(folder / "expected.safetensors"))
+    return SimpleNamespace(folder=folder, model=loading.load(folder), expected=load_file(folder / "expected.safetensors"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import attention, models, sinks
+from lib.attention import masses, sinks
+from lib.models import language_model, loading
 from tests.parity import slow
 
 LOGITS_ATOL = 1e-5  # float32 sums in another order; a trial gave exactly 0.0
@@ -22,7 +23,7 @@ def test_logits_equal_the_recorded_ones(release: SimpleNamespace) -> None:
 
 def test_the_rounding_difference_collapses_in_float64(release: SimpleNamespace) -> None:
     ids = release.expected["forward.input_ids"]
-    wide = models.load(release.folder, dtype=torch.float64)
+    wide = loading.load(release.folder, dtype=torch.float64)
     with torch.inference_mode():
         logits = wide.network(input_ids=ids).logits
     expected, _ = slow.forward(release.folder, ids, torch.float64)
@@ -45,7 +46,7 @@ def test_logits_at_gives_the_recorded_rows_with_the_layouts_shift(release: Simpl
     where[0, 0] = True  # position 0 keeps its own output under the shift
     source = torch.arange(ids.shape[1]) - release.model.logit_shift
     shifted = release.expected["forward.logits"][:, source.clamp(min=0)]
-    got = models.logits_at(release.model, ids, where)
+    got = language_model.logits_at(release.model, ids, where)
     torch.testing.assert_close(got, shifted[where], atol=LOGITS_ATOL, rtol=0)
 
 
@@ -55,14 +56,14 @@ def test_mask_id_and_shift_come_from_the_checkpoint(llada: SimpleNamespace, drea
 
 
 def test_summed_mass_equals_the_recorded_one(release: SimpleNamespace) -> None:
-    mass = attention.sink_mass(release.model, release.expected["forward.input_ids"])
+    mass = masses.sink_mass(release.model, release.expected["forward.input_ids"])
     torch.testing.assert_close(mass.sum(dim=(0, 2)), release.expected["forward.sink_mass_sum"], atol=MASS_ATOL, rtol=0)
 
 
 def test_mass_per_layer_and_head_equals_a_slow_float64_softmax(release: SimpleNamespace) -> None:
     ids = release.expected["forward.input_ids"]
     _, maps = slow.forward(release.folder, ids, torch.float64)
-    mass = attention.sink_mass(release.model, ids)
+    mass = masses.sink_mass(release.model, ids)
     torch.testing.assert_close(mass.double(), maps.sum(3), atol=1e-5, rtol=3e-6)  # float32 sums of 48 terms
 
 
@@ -76,7 +77,7 @@ def test_released_sink_score_equals_the_recorded_one(release: SimpleNamespace) -
 
 
 def test_released_sink_score_from_our_own_masses(release: SimpleNamespace) -> None:
-    mass = attention.sink_mass(release.model, release.expected["forward.input_ids"]).sum(dim=(0, 2))
+    mass = masses.sink_mass(release.model, release.expected["forward.input_ids"]).sum(dim=(0, 2))
     score = sinks.soft_score(mass, sinks.mean_std_threshold(mass))
     # a mass error of 1e-4 moves a sigmoid of slope alpha / 4 by at most 1.25e-4
     torch.testing.assert_close(score, release.expected["forward.sink_score"], atol=2e-4, rtol=0)
@@ -86,6 +87,6 @@ def test_released_sink_score_from_our_own_masses(release: SimpleNamespace) -> No
 def test_mass_keeps_float32_accuracy_under_bfloat16(release: SimpleNamespace, dtype: torch.dtype) -> None:
     """Each row sums to 1 to float32 accuracy: in bfloat16 sums of 48 numbers near 1/48 would be off by up to a per cent."""
     ids = release.expected["forward.input_ids"]
-    mass = attention.sink_mass(models.load(release.folder, dtype=dtype), ids)
+    mass = masses.sink_mass(loading.load(release.folder, dtype=dtype), ids)
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.mean(-1), torch.ones(mass.shape[:-1]), atol=1e-5, rtol=0)

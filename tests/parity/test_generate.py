@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import sampler
-from lib.sampler import DenoisingStep
+from lib.diffusion import sampler
+from lib.diffusion.sampler import DenoisingStep
 
 RECORDED = {
     "block32": {"block_length": 32},

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import diffusion
-from lib.models import logits_at
+from lib.diffusion import likelihood
+from lib.models.language_model import logits_at
 
 PROMPT, TARGET = 12, 12
 RECORDED_MEAN, RECORDED_STD, RECORDED_SEEDS = -69.02, 0.79, 40
@@ -42,11 +42,11 @@ def release_count_probabilities() -> Tensor:
     return (seen / seen.sum()).double()
 
 
-def estimate(llada: SimpleNamespace, *, draws: int, rule: diffusion.CountRule, seed: int) -> Tensor:
+def estimate(llada: SimpleNamespace, *, draws: int, rule: likelihood.CountRule, seed: int) -> Tensor:
     ids = llada.expected["calibration.input_ids"][0, : PROMPT + TARGET]
     maskable = torch.arange(PROMPT + TARGET) >= PROMPT
     stream = torch.Generator().manual_seed(seed)
-    return diffusion.masked_log_likelihood(
+    return likelihood.masked_log_likelihood(
         llada.model, ids, maskable, draws=draws, generator=stream, count_rule=rule, batch_size=512
     )
 
@@ -63,7 +63,7 @@ def test_the_recorded_single_value_is_a_likely_draw(llada: SimpleNamespace) -> N
 
 
 @pytest.mark.parametrize("rule", ["stratified", "release"])
-def test_the_estimator_is_unbiased_for_its_counts(llada: SimpleNamespace, per_count: Tensor, rule: diffusion.CountRule) -> None:
+def test_the_estimator_is_unbiased_for_its_counts(llada: SimpleNamespace, per_count: Tensor, rule: likelihood.CountRule) -> None:
     weights = release_count_probabilities() if rule == "release" else torch.full((TARGET,), 1 / TARGET, dtype=torch.float64)
     draws = (
         torch.cat([estimate(llada, draws=BATCH, rule=rule, seed=seed) for seed in range(160)]).view(160, BATCH).mean(1).double()

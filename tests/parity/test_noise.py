@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from lib import diffusion, runtime
+from lib.core import runtime
+from lib.diffusion import likelihood
 
 LEVELS = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -20,7 +21,7 @@ def noisy(release: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_llada_mask_share_follows_the_rate_of_each_level(llada: SimpleNamespace) -> None:
     share = noisy(llada)[0].float().mean(dim=(0, 2))
-    rate = (1 - diffusion.NOISE_EPS) * LEVELS + diffusion.NOISE_EPS
+    rate = (1 - likelihood.NOISE_EPS) * LEVELS + likelihood.NOISE_EPS
     # binomial error over 8 x 48 tokens
     assert ((share - rate).abs() <= 4 * (rate * (1 - rate) / 384).sqrt()).all()
     assert share[-1] == 1.0
@@ -28,7 +29,7 @@ def test_llada_mask_share_follows_the_rate_of_each_level(llada: SimpleNamespace)
 
 def test_forward_noise_at_the_last_level_equals_the_recorded_input(llada: SimpleNamespace) -> None:
     clean = llada.expected["calibration.input_ids"]
-    ours = diffusion.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(4))
+    ours = likelihood.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(4))
     assert torch.equal(ours.input_ids, llada.expected["sink_wanda_50.noisy_input_ids"][:, -1])
 
 
@@ -36,5 +37,5 @@ def test_dream_never_masks_the_ends(dream: SimpleNamespace) -> None:
     masked, clean = noisy(dream)
     assert not masked[..., 0].any()
     assert not masked[..., -1].any()
-    ours = diffusion.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(8), schedule="dream")
+    ours = likelihood.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(8), schedule="dream")
     assert torch.equal(ours.is_masked.all(0), masked.any(dim=(0, 1)))

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import measured_weights, models, one_shot, pruner, shrink
-from lib.calibration import CalibrationSet
-from lib.methods import RELEASE, SINKS, Target
-from lib.models import Role
+from lib.calibration import measured_weights, one_shot
+from lib.calibration.statistics import CalibrationSet
+from lib.models import loading
+from lib.models.language_model import Role
+from lib.pruning import pruner, shrink
+from lib.pruning.methods import RELEASE, SINKS, Target
 
 WEIGHTS_ATOL = 1e-4
 
@@ -24,11 +26,11 @@ def recorded_weights(release: SimpleNamespace, name: str, folder: Path) -> dict[
     tensors = {**load_file(release.folder / "model.safetensors"), **changed}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text((release.folder / "config.json").read_text())
-    return {layer.name: layer.module.weight for layer in models.load(folder).layers}
+    return {layer.name: layer.module.weight for layer in loading.load(folder).layers}
 
 
 def pruned(release: SimpleNamespace, name: str, *, pattern: str, samples: CalibrationSet | None) -> dict[str, Tensor]:
-    model = models.load(release.folder)
+    model = loading.load(release.folder)
     target = Target(0.5, pattern)
     if samples is None or not RELEASE[name].needs_calibration:
         pruner.prune_(model, RELEASE[name], target)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib.paired import factorial_effects, holm, mcnemar, paired_difference
+from lib.evaluation.paired import factorial_effects, holm, mcnemar, paired_difference
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")

@@ -5,9 +5,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib import allocation, pruning, token_weights
-from lib.pruning import keep_mask, keep_mask_by_count, removed_count
-from lib.sparsegpt import sparsegpt
+from lib.calibration import token_weights
+from lib.pruning import allocation, importances
+from lib.pruning.importances import keep_mask, keep_mask_by_count, removed_count
+from lib.pruning.sparsegpt import sparsegpt
 from tests.unit import slow_pruning as slow
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
@@ -172,5 +173,5 @@ def test_controls_take_out_as_many_tokens_as_there_are_sinks(samples: int, posit
 def test_a_group_of_rows_is_ranked_by_its_own_norms(weight: Tensor, norms: list[int], percent: int) -> None:
     norm = torch.tensor(norms[: weight.shape[1]], dtype=torch.float64)
     by_group = torch.stack([norm * (row + 1) for row in range(len(weight))])  # a common factor of a row changes no mask
-    first = keep_mask(pruning.wanda_importance(weight, norm), sparsity=percent / 100)
-    assert torch.equal(first, keep_mask(pruning.wanda_importance(weight, by_group), sparsity=percent / 100))
+    first = keep_mask(importances.wanda_importance(weight, norm), sparsity=percent / 100)
+    assert torch.equal(first, keep_mask(importances.wanda_importance(weight, by_group), sparsity=percent / 100))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib import sinks, stability, variance
-from lib.config import InputError
+from lib.attention import sinks, stability, variance
+from lib.core.errors import InputError
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")

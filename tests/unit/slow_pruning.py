@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lib.models import LanguageModel
+from lib.models.language_model import LanguageModel
 
 
 def smallest(values: Sequence[float], count: int) -> set[int]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.quantization import Grid, group_scales
+from lib.quantization.rounding import Grid, group_scales
 from tests.unit.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
 
 FOLDER = Path(__file__).parent

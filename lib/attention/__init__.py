@@ -1,0 +1,5 @@
+"""Attention masses as a network computes them; sinks, variances and stability of masses (pure). Floor 2: stands on models."""
+
+from lib.attention.masses import sink_mass
+
+__all__ = ["sink_mass"]

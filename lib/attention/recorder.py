@@ -1,0 +1,152 @@
+"""What is summed up from attention probabilities while they exist: a chunk of queries at a time, never a whole matrix.
+
+All layers' sums lie on the device of the first layer's, whatever devices a model is spread over.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lib.core.errors import InputError
+
+QUERY_CHUNK = 128  # fastest of 32..512 on the CPU at 512 and 2048 positions
+Extra = Literal["map", "argmax", "value_norm"]
+
+
+@dataclass
+class MassRecorder:
+    """Collects masses, and on request more, from every layer of a forward pass.
+
+    Attributes:
+        query_chunk: queries whose probabilities exist at one time.
+        marks: prefix lengths; a mass is kept for the queries before each mark. None means all queries.
+        query_is_real: `[batch, query]`, False for padding, whose attention is not counted. None means all are real.
+        keep: what else to keep: `"map"`, the attention matrix averaged over layers and heads (`query x key` floats for each row
+            of the batch); `"argmax"`, which keys are some query's favourite; `"value_norm"`, the norms of the value vectors.
+    """
+
+    query_chunk: int = QUERY_CHUNK
+    marks: tuple[int, ...] | None = None
+    query_is_real: Bool[Tensor, "batch query"] | None = None
+    keep: Collection[Extra] = ()
+    _sums: list[Tensor] = field(default_factory=list)
+    _maps: list[Tensor] = field(default_factory=list)
+    _favourites: list[Tensor] = field(default_factory=list)
+    _value_norms: list[Tensor] = field(default_factory=list)
+
+    def pop(self) -> Float[Tensor, "layer batch head mark key"]:
+        """Return the masses since the last call, by layer, and forget them.
+
+        Raises:
+            InputError: no forward pass has run since.
+        """
+        return torch.stack(_emptied(self._sums, "masses"))
+
+    def pop_map(self) -> Float[Tensor, "batch query key"]:
+        """Return the attention map, averaged over heads and layers, of the passes since the last call, and forget it."""
+        return torch.stack(_emptied(self._maps, "maps")).mean(0)
+
+    def pop_argmax(self) -> Bool[Tensor, "layer batch mark key"]:
+        """Return which keys are the favourite of some query before the mark, in the attention averaged over heads."""
+        return torch.stack(_emptied(self._favourites, "favourites"))
+
+    def pop_value_norms(self) -> Float[Tensor, "layer batch kv_head key"]:
+        """Return the Euclidean norms of the value vectors."""
+        return torch.stack(_emptied(self._value_norms, "value norms"))
+
+    def add(self, query: Tensor, key: Tensor, mask: Tensor | None, *, scaling: float, is_causal: bool) -> None:
+        """Sum the attention of one layer over its queries and keep the result."""
+        total = query.shape[2]
+        marks = self.marks or (total,)
+        if any(mark > total for mark in marks) or list(marks) != sorted(set(marks)):
+            raise InputError(f"marks must rise and end at most at the number of queries ({total}), got {marks}: change marks")
+        running = query.new_zeros((query.shape[0], query.shape[1], key.shape[2]), dtype=torch.float32)
+        favourite = torch.zeros_like(running[:, 0])
+        kept, favourites, maps, start = [], [], [], 0
+        for mark in marks:
+            while start < mark:
+                stop = min(start + self.query_chunk, mark)
+                probs = probabilities(query, key, mask, rows=(start, stop), scaling=scaling, is_causal=is_causal)
+                real = None if self.query_is_real is None else self.query_is_real[:, start:stop]
+                if real is not None:
+                    # where, not a product: a padding query may see no key at all, and its row is then NaN
+                    probs = torch.where(real[:, None, :, None], probs, 0.0)
+                # a product with ones sums the columns a third faster than sum(2) does
+                running[..., : probs.shape[-1]] += (probs.new_ones((*probs.shape[:2], 1, stop - start)) @ probs)[:, :, 0]
+                if "argmax" in self.keep:
+                    votes = probs.new_ones(probs.shape[0], stop - start) if real is None else real.to(probs.dtype)
+                    favourite.scatter_add_(1, probs.mean(1).argmax(-1), votes)
+                if "map" in self.keep:
+                    maps.append(torch.nn.functional.pad(probs.mean(1), (0, key.shape[2] - probs.shape[-1])))
+                start = stop
+            kept.append(running.clone())
+            if "argmax" in self.keep:
+                favourites.append(favourite > 0)
+        _append(self._sums, torch.stack(kept, dim=2))
+        if "argmax" in self.keep:
+            _append(self._favourites, torch.stack(favourites, dim=1))
+        if "map" in self.keep:
+            _append(self._maps, torch.cat(maps, dim=1))
+
+    def add_values(self, value: Float[Tensor, "batch kv_head key dim"]) -> None:
+        """Keep the norms of one layer's value vectors, when they are wanted."""
+        if "value_norm" in self.keep:
+            _append(self._value_norms, value.float().norm(dim=-1))
+
+
+def _append(parts: list[Tensor], value: Tensor) -> None:
+    """Add a layer's part on the device of the first one: they are stacked."""
+    parts.append(value.to(parts[0].device) if parts else value)
+
+
+def _emptied(parts: list[Tensor], what: str) -> list[Tensor]:
+    """Return a copy of the list and clear it."""
+    if not parts:
+        raise InputError(f"{what} must be recorded before they are read, got no forward pass: run the network inside record()")
+    taken = parts.copy()
+    parts.clear()
+    return taken
+
+
+def probabilities(
+    query: Float[Tensor, "batch head query dim"],
+    key: Float[Tensor, "batch kv_head key dim"],
+    mask: Tensor | None,
+    *,
+    rows: tuple[int, int],
+    scaling: float,
+    is_causal: bool,
+) -> Float[Tensor, "batch head chunk seen"]:
+    """Return float32 attention probabilities of the queries `rows[0]:rows[1]`.
+
+    Args:
+        query: queries of all heads after the rotary embedding.
+        key: keys; query head h reads key head h // (heads / kv_heads).
+        mask: what SDPA received: boolean (True = may attend) or additive, broadcastable to `[batch, head, query, key]`, or None.
+        rows: first query and the one after the last.
+        scaling: factor on the scores.
+        is_causal: apply the causal mask when `mask` is None.
+
+    Returns:
+        Rows that sum to 1. Under the causal mask keys after the last query are left out: `seen` = `rows[1]`.
+    """
+    start, stop = rows
+    batch, heads, total, width = query.shape
+    causal = is_causal and mask is None and total > 1
+    seen = stop if causal else key.shape[2]
+    kv_heads = key.shape[1]
+    chunk = query[:, :, start:stop].float() * scaling
+    grouped = chunk.reshape(batch, kv_heads, heads // kv_heads * (stop - start), width)
+    scores = (grouped @ key[:, :, :seen].float().transpose(2, 3)).view(batch, heads, stop - start, seen)
+    if causal:
+        later = torch.ones((stop - start, stop - start), dtype=torch.bool, device=scores.device).triu(1)
+        scores[..., start:].masked_fill_(later, float("-inf"))
+    elif mask is not None:
+        part = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+        scores = scores.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else scores.add_(part)
+    # In place: memory traffic, not arithmetic, decides the time of this step.
+    return torch.softmax(scores, dim=-1, out=scores)

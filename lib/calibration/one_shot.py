@@ -1,0 +1,119 @@
+"""Statistics of all blocks of the dense model at once, for one-shot methods: token weights and norms from one forward pass."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lib.attention import masses
+from lib.calibration.hidden_states import States, waiting
+from lib.calibration.statistics import (  # fmt: skip
+    READS,
+    CalibrationSet,
+    InputStatistics,
+    add_weighted,
+    check_masses,
+    new_statistics,
+    of_layer,
+    reading,
+    stream,
+)
+from lib.models.language_model import LanguageModel, Role, network_body
+
+MEMORY_BUDGET = 2**31  # bytes of kept inputs; 4 windows of 2048 tokens of LLaDA-8B in bfloat16 would take 6 times as much
+
+
+def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
+    """Return how much memory the inputs of all linear layers of one batch take, in bytes."""
+    # `v` reads the same tensor as `q`: it is kept twice by name, not in memory
+    width = sum(layer.module.in_features for layer in model.layers if READS[layer.role] == layer.role)
+    return width * samples * positions * model.layers[0].module.weight.element_size()
+
+
+@torch.no_grad()
+def dense_statistics(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    *,
+    hessian: bool = False,
+    batch_size: int = 4,
+    states: States = "device",
+    scratch: Path | str | None = None,
+) -> list[dict[Role, InputStatistics]]:
+    """Collect the statistics of every block of a model that does not change meanwhile.
+
+    Args:
+        model: the dense model.
+        calibration: what it reads, and the token weights.
+        hessian: collect outer products too, of all blocks at the same time.
+        batch_size: samples at one time.
+        states: where hidden states wait between blocks; elsewhere than on the device, one batch of them is there at a time.
+        scratch: where to make a folder for states on disk; that of the system when None.
+
+    Returns:
+        Statistics by block and reading role.
+
+    Raises:
+        InputError: as `calibration.stream`; another place for states, or a scratch folder that is not there.
+    """
+    collected: list[dict[Role, InputStatistics]] = []
+    with waiting(states, model.device, scratch) as place:
+        given: dict[str, Any] = {"hessian": hessian, "sequential": False, "batch_size": batch_size, "states": place}
+        stream(model, calibration, lambda _, found: collected.append(found), **given)
+    return collected
+
+
+@torch.no_grad()
+def one_shot_statistics(
+    model: LanguageModel,
+    input_ids: Int[Tensor, "sample position"],
+    weigh: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 4,
+    memory_budget: int = MEMORY_BUDGET,
+) -> list[dict[Role, InputStatistics]]:
+    """Collect the statistics of every block of the dense model with token weights that its own attention masses decide.
+
+    The weights of a batch are known only after its last layer, so what the linear layers read is kept until then: one forward
+    pass a batch. When that takes more memory than allowed, a second pass adds up the statistics; both give the same numbers.
+
+    Args:
+        model: the dense model.
+        input_ids: calibration samples, clean or noised.
+        weigh: masses `[layer, sample, head, position]` to token weights as a `CalibrationSet` holds them.
+        batch_size: samples at one time.
+        memory_budget: bytes that may be kept.
+
+    Returns:
+        Statistics by block and reading role; norms only.
+
+    Source: the authors' release makes two passes for each (window, noise level).
+    """
+    blocks = range(1 + max(layer.block for layer in model.layers))
+    found: list[dict[Role, InputStatistics]] = []
+    for batch in input_ids.split(batch_size):
+        fits = input_bytes(model, samples=len(batch), positions=batch.shape[1]) <= memory_budget
+        kept: list[tuple[int, Role, Tensor]] = []
+        with masses.record(model) as recorder, reading(model, blocks if fits else (), kept.append):
+            network_body(model)(input_ids=batch.to(model.device), use_cache=False)
+            mass = recorder.pop()[:, :, :, 0]
+        check_masses(model, mass)
+        weight = weigh(mass)
+        found = found or [new_statistics(model, block, hessian=False, by_head=weight.dim() == 4) for block in blocks]
+        add = partial(_add_read, found, weight)
+        if not fits:
+            with reading(model, blocks, add):
+                network_body(model)(input_ids=batch.to(model.device), use_cache=False)
+        for read in kept:
+            add(read)
+    return found
+
+
+def _add_read(found: Sequence[dict[Role, InputStatistics]], weight: Tensor, read: tuple[int, Role, Tensor]) -> None:
+    """Add what one layer read, weighted, to its statistics."""
+    block, role, inputs = read
+    add_weighted(found[block], role, inputs, of_layer(weight, block))

@@ -1,0 +1,240 @@
+"""What a calibration reads: clean windows, windows masked at several noise levels, or the states of real generations; and how
+much each token of it counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lib.calibration import measured_weights
+from lib.calibration.statistics import CalibrationSet
+from lib.calibration.token_weights import Weighting
+from lib.core.errors import InputError
+from lib.core.runtime import generator
+from lib.diffusion import likelihood, sampler
+from lib.diffusion.sampler import DenoisingStep
+from lib.models.language_model import LanguageModel
+
+Times = Literal["grid", "grid_below_one", "uniform"]
+GRID_STEPS = 10  # the release takes every fifth of 50 steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a calibration reads.
+
+    Attributes:
+        kind: `"clean"` text, `"noised"` text, or states along real generations (`"trajectory"`).
+        times: how the noise levels are spread, see `noise_times`.
+        levels: noise levels (or states of a trajectory) per window.
+        schedule: `"llada"` masks any position, `"dream"` never the first and the last.
+        prompt_share: share of a window that is the prompt of its trajectory.
+    """
+
+    kind: Literal["clean", "noised", "trajectory"] = "clean"
+    times: Times = "grid"
+    levels: int = GRID_STEPS
+    schedule: likelihood.Schedule = "llada"
+    prompt_share: float = 0.25
+
+
+CLEAN, NOISED = Inputs(), Inputs("noised")
+
+
+def draw_windows(pool: Int[Tensor, "pool position"], *, count: int, seed: int) -> Int[Tensor, "window position"]:
+    """Draw calibration windows without replacement; another seed draws others.
+
+    Raises:
+        InputError: fewer windows than asked for.
+    """
+    if not 1 <= count <= len(pool):
+        raise InputError(f"calibration windows must be in [1, {len(pool)}] (those there are), got {count}: lower it or add text")
+    return pool[torch.randperm(len(pool), generator=generator(seed, "calibration windows"))[:count]]
+
+
+def check_windows(model: LanguageModel, windows: Int[Tensor, "window position"]) -> None:
+    """Raise `InputError` unless there are windows that the model can read."""
+    length = windows.shape[1]
+    limit = int(getattr(model.network.config, "max_position_embeddings", length))
+    if not len(windows):
+        raise InputError("a calibration set must hold samples, got none: give at least one window")
+    if not 2 <= length <= limit:
+        raise InputError(f"calibration windows must have 2 to {limit} tokens, got {length}: choose another length")
+
+
+def read(
+    model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs, *, seed: int
+) -> Int[Tensor, "window level position"]:
+    """Return what the calibration reads of each window.
+
+    Args:
+        model: a diffusion model, unless inputs are clean.
+        windows: clean token windows.
+        inputs: what to make of them.
+        seed: of the noise and of the sampling.
+
+    Raises:
+        InputError: noise for an autoregressive model.
+    """
+    if inputs.kind == "clean":
+        return windows[:, None]
+    if inputs.kind == "noised":
+        options = {"times": inputs.times, "levels": inputs.levels, "schedule": inputs.schedule}
+        return noised_windows(model, windows, seed=seed, **cast(Any, options))
+    prompt = int(windows.shape[1] * inputs.prompt_share)
+    at = [level / inputs.levels for level in range(inputs.levels)]
+    return trajectory_states(model, windows, prompt_tokens=prompt, steps=windows.shape[1] - prompt, at=at, seed=seed)
+
+
+def build(
+    model: LanguageModel,
+    windows: Int[Tensor, "window position"],
+    *,
+    inputs: Inputs = CLEAN,
+    weighting: Weighting | None = None,
+    seed: int,
+    batch_size: int = 4,
+) -> CalibrationSet:
+    """Make a calibration set from clean windows: what is read, and the token weights that the dense model gives it.
+
+    Args:
+        model: the dense model.
+        windows: clean token windows.
+        inputs: clean, noised, or trajectories.
+        weighting: how tokens count; None counts all alike. Weights that come from several noise levels (`averaged`, or by
+            instability) are measured on noised text, one a token of the window, and hold for all levels that are read.
+        seed: of noise, sampling and random controls.
+        batch_size: samples at one time.
+
+    Raises:
+        InputError: windows that are too short or too long, noise for an autoregressive model, or a weighting that needs it.
+    """
+    check_windows(model, windows)
+    ids = read(model, windows, inputs, seed=seed)
+    samples = ids.flatten(0, 1)
+    if weighting is None:
+        return CalibrationSet(samples)
+    if not weighting.over_levels:
+        weight = measured_weights.measure(model, samples, weighting, seed=seed, batch_size=batch_size)
+        return CalibrationSet(samples, weight)
+    noised = (
+        ids
+        if inputs.kind == "noised"
+        else read(model, windows, replace(NOISED, schedule=inputs.schedule, levels=weighting.levels), seed=seed)
+    )
+    weight = measured_weights.measure_over_levels(model, noised, weighting, seed=seed, batch_size=batch_size)
+    return CalibrationSet(samples, weight[:, None].expand(ids.shape).flatten(0, 1))
+
+
+def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[float]:
+    """Return the diffusion times at which one window is noised.
+
+    Args:
+        kind: `"grid"` is 1 / levels, ..., 1 as in the release, whose last level masks everything; `"grid_below_one"` leaves that
+            level out and spreads as many over (0, 1); `"uniform"` draws one time in each of `levels` equal parts of [0, 1).
+        levels: how many.
+        seed: of the calibration stream, for `"uniform"`.
+        window: index of the window, for `"uniform"`.
+
+    Raises:
+        InputError: fewer than one level.
+
+    >>> noise_times("grid", levels=4, seed=0, window=0), noise_times("grid_below_one", levels=3, seed=0, window=0)
+    ([0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
+    """
+    if levels < 1:
+        raise InputError(f"noise levels must be at least 1, got {levels}: the release uses {GRID_STEPS}")
+    if kind == "uniform":
+        return likelihood.stratified_times(levels, generator=generator(seed, "calibration times", window)).tolist()
+    steps = levels if kind == "grid" else levels + 1
+    return [(level + 1) / steps for level in range(levels)]
+
+
+def noised_windows(
+    model: LanguageModel,
+    windows: Int[Tensor, "window position"],
+    *,
+    seed: int,
+    times: Times = "grid",
+    levels: int = GRID_STEPS,
+    schedule: likelihood.Schedule = "llada",
+) -> Int[Tensor, "window level position"]:
+    """Mask every window at several noise levels.
+
+    Args:
+        model: a diffusion model.
+        windows: clean token windows.
+        seed: the masks of (window, level) depend on it and on these two numbers alone, whatever the batch.
+        times: how the noise levels are spread.
+        levels: noise levels per window.
+        schedule: `"llada"` masks any position, `"dream"` never the first and the last.
+
+    Raises:
+        InputError: an autoregressive model.
+
+    Source: the release's calibration; it draws all masks from one global stream, so that they depend on the batch size.
+    """
+    if model.mask_token_id is None:
+        raise InputError(f"noised calibration must use a diffusion model, got {model.name}: calibrate it on clean text")
+    rows = []
+    for index, window in enumerate(windows):
+        for level, time in enumerate(noise_times(times, levels=levels, seed=seed, window=index)):
+            stream = generator(seed, "calibration", index, level)
+            at = torch.tensor([time])
+            noised = likelihood.forward_noise(
+                window[None], mask_token_id=model.mask_token_id, generator=stream, t=at, schedule=schedule
+            )
+            rows.append(noised.input_ids[0])
+    return torch.stack(rows).view(len(windows), levels, windows.shape[1])
+
+
+def trajectory_states(
+    model: LanguageModel,
+    windows: Int[Tensor, "window position"],
+    *,
+    prompt_tokens: int,
+    steps: int,
+    at: Sequence[float],
+    seed: int,
+    temperature: float = 1.0,
+) -> Int[Tensor, "window level position"]:
+    """Return what the model reads along generations that continue the windows' beginnings.
+
+    Args:
+        model: a diffusion model.
+        windows: clean token windows; only their first `prompt_tokens` tokens are used.
+        prompt_tokens: length of the prompt.
+        steps: denoising steps.
+        at: fractions of the steps, in [0, 1), at which the state is kept.
+        seed: of the sampling stream.
+        temperature: 0 is greedy.
+
+    Raises:
+        InputError: a fraction out of range, or settings that the sampler refuses.
+
+    Source: "rollout" calibration of Traj-MC (Zishan-Shao/traj-mc).
+    """
+    if not at or not all(0 <= fraction < 1 for fraction in at):
+        raise InputError(f"fractions of a trajectory must be in [0, 1), got {list(at)}: 0 is the all-masked state")
+    wanted = [int(fraction * steps) for fraction in at]
+    kept: dict[int, Tensor] = {}
+
+    def on_step(step: DenoisingStep) -> None:
+        """Keep the states that are wanted."""
+        if step.step in wanted:
+            kept[step.step] = step.input_ids.cpu()
+
+    sampler.sample(
+        model,
+        windows[:, :prompt_tokens],
+        new_tokens=windows.shape[1] - prompt_tokens,
+        steps=steps,
+        temperature=temperature,
+        generator=generator(seed, "calibration trajectory"),
+        on_step=on_step,
+    )
+    return torch.stack([kept[step] for step in wanted], 1)

@@ -1,0 +1,221 @@
+"""How much calibration tokens count: less (or more) on sinks, less on as many others, or less where mass is unstable.
+
+Tensors in, tensors out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.attention import sinks
+from lib.core.errors import InputError, require
+
+Kind = Literal["sinks_down", "sinks_up", "random", "first", "mask", "norm", "variance", "presence"]
+Level = Literal["aggregate", "layer", "head"]
+Rule = Literal["mean_std", "leave_one_out"]
+Unit = Literal["sum", "mean_one"]
+CONTROLS = ("random", "first", "mask", "norm")
+INSTABILITY = ("variance", "presence")
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """One way to weigh calibration tokens; the defaults are those of the authors' release.
+
+    Attributes:
+        kind: `"sinks_down"` is omega = 1 - sink score; `"sinks_up"` is 1 + boost x score; `"random"`, `"first"`, `"mask"` and
+            `"norm"` take out as many other tokens as there are sinks; `"variance"` and `"presence"` take out tokens whose mass is
+            unstable over noise levels (see `instability_score`).
+        level: where masses are compared: summed over layers and heads, in each layer, or in each head.
+        rule: threshold of a sink: mean + margin standard deviations, or the mean of the other keys + margin.
+        margin: standard deviations, or the epsilon of the leave-one-out rule in the unit of the mass.
+        alpha: steepness of the score; None is a step.
+        unit: masses summed over layers and heads, or averaged so that their mean over keys is 1.
+        boost: extra weight of a full sink, for `"sinks_up"`.
+        averaged: measure on noised text and average over the noise levels of each window, as the release does for SparseGPT.
+        levels: noise levels that weights over several of them are measured on when the calibration itself reads clean text.
+    """
+
+    kind: Kind = "sinks_down"
+    level: Level = "aggregate"
+    rule: Rule = "mean_std"
+    margin: float = sinks.RELEASE_STD
+    alpha: float | None = sinks.RELEASE_ALPHA
+    unit: Unit = "sum"
+    boost: float = 1.0
+    averaged: bool = False
+    levels: int = 10
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in get_args(Kind),
+            "a weighting must be a known kind",
+            repr(self.kind),
+            f"choose {', '.join(get_args(Kind))}",
+        )
+        require(self.boost > 0, "boost must be positive", f"{self.boost:g}", "1 doubles what a sink contributes")
+        require(
+            self.level == "aggregate" or self.kind in ("sinks_down", "sinks_up"),
+            "weights by layer or head must be those of sinks",
+            self.kind,
+            "use level aggregate",
+        )
+
+        require(
+            not (self.averaged and self.kind in INSTABILITY),
+            "averaged weights must be those of sinks or controls",
+            self.kind,
+            "instability is measured over levels already",
+        )
+
+    @property
+    def over_levels(self) -> bool:
+        """Tell whether one weight a token comes from several noise levels of its window."""
+        return self.averaged or self.kind in INSTABILITY
+
+
+def sink_score(mass: Float[Tensor, "layer sample head position"], weighting: Weighting) -> Tensor:
+    """Return sink scores in [0, 1].
+
+    Args:
+        mass: attention received, 1 on average over keys.
+        weighting: level, rule and score.
+
+    Returns:
+        Shape `[sample, position]`, `[layer, sample, position]` or `[layer, sample, head, position]`, by level.
+
+    Source: paper, Eqs. 9 to 11; threshold and score of the authors' release.
+    """
+    over = {"aggregate": (0, 2), "layer": (2,), "head": ()}[weighting.level]
+    values = mass if not over else mass.sum(over) if weighting.unit == "sum" else mass.mean(over)
+    threshold = {"mean_std": _mean_std, "leave_one_out": _leave_one_out}[weighting.rule](values, weighting.margin)
+    return _score(values, threshold, weighting.alpha)
+
+
+def _mean_std(values: Tensor, margin: float) -> Tensor:
+    return sinks.mean_std_threshold(values, num_std=margin)
+
+
+def _leave_one_out(values: Tensor, margin: float) -> Tensor:
+    return sinks.leave_one_out_threshold(values, epsilon=margin)
+
+
+def _score(values: Tensor, threshold: Tensor, alpha: float | None) -> Tensor:
+    return (values > threshold).to(values.dtype) if alpha is None else sinks.soft_score(values, threshold, alpha=alpha)
+
+
+def sinks_down(score: Float[Tensor, "*batch position"]) -> Float[Tensor, "*batch position"]:
+    """Return omega = 1 - score: what sinks contribute is taken out (paper, Eq. 12)."""
+    return sinks.token_weight(score)
+
+
+def sinks_up(score: Float[Tensor, "*batch position"], *, boost: float = 1.0) -> Float[Tensor, "*batch position"]:
+    """Return omega = 1 + boost x score: what sinks contribute counts more, so that the weights that read them stay.
+
+    Args:
+        score: sink score in [0, 1].
+        boost: extra weight of a full sink.
+
+    Source: stands for the habit of autoregressive work to preserve sinks (StreamingLLM, arXiv 2309.17453, keeps them in the
+        cache); the paper names the habit but no formula, so this one is ours.
+    """
+    return 1.0 + boost * score
+
+
+def average_over_levels(weight: Float[Tensor, "window level position"]) -> Float[Tensor, "window position"]:
+    """Average token weights over the noise levels of each window.
+
+    Source: the release's SparseGPT variant measures sinks on noised text and weights the clean text with their average.
+    """
+    return weight.mean(1)
+
+
+def instability_score(
+    mass: Float[Tensor, "window level position"], *, kind: Literal["variance", "presence"], margin: float = sinks.RELEASE_STD
+) -> Float[Tensor, "window position"]:
+    """Score tokens by how much their mass changes over noise levels, which is what the paper says and its release does not do.
+
+    Args:
+        mass: mean over layers and heads, 1 on average over positions.
+        kind: `"variance"`: 1 where the variance of the mass over levels exceeds its mean over positions by `margin` standard
+            deviations. `"presence"`: 4 f (1 - f), f the share of levels at which the token is a sink: 1 for a sink half of the
+            time, 0 for one that always or never is.
+        margin: standard deviations, of the variance or of the sink rule.
+
+    Raises:
+        InputError: fewer than two levels, over which nothing can vary.
+
+    Source: temporal variance and transience, paper section 3.1; the formulas are ours.
+    """
+    if mass.shape[1] < 2:
+        raise InputError(f"instability must be measured over at least 2 noise levels, got {mass.shape[1]}: raise levels")
+    if kind == "presence":
+        share = sinks.sinks_mean_std(mass, num_std=margin).to(mass.dtype).mean(1)
+        return 4.0 * share * (1.0 - share)
+    over_time = mass.var(1, correction=0)
+    return (over_time > sinks.mean_std_threshold(over_time, num_std=margin)).to(mass.dtype)
+
+
+def control_down(
+    score: Float[Tensor, "sample position"],
+    control: str,
+    *,
+    input_ids: Int[Tensor, "sample position"],
+    mask_token_id: int | None = None,
+    activation_norm: Float[Tensor, "sample position"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "sample position"]:
+    """Take out as many tokens of each sample as it has sinks, but others.
+
+    Args:
+        score: sink score; a position counts as a sink above one half.
+        control: of those that are no sinks, `"random"` positions, the `"first"` ones, `"mask"` tokens at random, or those of the
+            largest activation `"norm"`.
+        input_ids: for `"mask"`.
+        mask_token_id: for `"mask"`.
+        activation_norm: for `"norm"`.
+        generator: CPU generator, for `"random"` and `"mask"`.
+
+    Returns:
+        Weights of 0 and 1; sinks themselves keep 1. Where a sample has fewer such tokens than sinks, all of them are taken out.
+
+    Raises:
+        InputError: what the control needs is missing.
+    """
+    order = _order(
+        score, control, input_ids=input_ids, mask_token_id=mask_token_id, activation_norm=activation_norm, generator=generator
+    )
+    is_sink: Bool[Tensor, "sample position"] = score > 0.5
+    order = order.masked_fill(is_sink, float("-inf"))
+    rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen: Bool[Tensor, "sample position"] = rank < is_sink.sum(1, keepdim=True)
+    return 1.0 - (chosen & order.isfinite()).to(score.dtype)
+
+
+def _order(
+    score: Tensor,
+    control: str,
+    *,
+    input_ids: Tensor,
+    mask_token_id: int | None,
+    activation_norm: Tensor | None,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "sample position"]:
+    """Return a number per position: the largest are taken out first, minus infinity never."""
+    if control == "first":
+        return -torch.arange(score.shape[1], device=score.device).expand(score.shape).float()
+    if control == "norm":
+        if activation_norm is None:
+            raise InputError("the control 'norm' must be given activation norms, got None: pass activation_norm")
+        return activation_norm.float()
+    if generator is None:
+        raise InputError(f"the control {control!r} must be given a generator, got None: pass runtime.generator(seed, 'control')")
+    drawn = torch.rand(score.shape, generator=generator).to(score.device)
+    if control == "random":
+        return drawn
+    if mask_token_id is None:
+        raise InputError("the control 'mask' must be given a mask token, got None: pass mask_token_id of a diffusion model")
+    return drawn.masked_fill(input_ids != mask_token_id, float("-inf"))

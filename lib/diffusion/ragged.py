@@ -1,0 +1,144 @@
+"""Generate after prompts of unequal length in one batch: padding takes no part, so each row gets what it gets alone."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.core.errors import InputError, require
+from lib.diffusion import sampler
+from lib.models.language_model import LanguageModel, logits_at
+
+PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
+
+
+@torch.inference_mode()
+def denoise(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    steps: int,
+    block_length: int | None = None,
+    cfg_scale: float = 0.0,
+) -> Int[Tensor, "batch new"]:
+    """Denoise greedily after prompts of any lengths, the most confident predictions first.
+
+    Args:
+        model: a diffusion model.
+        prompts: token ids, text by text.
+        new_tokens: tokens to generate after each.
+        steps: forward passes in all, split evenly over the blocks.
+        block_length: tokens of a semi-autoregressive block, which begins where the prompt of its own row ends; None is one block.
+        cfg_scale: classifier-free guidance as in `sampler.sample`.
+
+    Returns:
+        The new tokens of each row: those of `sampler.sample` at temperature 0 for its prompt alone, up to rounding of the logits
+        (attention with a mask is another kernel); exactly its result where all lengths are equal.
+
+    Raises:
+        InputError: no prompt, an autoregressive model, or lengths that do not divide.
+
+    Source: ML-GSAI/LLaDA, generate.py, for each text. Padding stands on the right, where it moves no position.
+    """
+    block = block_length or new_tokens
+    sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
+    if _are_equally_long(prompts):
+        options: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block, "cfg_scale": cfg_scale}
+        return sampler.sample(model, torch.tensor(prompts, dtype=torch.long), **options)[:, len(prompts[0]) :]
+    mask_id, per_block = cast(int, model.mask_token_id), steps // (new_tokens // block)
+    ids, real = _padded([[*prompt, *[mask_id] * new_tokens] for prompt in prompts], device=model.device)
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
+    ends = (starts[:, 0] + new_tokens).tolist()
+    column = torch.arange(ids.shape[1], device=model.device)
+    prompt_positions = (ids != mask_id) & real
+    # A block is all masks when it begins, so that its schedule is the same for every row and block.
+    counts = sampler.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
+    for step in range(steps):
+        first = starts + step // per_block * block
+        where = (ids == mask_id) & (column >= first) & (column < first + block)
+        logits = _guided_logits(model, ids, where, real, prompt_positions, cfg_scale=cfg_scale)
+        chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+        confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
+        confidence[where] = sampler.keeping_order(logits, chosen, remasking="low_confidence", generator=None)
+        committed = _most_confident(confidence, counts[:, step % per_block], ends)
+        ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
+    return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
+
+
+@torch.inference_mode()
+def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, new_tokens: int) -> Int[Tensor, "batch new"]:
+    """Continue prompts of any lengths greedily, token by token, with the keys and values of earlier ones kept.
+
+    Args:
+        model: an autoregressive model.
+        prompts: token ids, text by text; at least one token each.
+        new_tokens: tokens to generate after each; an end token does not stop it.
+
+    Returns:
+        The new tokens of each row: those of `sampler.continue_text` for its prompt alone, up to rounding of the logits; exactly
+        its result where all lengths are equal.
+
+    Raises:
+        InputError: no prompt, an empty one, or a diffusion model.
+    """
+    if not model.is_causal:
+        raise InputError(f"token-by-token generation must use a causal model, got {model.name}: use denoise")
+    rule, got = "a prompt to continue must have at least one token", "an empty one"
+    are_equal = _are_equally_long(prompts)
+    require(all(len(prompt) > 0 for prompt in prompts), rule, got, "begin it with BOS")
+    if are_equal:
+        ids = sampler.continue_text(model, torch.tensor(prompts, dtype=torch.long), new_tokens=new_tokens)
+        return ids[:, len(prompts[0]) :]
+    # Padding on the left: the newest token of every row stands in the last column, where the next ones are appended.
+    flipped, real = _padded([prompt[::-1] for prompt in prompts], device=model.device)
+    read, real = flipped.flip(1), real.flip(1)
+    positions, past, made = (real.cumsum(1) - 1).clamp(min=0), None, [read[:, :0]]
+    for _ in range(new_tokens):
+        given = {"input_ids": read, "attention_mask": real.long(), "position_ids": positions, "past_key_values": past}
+        output = model.network(**given, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        read = sampler.choose_tokens(output.logits[:, -1].float(), temperature=0.0, generator=None)[:, None]
+        made.append(read)
+        real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(made, dim=1)
+
+
+def _are_equally_long(prompts: Sequence[Sequence[int]]) -> bool:
+    """Tell whether no padding is needed: then the plain samplers are exact, and attention without a mask is faster."""
+    require(len(prompts) > 0, "a batch must have at least one prompt", "none", "leave the call out")
+    return len({len(prompt) for prompt in prompts}) == 1
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], *, device: torch.device
+) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
+    """Fill rows up on the right, and tell what was there before."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[PADDING] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def _guided_logits(
+    model: LanguageModel, ids: Tensor, where: Tensor, real: Tensor, prompt_positions: Tensor, *, cfg_scale: float
+) -> Float[Tensor, "selected vocab"]:
+    """Do what the sampler's function of this name does, without the padding in either half."""
+    if cfg_scale <= 0:
+        return logits_at(model, ids, where, attention_mask=real.long())
+    unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
+    mask = torch.cat([real, real]).long()
+    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]), attention_mask=mask)
+    conditional, unconditional = both.chunk(2)
+    return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
+
+
+def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> Bool[Tensor, "batch position"]:
+    """Mark the `counts[row]` most confident positions of each row, cut at its end: which of equals wins depends on the width."""
+    marked = torch.zeros_like(confidence, dtype=torch.bool)
+    for row, end in enumerate(ends):
+        marked[row : row + 1, :end] = sampler.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
+    return marked

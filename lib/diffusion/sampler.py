@@ -1,0 +1,238 @@
+"""Generate text: the masked diffusion samplers of LLaDA with a callback per denoising step, and greedy autoregression."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.core.errors import InputError
+from lib.models.language_model import LanguageModel, logits_at
+
+Remasking = Literal["low_confidence", "random"]
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What a trace callback sees after the forward pass of one step.
+
+    Attributes:
+        step: index of the denoising step, 0 = everything after the prompt is masked.
+        input_ids: what the network read; with guidance the recorded passes hold these rows first, the unguided ones after them.
+        is_masked: positions still masked in `input_ids`.
+        is_committed: positions that this step turns into tokens.
+        mask_ratio: share of the new tokens still masked in `input_ids`.
+    """
+
+    step: int
+    input_ids: Int[Tensor, "batch position"]
+    is_masked: Bool[Tensor, "batch position"]
+    is_committed: Bool[Tensor, "batch position"]
+    mask_ratio: float
+
+
+def commit_schedule(masked: Int[Tensor, "batch"], *, steps: int) -> Int[Tensor, "batch step"]:
+    """Split the masked tokens of each row evenly over the steps, the remainder going to the first ones.
+
+    Source: LLaDA's `get_num_transfer_tokens` (linear schedule).
+
+    >>> commit_schedule(torch.tensor([7]), steps=3).tolist()
+    [[3, 2, 2]]
+    """
+    base, rest = masked // steps, masked % steps
+    return base[:, None] + (torch.arange(steps, device=masked.device)[None, :] < rest[:, None])
+
+
+def choose_tokens(
+    logits: Float[Tensor, "selected vocab"], *, temperature: float, generator: torch.Generator | None
+) -> Int[Tensor, "selected"]:
+    """Pick a token per position: the best one, or Gumbel-max sampling in float64.
+
+    Source: LLaDA's `add_gumbel_noise`; float32 noise is known to lower the quality of masked diffusion samples.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+    return (logits.double() - temperature * torch.log(-torch.log(uniform))).argmax(-1)
+
+
+@torch.inference_mode()
+def sample(
+    model: LanguageModel,
+    prompt: Int[Tensor, "batch prompt"],
+    *,
+    new_tokens: int,
+    steps: int,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: Remasking = "low_confidence",
+    generator: torch.Generator | None = None,
+    on_step: Callable[[DenoisingStep], None] | None = None,
+) -> Int[Tensor, "batch position"]:
+    """Denoise from all-masked to text.
+
+    Args:
+        model: a diffusion model.
+        prompt: prompts of equal length.
+        new_tokens: tokens to generate.
+        steps: forward passes in all, split evenly over the blocks.
+        block_length: tokens of a semi-autoregressive block; None is one block.
+        temperature: 0 is greedy.
+        cfg_scale: classifier-free guidance: logits become u + (1 + scale)(c - u), u with the prompt masked.
+        remasking: keep the most confident predictions, or random ones.
+        generator: CPU generator of the sampling stream; needed for random remasking or a temperature.
+        on_step: called after the forward pass of every step.
+
+    Returns:
+        Prompt and generated tokens.
+
+    Raises:
+        InputError: an autoregressive model, lengths that do not divide, or missing randomness.
+
+    Source: ML-GSAI/LLaDA, generate.py. The LM head runs on the masked positions of the current block only.
+    """
+    block = block_length or new_tokens
+    check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
+    _check_generator(generator, needed=temperature > 0 or remasking == "random")
+    start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
+    ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
+    ids[:, :start] = prompt.to(model.device)
+    prompt_positions = ids != mask_id
+    per_block = steps // (new_tokens // block)
+    for step in range(steps):
+        first = start + step // per_block * block
+        in_block = torch.zeros_like(ids, dtype=torch.bool)
+        in_block[:, first : first + block] = True
+        if step % per_block == 0:
+            counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
+        where = (ids == mask_id) & in_block
+        logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
+        chosen = choose_tokens(logits, temperature=temperature, generator=generator)
+        confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
+        confidence[where] = keeping_order(logits, chosen, remasking=remasking, generator=generator)
+        committed = most_confident(confidence, counts[:, step % per_block])
+        if on_step is not None:
+            ratio = float((ids == mask_id)[:, start:].float().mean())
+            on_step(DenoisingStep(step, ids.clone(), ids == mask_id, committed.clone(), ratio))
+        ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
+    return ids
+
+
+def most_confident(confidence: Float[Tensor, "batch position"], counts: Int[Tensor, "batch"]) -> Bool[Tensor, "batch position"]:
+    """Mark the `counts[row]` most confident positions of each row."""
+    marked = torch.zeros_like(confidence, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        marked[row, confidence[row].topk(count).indices] = True
+    return marked
+
+
+def guided_logits(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch position"],
+    where: Bool[Tensor, "batch position"],
+    prompt_positions: Bool[Tensor, "batch position"],
+    *,
+    cfg_scale: float,
+) -> Float[Tensor, "selected vocab"]:
+    """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked.
+
+    Args:
+        model: a diffusion model when there is guidance.
+        ids: what the network reads, masks included.
+        where: positions whose token is to be predicted.
+        prompt_positions: what guidance masks.
+        cfg_scale: as in `sample`; 0 is none, and one pass instead of two.
+    """
+    if cfg_scale <= 0:
+        return logits_at(model, ids, where)
+    unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
+    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
+
+
+def keeping_order(
+    logits: Float[Tensor, "selected vocab"],
+    chosen: Int[Tensor, "selected"],
+    *,
+    remasking: Remasking,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "selected"]:
+    """Return how early each prediction deserves to be kept: its float64 probability, or a random number.
+
+    Args:
+        logits: at the positions in question.
+        chosen: the token predicted at each.
+        remasking: as in `sample`.
+        generator: CPU generator of the sampling stream, for random numbers.
+    """
+    if remasking == "random":
+        return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
+    # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
+    parts = zip(logits.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])
+
+
+def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:
+    """Refuse what `sample` cannot do, before any work.
+
+    Raises:
+        InputError: an autoregressive model, or lengths that do not divide.
+    """
+    if model.mask_token_id is None:
+        raise InputError(f"sampling by denoising must use a diffusion model, got {model.name}: use continue_text")
+    if new_tokens < 1 or block < 1 or new_tokens % block:
+        raise InputError(f"block_length must divide new_tokens, got {block} and {new_tokens}: choose a divisor")
+    if steps < 1 or steps % (new_tokens // block):
+        raise InputError(f"steps must be a multiple of the number of blocks, got {steps} for {new_tokens // block}: change steps")
+
+
+def _check_generator(generator: torch.Generator | None, *, needed: bool) -> None:
+    if needed and generator is None:
+        raise InputError("random sampling must be given a generator, got None: pass runtime.generator(seed, 'sampling')")
+
+
+@torch.inference_mode()
+def continue_text(
+    model: LanguageModel,
+    prompt: Int[Tensor, "batch prompt"],
+    *,
+    new_tokens: int,
+    temperature: float = 0.0,
+    use_cache: bool = True,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch position"]:
+    """Continue prompts of equal length token by token with an autoregressive model.
+
+    Args:
+        model: an autoregressive model.
+        prompt: prompts of equal length.
+        new_tokens: tokens to generate; generation does not stop at an end token, so that lengths stay equal.
+        temperature: 0 is greedy.
+        use_cache: False reads the whole text again for every token, as blocking keys needs.
+        generator: CPU generator of the sampling stream; needed for a temperature above 0.
+
+    Returns:
+        Prompt and continuation.
+
+    Raises:
+        InputError: a diffusion model, or missing randomness.
+    """
+    if not model.is_causal:
+        raise InputError(f"token-by-token generation must use a causal model, got {model.name}: use sample")
+    _check_generator(generator, needed=temperature > 0)
+    ids, past = prompt.to(model.device), None
+    for _ in range(new_tokens):
+        step_input = ids if past is None else ids[:, -1:]
+        output = model.network(input_ids=step_input, past_key_values=past, use_cache=use_cache, logits_to_keep=1)
+        past = output.past_key_values if use_cache else None
+        logits = output.logits[:, -1].float()
+        if temperature > 0:
+            logits = logits / temperature
+        chosen = choose_tokens(logits, temperature=float(temperature > 0), generator=generator)
+        ids = torch.cat([ids, chosen[:, None]], dim=1)
+    return ids

@@ -1,0 +1,295 @@
+"""Follow attention sinks along a generation: diffusion models step by step, autoregressive ones by growing prefix."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.attention import masses, sinks
+from lib.core.errors import InputError
+from lib.diffusion import sampler
+from lib.diffusion.sampler import DenoisingStep
+from lib.models.language_model import LanguageModel
+
+MARKS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """What single layers and heads do at every step.
+
+    Attributes:
+        rulli_sets: sinks by Rulli's rule (leave-one-out mean + 3).
+        sets: sinks by the released rule (mean + 2 standard deviations).
+        favourites: keys that are some query's argmax in the attention averaged over the layer's heads.
+        first_score: mean attention that the first token receives, averaged over heads.
+        value_norm: norm of the value vectors at the mark steps, per key-value head.
+    """
+
+    rulli_sets: Bool[Tensor, "prompt step layer head position"]
+    sets: Bool[Tensor, "prompt step layer head position"]
+    favourites: Bool[Tensor, "prompt step layer position"]
+    first_score: Float[Tensor, "prompt step layer"]
+    value_norm: Float[Tensor, "prompt mark layer kv_head position"]
+
+
+@dataclass(frozen=True)
+class SinkTrace:
+    """Sink masses along the generation of several prompts by one model.
+
+    Masses have mean 1 over the keys that exist at a step: all positions of a diffusion model, the prefix of an autoregressive
+    one (later keys hold 0).
+
+    Attributes:
+        ids: what the network read at each step.
+        is_masked: positions still masked at each step; all False for an autoregressive model.
+        keys: number of keys at each step.
+        mass: averaged over layers and heads.
+        layer_mass: averaged over heads.
+        mark_steps: the steps at 25, 50 and 75 % of the generation.
+        head_mass: per layer and head, at the mark steps.
+        gu_rate: share of layers and heads in which the first key is a sink by Gu's rule.
+        gu_best: largest such share that any key reaches.
+        rulli: mean number of sinks in a layer and head by Rulli's rule.
+        texts: prompt and all generated tokens.
+        heads: single layers and heads, when asked for.
+    """
+
+    name: str
+    prompt_tokens: int
+    ids: Int[Tensor, "prompt step position"]
+    is_masked: Bool[Tensor, "prompt step position"]
+    keys: Int[Tensor, "step"]
+    mass: Float[Tensor, "prompt step position"]
+    layer_mass: Float[Tensor, "prompt step layer position"]
+    mark_steps: tuple[int, ...]
+    head_mass: Float[Tensor, "prompt mark layer head position"]
+    gu_rate: Float[Tensor, "prompt step"]
+    gu_best: Float[Tensor, "prompt step"]
+    rulli: Float[Tensor, "prompt step"]
+    texts: Int[Tensor, "prompt position"]
+    heads: HeadTrace | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Tell whether the keys grow with the steps."""
+        return bool((self.keys[0] != self.keys[-1]).item())
+
+    @property
+    def frontier(self) -> Int[Tensor, "prompt step"]:
+        """Length of the unmasked beginning: the first masked position of a diffusion model, the prefix of a causal one."""
+        if self.is_causal:
+            return self.keys.expand(self.mass.shape[:2])
+        first = self.is_masked.int().argmax(-1)
+        return torch.where(self.is_masked.any(-1), first, self.is_masked.shape[-1])
+
+
+@dataclass(frozen=True)
+class _StepStatistics:
+    """What is kept of the masses of one step (all prompts) or one prompt (all steps); leading dimension `row`."""
+
+    mass: Float[Tensor, "row position"]
+    layer_mass: Float[Tensor, "row layer position"]
+    gu_rate: Float[Tensor, "row"]
+    gu_best: Float[Tensor, "row"]
+    rulli: Float[Tensor, "row"]
+
+
+def mark_steps(steps: int, fractions: Sequence[float] = MARKS) -> tuple[int, ...]:
+    """Return the step indices at fractions of a generation of `steps` steps.
+
+    >>> mark_steps(56)
+    (14, 28, 42)
+    """
+    return tuple(min(round(fraction * steps), steps - 1) for fraction in fractions)
+
+
+def prefix_lengths(*, prompt_tokens: int, positions: int, steps: int) -> tuple[int, ...]:
+    """Return the prefix lengths of an autoregressive trace: as many as a diffusion model has steps, ending at the full text.
+
+    >>> prefix_lengths(prompt_tokens=16, positions=24, steps=4)
+    (18, 20, 22, 24)
+    """
+    new_tokens = positions - prompt_tokens
+    return tuple(prompt_tokens + (step + 1) * new_tokens // steps for step in range(steps))
+
+
+def trace(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompt position"],
+    *,
+    positions: int,
+    steps: int,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    remasking: sampler.Remasking = "low_confidence",
+    heads: bool = False,
+    generator: torch.Generator | None = None,
+) -> SinkTrace:
+    """Generate from the prompts and record the masses on the way.
+
+    Args:
+        model: diffusion or autoregressive.
+        prompts: token ids of equal length.
+        positions: length of prompt and generated text together.
+        steps: denoising steps, or prefix lengths.
+        block_length: semi-autoregressive block of a diffusion model; None is one block.
+        temperature: 0 is greedy.
+        remasking: which predictions a diffusion model keeps first.
+        heads: also keep what single layers and heads do (two bytes for each head, step and position).
+        generator: CPU generator of the sampling stream, for a temperature above 0 or random remasking.
+
+    Returns:
+        The trace; both kinds of model have the same number of steps and end at the same length.
+
+    Raises:
+        InputError: the text would be longer than the model can read, or not longer than the prompt.
+
+    Source: paper Figure 2 and section 3.1 (there on LLaDA, Dream, LLaMA-3.1 and Qwen-2.5).
+    """
+    check_length(model, prompt_tokens=prompts.shape[1], positions=positions)
+    if model.is_causal:
+        texts = sampler.continue_text(
+            model, prompts, new_tokens=positions - prompts.shape[1], temperature=temperature, generator=generator
+        )
+        return _trace_prefixes(model, texts, prompt_tokens=prompts.shape[1], steps=steps, heads=heads)
+    sample = partial(
+        sampler.sample,
+        model,
+        prompts,
+        new_tokens=positions - prompts.shape[1],
+        steps=steps,
+        block_length=block_length,
+        temperature=temperature,
+        remasking=remasking,
+        generator=generator,
+    )
+    return _trace_denoising(model, prompts, sample, steps=steps, heads=heads)
+
+
+def check_length(model: LanguageModel, *, prompt_tokens: int, positions: int) -> None:
+    """Raise `InputError` when a text of `positions` tokens is too long for the model, or not longer than its prompt."""
+    longest = getattr(model.network.config, "max_position_embeddings", positions)
+    if not prompt_tokens < positions <= longest:
+        raise InputError(
+            f"positions must be above the prompt's {prompt_tokens} and at most {longest} for {model.name}, got {positions}: "
+            "change positions"
+        )
+
+
+def _trace_denoising(
+    model: LanguageModel, prompts: Tensor, sample: Callable[..., Tensor], *, steps: int, heads: bool
+) -> SinkTrace:
+    """Record every denoising step of all prompts at once."""
+    marks = mark_steps(steps)
+    kept: list[_StepStatistics] = []
+    ids, masked, at_marks, parts, value_norms = [], [], [], [], []
+    with masses.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
+
+        def on_step(step: DenoisingStep) -> None:
+            """Keep the masses of the pass that was just made."""
+            sums = recorder.pop()[:, : len(prompts), :, 0].transpose(0, 1).cpu()
+            keys = [sums.shape[-1]] * len(prompts)
+            kept.append(_reduce(sums, keys=keys, is_causal=False))
+            ids.append(step.input_ids.cpu())
+            masked.append(step.is_masked.cpu())
+            if step.step in marks:
+                at_marks.append(sums)
+            if heads:
+                favourites = recorder.pop_argmax()[:, : len(prompts), 0].transpose(0, 1).cpu()
+                parts.append(_reduce_heads(sums, favourites, keys=keys))
+                norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
+                value_norms.extend([norms] if step.step in marks else [])
+
+        texts = sample(on_step=on_step)
+    return SinkTrace(
+        name=model.name,
+        prompt_tokens=prompts.shape[1],
+        ids=torch.stack(ids, 1),
+        is_masked=torch.stack(masked, 1),
+        keys=torch.full((steps,), texts.shape[1]),
+        mark_steps=marks,
+        head_mass=torch.stack(at_marks, 1),
+        texts=texts.cpu(),
+        heads=HeadTrace(**_joined(parts, dim=1), value_norm=torch.stack(value_norms, 1)) if heads else None,
+        **_stacked(kept, dim=1),
+    )
+
+
+def _trace_prefixes(
+    model: LanguageModel, texts: Int[Tensor, "prompt position"], *, prompt_tokens: int, steps: int, heads: bool
+) -> SinkTrace:
+    """Read the masses of every prefix from one pass a text."""
+    lengths = prefix_lengths(prompt_tokens=prompt_tokens, positions=texts.shape[1], steps=steps)
+    marks = mark_steps(steps)
+    kept, at_marks, parts, value_norms = [], [], [], []
+    for text in texts:  # one at a time: all prefixes of all heads of one text are already 10^8 numbers for a large model
+        recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
+        by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
+        kept.append(_reduce(by_step, keys=lengths, is_causal=True))
+        at_marks.append(by_step[list(marks)])
+        if heads:
+            parts.append(_reduce_heads(by_step, recorder.pop_argmax()[:, 0].transpose(0, 1).cpu(), keys=lengths))
+            # a causal model's values do not change when the text grows
+            value_norms.append(recorder.pop_value_norms()[:, 0].cpu().expand(len(marks), -1, -1, -1))
+    ids = texts.cpu()[:, None].expand(-1, steps, -1)
+    return SinkTrace(
+        name=model.name,
+        prompt_tokens=prompt_tokens,
+        ids=ids,
+        is_masked=torch.zeros(ids.shape, dtype=torch.bool),
+        keys=torch.tensor(lengths),
+        mark_steps=marks,
+        head_mass=torch.stack(at_marks),
+        texts=texts.cpu(),
+        heads=HeadTrace(**_joined(parts, dim=0), value_norm=torch.stack(value_norms)) if heads else None,
+        **_stacked(kept, dim=0),
+    )
+
+
+def _reduce(sums: Float[Tensor, "row layer head position"], *, keys: Sequence[int], is_causal: bool) -> _StepStatistics:
+    """Reduce column sums to what a trace keeps; row r has `keys[r]` keys, and as many queries."""
+    gu = torch.stack([sinks.gu_sink_rate(row, is_causal=is_causal, real_keys=n) for row, n in zip(sums, keys, strict=True)])
+    by_key = gu.mean(dim=(1, 2))
+    counts = [sinks.rulli_count(row[..., :n]).mean() for row, n in zip(sums, keys, strict=True)]
+    return _StepStatistics(
+        mass=sums.mean(dim=(1, 2)),
+        layer_mass=sums.mean(dim=2),
+        gu_rate=by_key[:, 0],
+        gu_best=by_key.max(-1).values,
+        rulli=torch.stack(counts),
+    )
+
+
+def _stacked(parts: list[_StepStatistics], *, dim: int) -> dict[str, Tensor]:
+    """Join the kept statistics to tensors `[prompt, step, ...]`."""
+    names = ("mass", "layer_mass", "gu_rate", "gu_best", "rulli")
+    return {name: torch.stack([getattr(part, name) for part in parts], dim) for name in names}
+
+
+def _reduce_heads(
+    sums: Float[Tensor, "row layer head position"], favourites: Bool[Tensor, "row layer position"], *, keys: Sequence[int]
+) -> dict[str, Tensor]:
+    """Mark the sinks of each head; row r has `keys[r]` keys, and as many queries."""
+    size = sums.shape[-1]
+
+    def mark(rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a rule to the keys that exist."""
+        rows = [torch.nn.functional.pad(rule(row[..., :n]), (0, size - n)) for row, n in zip(sums, keys, strict=True)]
+        return torch.stack(rows)
+
+    scores = [sinks.first_token_score(row, queries=n).mean(-1) for row, n in zip(sums, keys, strict=True)]
+    return {
+        "rulli_sets": mark(sinks.sinks_leave_one_out),
+        "sets": mark(sinks.sinks_mean_std),
+        "favourites": favourites,
+        "first_score": torch.stack(scores),
+    }
+
+
+def _joined(parts: list[dict[str, Tensor]], *, dim: int) -> dict[str, Tensor]:
+    """Stack the entries of equal name."""
+    return {name: torch.stack([part[name] for part in parts], dim) for name in parts[0]} if parts else {}

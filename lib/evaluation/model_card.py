@@ -1,0 +1,265 @@
+"""The README.md of a pruned checkpoint: what was done to which model, what was measured, and how to load it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lib.core import provenance
+from lib.core.errors import require
+from lib.evaluation.tasks import TaskResult
+from lib.models import checkpoints
+from lib.models.language_model import LanguageModel, tokenizer_of
+from lib.pruning import pruner
+from lib.pruning.methods import METHODS, Method, Target
+
+DISTRIBUTION = "sink-aware-pruning-replication"
+FILE = "README.md"
+START = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or the checkpoint's id on the hub
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("Water boils at", return_tensors="pt").input_ids
+"""
+DIFFUSION = """\
+start, new, mask, shift = ids.shape[1], 8, model.config.mask_token_id, model.config.logit_shift
+ids = torch.cat([ids, torch.full((1, new), mask)], dim=1)
+for _ in range(new):  # one token a step, the surest first
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits.double()
+    logits = torch.cat([logits[:, :shift], logits[:, : logits.shape[1] - shift]], dim=1)
+    surest, tokens = logits.softmax(-1).max(-1)
+    position = surest.masked_fill(ids != mask, -1.0).argmax()
+    ids[0, position] = tokens[0, position]
+"""
+CAUSAL = """\
+ids = model.generate(ids, max_new_tokens=8, do_sample=False)
+"""
+END = """\
+print(tokenizer.decode(ids[0]))
+"""
+ZEROED = """\
+setting weights to zero, without any training afterwards. Zeros are stored as
+ordinary floats: the files are as large as the dense ones, and nothing is faster without kernels for sparse weights.
+"""
+CUT = """\
+cutting whole attention heads and MLP channels out, without any training afterwards.
+What is left is a smaller dense network, which takes less memory and time as it is.
+"""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a calibration read.
+
+    Attributes:
+        corpus: its name and where it comes from, such as `wikitext-2-raw-v1 (train)`.
+        windows: number of windows.
+        positions: tokens of a window.
+        seed: of windows, noise and random choices.
+        revision: of the corpus, when it has one.
+    """
+
+    corpus: str
+    windows: int
+    positions: int
+    seed: int
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number that was measured on the checkpoint.
+
+    Attributes:
+        name: of the task or the loss, and of the score.
+        value: the number.
+        interval: 95 %.
+        documents: how many it comes from.
+        dense: the same of the dense model.
+        settings: how it was measured, in words.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    documents: int | None = None
+    dense: float | None = None
+    settings: str = ""
+
+
+def measures(results: Mapping[str, TaskResult], *, dense: Mapping[str, TaskResult] | None = None) -> list[Measure]:
+    """Turn results of tasks into rows of a card.
+
+    Args:
+        results: of the pruned model, by task.
+        dense: of the dense model, where there are any.
+    """
+    found = []
+    for name, result in results.items():
+        before = (dense or {}).get(name)
+        used = result.settings
+        settings = f"{used.draws} draws, guidance {used.cfg_scale:g}, at most {used.gen_length} new tokens, seed {used.seed}"
+        value = None if before is None else before.accuracy
+        row = Measure(f"{name} ({result.metric})", result.accuracy, result.interval, len(result.correct), value, settings)
+        found.append(row)
+    return found
+
+
+def write(
+    folder: Path | str,
+    *,
+    model: LanguageModel,
+    method: Method,
+    target: Target,
+    reading: Reading | None = None,
+    measured: Sequence[Measure] = (),
+    cut: float | None = None,
+    license_id: str = "other",
+) -> Path:
+    """Write the card of an exported checkpoint.
+
+    Args:
+        folder: the export, as `export.save_plain` wrote it.
+        model: the pruned model, whose source and fingerprint are those of the dense checkpoint.
+        method: how it was pruned.
+        target: how much was asked for.
+        reading: what the calibration read; None for a method without one.
+        measured: numbers to show.
+        cut: share of the block weights that went with whole heads and channels; None for a model whose weights were set to zero.
+        license_id: the hub's name for the licence of the base model, which holds for the pruned weights too.
+
+    Returns:
+        `FOLDER/README.md`, with front matter for the hub; the same facts give the same text.
+
+    Raises:
+        InputError: no checkpoint in the folder, no tokenizer, or a calibration that the method does not have (or lacks).
+    """
+    folder = Path(folder)
+    checkpoints.check_folder(folder)
+    tokenizer_of(model)
+    rule = f"{method.importance} pruning must come {'with' if method.needs_calibration else 'without'} a calibration"
+    require((reading is not None) == method.needs_calibration, rule, str(reading), "describe what was read, or leave it out")
+    got = f"{pruner.measured_sparsity(model) if cut is None else cut:.2%}"
+    name = f"{_base_name(model)}, {got} of its block weights pruned"
+    parts = [
+        f"---\n{_front_matter(model, license_id)}\n---\n\n# {name}\n",
+        f"Made from `{_base_name(model)}` by {ZEROED if cut is None else CUT}",
+        "## What was done\n",
+        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(target, got, cut), *_read(reading), _code()]),
+        "## What was measured\n",
+        _measured(measured),
+        "## How to load it\n",
+        f"```python\n{START}{CAUSAL if model.is_causal else DIFFUSION}{END}```\n",
+        _loading(model),
+    ]
+    provenance.write_text(folder / FILE, "\n".join(parts))
+    return folder / FILE
+
+
+def _front_matter(model: LanguageModel, license_id: str) -> str:
+    """Write what the hub reads; a base model is named where it has an id there."""
+    source = model.source.source
+    on_hub = bool(checkpoints.HUB_ID.fullmatch(source)) and not checkpoints.is_local(model.source)
+    kind = "autoregressive" if model.is_causal else "masked-diffusion"
+    return ModelCardData(
+        base_model=source if on_hub else None,
+        library_name="transformers",
+        license=license_id,
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "sink-aware-pruning", kind],
+    ).to_yaml()
+
+
+def _base_name(model: LanguageModel) -> str:
+    """Return the id of the base model, or the name of its folder (a path of this machine is nobody's business)."""
+    source = model.source.source
+    return source.rstrip("/").rsplit("/", 1)[-1] if checkpoints.is_local(model.source) else source
+
+
+def _origin(model: LanguageModel, folder: Path) -> Iterator[tuple[str, str]]:
+    yield "base checkpoint", f"`{_base_name(model)}`"
+    yield "its revision", f"`{model.source.revision}`" if model.source.revision else "a local folder, no revision"
+    yield "its fingerprint (SHA-256)", f"`{model.fingerprint}`" if model.fingerprint else "not recorded"
+    yield "this checkpoint's fingerprint", f"`{checkpoints.fingerprint(folder)}`"
+    yield "parameters, dtype", f"{model.num_parameters:,}, {str(model.network.dtype).removeprefix('torch.')}"
+
+
+def _how(method: Method) -> Iterator[tuple[str, str]]:
+    named = [name for name, known in METHODS.items() if known == method]
+    yield "method", named[0] if named else f"{method.importance} with the options below"
+    for name, value in _flat(asdict(method)):
+        yield f"`{name}`", f"`{value}`"
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _how_much(target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
+    if cut is not None:
+        yield "asked for", f"{target.sparsity:.1%} of the key-value groups and MLP channels of every block, rounded down"
+        yield "measured", f"{got} of the weights of the blocks gone; embedding, norms and head are dense"
+        return
+    exact = "" if target.removed is None else ", exact numbers by layer"
+    yield "sparsity asked for", f"{target.sparsity:.1%} of every matrix of a block{exact}"
+    yield "sparsity measured", f"{got} exact zeros in these matrices; embedding, norms and head are dense"
+    yield "pattern", target.pattern
+
+
+def _read(reading: Reading | None) -> Iterator[tuple[str, str]]:
+    if reading is None:
+        yield "calibration", "none"
+        return
+    yield "calibration corpus", reading.corpus + (f", revision `{reading.revision}`" if reading.revision else "")
+    yield "calibration windows", f"{reading.windows} of {reading.positions} tokens, seed {reading.seed}"
+
+
+def _code() -> tuple[str, str]:
+    """Name the code by its version and the hash of all its modules, and the libraries that can change a number."""
+    try:
+        version = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    code = provenance.folder_hash(provenance.LIB.glob("*.py"), provenance.LIB)[:16]
+    libraries = ", ".join(f"{name} {found}" for name, found in provenance.versions().items())
+    return "code", f"{DISTRIBUTION} {version} (modules `{code}`); {libraries}"
+
+
+def _measured(measured: Sequence[Measure]) -> str:
+    if not measured:
+        return "Nothing yet.\n"
+    rows = []
+    for row in measured:
+        interval = "" if row.interval is None else f"{row.interval[0]:.4g} to {row.interval[1]:.4g}"
+        documents, dense = ("" if value is None else f"{value:.4g}" for value in (row.documents, row.dense))
+        rows.append((row.name, f"{row.value:.4g}", interval, documents, dense, row.settings))
+    return _table(("", "value", "95 % interval", "documents", "dense model", "settings"), rows)
+
+
+def _loading(model: LanguageModel) -> str:
+    """Say what a reader must know about the network; `START` and the rest show it."""
+    if model.is_causal:
+        return "An autoregressive model like its base: `generate` works as ever.\n"
+    mask = tokenizer_of(model).convert_ids_to_tokens(model.mask_token_id)  # type: ignore[arg-type]
+    place = "at the position before it (`logit_shift: 1`)" if model.logit_shift else "at its own position (`logit_shift: 0`)"
+    return (
+        f"A masked diffusion model: `config.is_causal` is false, so attention looks both ways, and `generate` of transformers\n"
+        f"does not apply. A token to be written is the mask token {model.mask_token_id} (`{mask}`); it is predicted {place}.\n"
+        "The loop above is LLaDA's sampler (low-confidence remasking, no blocks, no temperature).\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -1,0 +1,100 @@
+"""Tasks with exact answers: two-number sums, generated or scored."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from scipy.stats import binomtest
+from torch import Tensor
+
+from lib.core.runtime import generator
+from lib.diffusion import likelihood, sampler
+from lib.models.language_model import LanguageModel, logits_at, tokenizer_of
+
+ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
+
+
+def answer_sums(
+    model: LanguageModel,
+    rows: Sequence[dict[str, str]],
+    *,
+    use_cache: bool = True,
+    on_batch: Callable[[], None] | None = None,
+) -> list[str]:
+    """Let the model answer `23 - 60 =`: greedily, one token per step, cut at the end of the document.
+
+    Args:
+        model: diffusion or autoregressive.
+        rows: questions, as in `data/sums_test.jsonl`.
+        use_cache: False for an autoregressive model whose keys are blocked.
+        on_batch: called before each batch of questions of equal length.
+
+    Returns:
+        One answer a question, without white space around it.
+    """
+    tokenizer = tokenizer_of(model)
+    prompts = [cast(list[int], tokenizer(row["question"])["input_ids"]) for row in rows]
+    answers = [""] * len(rows)
+    for picked in _by_length(prompts):
+        batch, length = torch.tensor([prompts[index] for index in picked]), len(prompts[picked[0]])
+        if on_batch is not None:
+            on_batch()
+        if model.is_causal:
+            ids = sampler.continue_text(model, batch, new_tokens=ANSWER_TOKENS, use_cache=use_cache)
+        else:
+            ids = sampler.sample(model, batch, new_tokens=ANSWER_TOKENS, steps=ANSWER_TOKENS)
+        for index, row in zip(picked, ids[:, length:].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            answers[index] = cast(str, tokenizer.decode(row[:end])).strip()
+    return answers
+
+
+def is_correct(answers: Sequence[str], rows: Sequence[dict[str, str]]) -> list[bool]:
+    """Compare answers with the expected ones, exactly."""
+    return [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
+
+
+def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: int, seed: int) -> Float[Tensor, "row"]:
+    """Return the negative log-likelihood of each right answer given its question, in nats for the whole answer.
+
+    Args:
+        model: diffusion (a Monte-Carlo upper bound) or autoregressive (exact).
+        rows: questions with answers; the end of the document counts as part of the answer.
+        draws: masks per question, for a diffusion model.
+        seed: of the masks, which depend on it and the question's index alone: all variants of a model see the same ones.
+
+    Source: LLaDA (arXiv 2502.09992), Eq. 6, for the bound.
+    """
+    tokenizer = tokenizer_of(model)
+    losses = []
+    for index, row in enumerate(rows):
+        question = cast(list[int], tokenizer(row["question"])["input_ids"])
+        answer = cast(list[int], tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([*question, *answer, cast(int, tokenizer.eos_token_id)], device=model.device)
+        scored = torch.arange(len(ids), device=model.device) >= len(question)
+        if model.is_causal:
+            logits = logits_at(model, ids[None], scored[None])
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[scored], reduction="sum").cpu())
+        else:
+            stream = generator(seed, "answers", index)
+            losses.append(-likelihood.masked_log_likelihood(model, ids, scored, draws=draws, generator=stream).mean())
+    return torch.stack(losses)
+
+
+def share_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share.
+
+    >>> [round(end, 3) for end in share_interval(10, 200)]
+    [0.027, 0.09]
+    """
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group the indices of prompts of equal length, shortest first."""
+    groups: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(index)
+    return [groups[length] for length in sorted(groups)]

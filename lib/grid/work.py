@@ -1,0 +1,216 @@
+"""What a worker of the grid does: make the weights of one variant, then measure them, cell by cell."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from lib.calibration import one_shot, sets
+from lib.core.config import ModelSource
+from lib.core.errors import InputError
+from lib.core.provenance import write_json
+from lib.core.runtime import set_threads
+from lib.core.wheels import UnavailableError
+from lib.evaluation import batched, model_card, standins, tasks
+from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.sums import share_interval
+from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
+from lib.models import checkpoints, integrity, language_model, loading, streaming
+from lib.models.checkpoints import read_json
+from lib.models.language_model import LanguageModel
+from lib.pruning import lean, pruner, shrink
+from lib.pruning.methods import Method, Target
+from lib.studies.variance.sink_effect import text_loss
+from lib.texts import corpora
+
+MEASURED = "measured.json"
+REFUSALS = (UnavailableError, InputError)
+SAMPLES_AT_ONCE = 4  # calibration windows of a forward pass, at most; they are longer than the texts of tasks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how this run computes; none of it changes a result.
+
+    Attributes:
+        source: checkpoint here.
+        device, dtype: of the network.
+        kept: folder that keeps the pruned weights, or None.
+        weights: all in memory, spread over the GPUs of the process, or read from their files when they are used; a model that
+            gets smaller is cut in memory.
+        states: where hidden states lie between blocks while calibrating; off the device, one Hessian exists at a time.
+        rows: folder of local rows instead of the hub's, or None.
+    """
+
+    source: ModelSource
+    device: str
+    dtype: torch.dtype
+    kept: Path | None
+    weights: Literal["memory", "spread", "streamed"]
+    states: lean.States
+    rows: Path | None
+
+
+def work(
+    shared: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], *, batch_size: int
+) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
+    """Compute the cells of one variant.
+
+    Args:
+        shared: `variant` as `cells.to_plain` gives it, and `place`: the fields of a `Place` as JSON values.
+        cells: what is missing, each with its `id` and `settings`.
+        batch_size: rows of a forward pass.
+
+    Yields:
+        (cell id, result), as soon as each is known; an error in its place where a checkpoint or a data set cannot be fetched, or
+        settings do not fit the model, so that the other cells go on.
+    """
+    set_threads()
+    place = _place(shared["place"])
+    variant = from_plain(shared["variant"], source=place.source)
+    try:
+        model, gone = weights(variant, place, batch_size=batch_size)
+    except REFUSALS as error:
+        yield from ((cell["id"], error) for cell in cells)
+        return
+    for cell in cells:
+        settings = cell["settings"]
+        measure = loss if settings["task"] == LOSS else accuracy
+        try:
+            found = measure(model, variant, settings, place, batch_size=batch_size)
+        except REFUSALS as error:
+            yield cell["id"], error
+        else:
+            yield cell["id"], {"measured_sparsity": gone, **found}
+
+
+def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[LanguageModel, float]:
+    """Return a variant's model and the share of its linear weights that is gone; kept weights are read, new ones kept.
+
+    Raises:
+        UnavailableError: the checkpoint or the calibration text cannot be fetched.
+        InputError: a method that does not fit the model, or a file that is not what its hash says.
+    """
+    if place.kept is not None and (place.kept / MEASURED).exists():
+        return _loaded(ModelSource(str(place.kept)), variant, place), read_json(place.kept / MEASURED)["sparsity"]
+    model = _loaded(place.source, variant, place)
+    before = _linear_weights(model)
+    if variant.options is None:
+        return model, 0.0
+    model = pruned(model, variant, place, batch_size=min(SAMPLES_AT_ONCE, batch_size))
+    left = sum(int(layer.module.weight.count_nonzero()) for layer in model.layers)
+    gone = round(1 - left / before, 6)
+    if place.kept is not None:
+        _keep(model, variant, place, gone=gone)
+    return model, gone
+
+
+def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageModel:
+    """Load a checkpoint as the place says, its files checked against their index and hashes first."""
+    integrity.check(checkpoints.resolve(source))
+    given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype}
+    if place.weights == "spread":
+        return loading.load(source, **given, device_map="auto")
+    streamed = place.weights == "streamed" and variant.pattern != STRUCTURED_PATTERN
+    return (streaming.load if streamed else loading.load)(source, **given, device=place.device)
+
+
+def _keep(model: LanguageModel, variant: Variant, place: Place, *, gone: float) -> None:
+    """Write pruned weights with their card and hashes; `MEASURED` comes last and says that all is there."""
+    text, method, folder = variant.calibration, cast(Method, variant.options), cast(Path, place.kept)
+    is_cut = variant.pattern == STRUCTURED_PATTERN
+    target = Target(variant.sparsity) if is_cut else Target(variant.sparsity, variant.pattern)
+    reading = None
+    if text is not None:
+        read = f"local rows in place of {text.corpus}" if place.rows else corpora.identity(cast(corpora.Corpus, text.corpus))
+        reading = model_card.Reading(read, text.windows, text.positions, variant.seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a worker killed before it had written MEASURED
+    streaming.save(model, folder)
+    if model.tokenizer is not None:
+        model_card.write(folder, model=model, method=method, target=target, reading=reading, cut=gone if is_cut else None)
+    integrity.write_hashes(folder)
+    write_json(folder / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})
+
+
+def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> LanguageModel:
+    """Prune a dense model as a variant says, in place unless it becomes smaller.
+
+    Raises:
+        UnavailableError: the calibration text cannot be fetched.
+        InputError: a method that does not fit the model.
+    """
+    method, text, windows = variant.options, variant.calibration, None
+    if method is None:
+        return model
+    if text is not None:
+        sizes: dict[str, Any] = {"count": text.windows, "length": text.positions, "seed": variant.seed}
+        tokenizer = language_model.tokenizer_of(model)
+        windows = corpora.windows(cast(corpora.Corpus, text.corpus), tokenizer, **sizes, rows=place.rows)
+    if variant.pattern != STRUCTURED_PATTERN:
+        given: dict[str, Any] = {"windows": windows, "seed": variant.seed, "batch_size": batch_size}
+        target, in_memory = Target(variant.sparsity, variant.pattern), place.states == "device" and place.weights != "streamed"
+        if in_memory:
+            pruner.prune_(model, method, target, **given)
+        else:
+            lean.prune_(model, method, target, **given, states=place.states)
+        return model
+    norms = None
+    if windows is not None:
+        given = {"inputs": method.inputs, "weighting": method.weighting, "seed": variant.seed, "batch_size": batch_size}
+        calibration = sets.build(model, windows, **given)
+        statistics = one_shot.dense_statistics(model, calibration, batch_size=batch_size, states=place.states)
+        norms = {
+            (block, role): found[role].input_norm(method.aggregate)[0]
+            for block, found in enumerate(statistics)
+            for role in ("o", "down")
+        }
+    return shrink.shrunk(model, *shrink.choose(model, sparsity=variant.sparsity, input_norms=norms))
+
+
+def loss(model: LanguageModel, _: Variant, settings: Mapping[str, Any], place: Place, *, batch_size: int) -> dict[str, Any]:
+    """Measure the NELBO (the exact loss of an autoregressive model) on WikiText-2 test windows, in nats per token of each."""
+    del batch_size  # one text at a time, its masks together
+    size, tokenizer = settings["loss"], language_model.tokenizer_of(model)
+    seed, given = settings["seed of masks"], {"count": size["windows"], "length": size["positions"]}
+    windows = corpora.windows("wikitext2", tokenizer, **given, seed=seed, rows=place.rows, split="test")
+    values = text_loss(model, windows, draws=size["draws"], seed=seed)
+    return {"nats per token": [round(float(value), 6) for value in values]}
+
+
+def accuracy(
+    model: LanguageModel, variant: Variant, settings: Mapping[str, Any], place: Place, *, batch_size: int
+) -> dict[str, Any]:
+    """Answer a task; what is kept is right or wrong, document by document, so that variants can be compared in pairs."""
+    name = settings["task"]
+    asked = dict(settings["evaluation"])
+    chat_template = asked.pop("chat_template")
+    known = EvaluationSettings(**asked, batch_size=batch_size)
+    if place.rows is None or name in tasks.local_names():
+        task = tasks.load_tasks([name], family=variant.published)[name]
+    else:
+        task = standins.load(name, place.rows, family=variant.published)
+    found = batched.evaluate(model, task, settings=known, chat_template=chat_template, limit=settings["limit"])
+    low, high = share_interval(sum(found.correct), len(found.correct))
+    return {
+        "metric": found.metric,
+        "documents": len(found.correct),
+        "accuracy": round(found.accuracy, 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "chance": found.chance,
+        "truncated": found.truncated,
+        "scores": {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()},
+    }
+
+
+def _place(made: Mapping[str, Any]) -> Place:
+    folders = {name: None if made[name] is None else Path(made[name]) for name in ("kept", "rows")}
+    named = {"source": ModelSource(**made["source"]), "dtype": getattr(torch, made["dtype"])}
+    return Place(**{**made, **named, **folders})
+
+
+def _linear_weights(model: LanguageModel) -> int:
+    return sum(layer.module.weight.numel() for layer in model.layers)

@@ -1,0 +1,183 @@
+"""The notebooks of one command: check what they need, run those that have to run, build the report."""
+
+import contextlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lib.core import config, provenance
+from lib.core.config import ModelSource
+from lib.core.errors import InputError
+from lib.launch import execution
+from lib.launch.execution import Job, NotebookError
+from lib.models import checkpoints
+
+Say = Callable[[str], None]
+SHOWS_GRID = config.ROOT / "lib" / "grid" / "tables.py"  # a notebook that reaches it shows the records of the grid
+
+
+def prepare(
+    profile: str, *, notebooks: Mapping[str, Path], seed: int | None = None, overrides: Mapping[str, object] | None = None
+) -> list[Job]:
+    """Check settings, models and folders, and describe the work.
+
+    Args:
+        profile: `quick`, `full` or `paper`.
+        notebooks: notebook files by number.
+        seed: replaces the profile's seed.
+        overrides: dotted key to value.
+
+    Returns:
+        One job per notebook, in order.
+
+    Raises:
+        InputError: a setting, a model or a folder cannot be used.
+    """
+    loaded = config.load(profile, seed=seed, overrides=overrides)
+    plain = config.to_dict(loaded)
+    _check_models(loaded.models, plain)
+    output = config.output_root()
+    for folder in ("runs", "figures", "results"):
+        _check_writable(output / folder / profile)
+    return [
+        Job(
+            number=number,
+            notebook=path,
+            profile=profile,
+            seed=loaded.seed,
+            overrides=dict(overrides or {}),
+            fingerprint=_fingerprint(path, loaded, plain),
+            output=output,
+        )
+        for number, path in notebooks.items()
+    ]
+
+
+def run(jobs: Sequence[Job], *, say: Say, fresh: bool = False) -> None:
+    """Run the jobs that have to run, one line each, and build the report.
+
+    Args:
+        jobs: what `prepare` returned.
+        say: takes each line.
+        fresh: run also what is up to date.
+
+    Raises:
+        NotebookError: a notebook or the report failed; what was finished before stays.
+        InputError: another run writes to the same folder.
+    """
+    started, written = time.monotonic(), 0
+    with _only_run(jobs[0].executed.parent):
+        say(_header(jobs[0]))
+        for job in jobs:
+            if not fresh and not execution.why_run(job):
+                say(f"{_title(job)}{_skipped(job)}")
+                continue
+            outcome = execution.execute(job)
+            written += len(outcome.files)
+            say(f"{_title(job)}{_duration(outcome.seconds):<13}{_wrote(outcome.files)}")
+        say(f"report: {_build_report(jobs[0])}")
+    say(f"total {_duration(time.monotonic() - started)}, peak memory {_peak_memory()}, {written + 1} files written")
+
+
+def show(jobs: Sequence[Job], *, say: Say) -> None:
+    """Show each notebook and whether it would run.
+
+    Args:
+        jobs: what `prepare` returned.
+        say: takes each line.
+    """
+    for job in jobs:
+        reason = execution.why_run(job)
+        say(f"{_title(job)}{f'would run    {reason}' if reason else _skipped(job)}")
+
+
+def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, object]) -> str:
+    """Hash what decides a notebook's outputs; for one that shows the grid, the records of the grid belong to that."""
+    own = provenance.fingerprint(notebook, config=plain)
+    if settings.grid is None or SHOWS_GRID not in provenance.modules_reached(notebook):
+        return own
+    from lib.grid import cells  # slow to import, and most profiles have no grid
+
+    folder = cells.store_of(settings).folder
+    records = [path for path in folder.glob("*.json") if not path.name.startswith(".")]
+    return f"{own} {provenance.folder_hash(records, folder)}"
+
+
+def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]) -> None:
+    """Check that every checkpoint in the settings is named well and whole, from headers only."""
+    sections = [section for section in plain.values() if isinstance(section, Mapping)]
+    extra = [checkpoints.parse(text) for section in sections for text in section.get("extra_models", ())]
+    for source in (*models.values(), *extra):
+        checkpoints.check(source)
+        checkpoints.check_tokenizer(source)
+
+
+def _check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder that may not exist yet, without making anything."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        got = "no permission to write in" if nearest.is_dir() else "a file at"
+        raise InputError(f"{folder} must be writable, got {got} {nearest}: mend that, or name another folder in SINKS_OUTPUT")
+
+
+@contextlib.contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back when the process ends in whatever way."""
+    import fcntl  # absent on Windows, where tests of other functions still run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"one run at a time must write to {folder}, got a second one: wait for the first to end") from error
+        yield
+
+
+def _build_report(job: Job) -> str:
+    """Build the page of all results; a damaged result file counts as a failure of the run."""
+    from lib.report import page
+
+    try:
+        return _shown(Path(page.build(job.profile)), job.output)
+    except InputError as error:
+        raise NotebookError(f"the report was not built: {error}") from error
+
+
+def _shown(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _header(job: Job) -> str:
+    found, threads = provenance.versions(), os.environ.get("OMP_NUM_THREADS", "?")
+    changed = "".join(f", {key}={value}" for key, value in job.overrides.items())
+    used = f"{threads} threads, Python {found['python']}, torch {found.get('torch', '?')}"
+    return f"profile {job.profile}, seed {job.seed}{changed}; {used}"
+
+
+def _title(job: Job) -> str:
+    return f"{job.number}  {job.name:<22} "
+
+
+def _skipped(job: Job) -> str:
+    status = execution.read_status(job)
+    return f"up to date   skipped: {len(status['outputs'])} files of a run of {_duration(status['seconds'])} are whole"
+
+
+def _wrote(files: Sequence[str]) -> str:
+    figures = sum(name.endswith((".png", ".gif", ".svg")) for name in files)
+    tables = sum(name.startswith("results/") and name.endswith(".csv") for name in files)
+    return f"wrote {len(files)} files: {figures} figures, {tables} tables, executed copy {files[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _peak_memory() -> str:
+    """Peak resident memory of the largest process of a notebook (the unit is bytes on macOS, kilobytes elsewhere)."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 1e9:.2f} GB"

@@ -1,0 +1,292 @@
+"""Run one notebook headless in a process of its own, and tell whether its outputs are still those of its inputs."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.core import provenance
+
+INJECTED = "injected-parameters"
+MARKER = "papermill-error-cell-tag"
+REFUSALS = ("InputError", "UnavailableError")
+
+
+class NotebookError(RuntimeError):
+    """A notebook failed: the message names it, the cell, the error and the executed copy.
+
+    Attributes:
+        is_input: the notebook itself refused what it was given (an `InputError`), as opposed to breaking.
+    """
+
+    def __init__(self, message: str, *, is_input: bool = False) -> None:
+        super().__init__(message)
+        self.is_input = is_input
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run: where it lies, with what settings, and where its outputs go."""
+
+    number: str
+    notebook: Path
+    profile: str
+    seed: int
+    overrides: Mapping[str, object]
+    fingerprint: str
+    output: Path = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name without number and suffix."""
+        return self.notebook.stem[3:]
+
+    @property
+    def executed(self) -> Path:
+        """The executed copy."""
+        return self.output / "runs" / self.profile / self.notebook.name
+
+    @property
+    def status(self) -> Path:
+        """The record of the last complete run."""
+        return self.executed.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run wrote: names relative to the output folder, and the time it took in seconds."""
+
+    files: tuple[str, ...]
+    seconds: float
+
+
+def read_status(job: Job) -> dict[str, Any]:
+    """Read the record of the last complete run.
+
+    Args:
+        job: the notebook.
+
+    Returns:
+        The record, empty when there is none or it cannot be read.
+    """
+    try:
+        status = json.loads(job.status.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def why_run(job: Job) -> str:
+    """Tell why a notebook has to run.
+
+    Args:
+        job: the notebook.
+
+    Returns:
+        A phrase, empty when its inputs are unchanged and its outputs whole.
+    """
+    status = read_status(job)
+    if not status:
+        return "not run yet"
+    if status.get("fingerprint") != job.fingerprint:
+        return "inputs changed"
+    if status.get("versions") != provenance.versions():
+        return "other library versions"
+    for name, digest in status.get("outputs", {}).items():
+        path = job.output / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if provenance.file_hash(path) != digest:
+            return f"{name} was changed"
+    return "" if _is_notebook(job.executed) else f"{_relative(job.executed, job)} is missing or damaged"
+
+
+def execute(job: Job) -> Outcome:
+    """Run a notebook and record what it wrote.
+
+    The notebook runs in its own process, so that its memory is given back and a crash cannot take the launcher along.
+
+    Args:
+        job: the notebook.
+
+    Returns:
+        What it wrote.
+
+    Raises:
+        NotebookError: a cell failed or the process died; the copy executed so far is kept as `NN_name.failed.ipynb`.
+    """
+    started, before = time.monotonic(), _snapshot(job)
+    partial, failed = (job.executed.with_suffix(f".{kind}.ipynb") for kind in ("partial", "failed"))
+    job.executed.parent.mkdir(parents=True, exist_ok=True)
+    sweep(job)
+    problem = _run_process(job, partial)
+    if problem:
+        where = "no executed copy was written"
+        if partial.exists():
+            os.replace(partial, failed)
+            where = f"open {_relative(failed, job)}"
+        message = f"notebook {job.number} ({job.name}) failed {problem}: {where}"
+        raise NotebookError(message, is_input=any(f" with {name}: " in problem for name in REFUSALS))
+    for path, mark in _snapshot(job).items():
+        # A file of this notebook that it did not write again belongs to other settings.
+        if before.get(path) == mark:
+            path.unlink()
+    failed.unlink(missing_ok=True)
+    os.replace(partial, job.executed)
+    seconds = time.monotonic() - started
+    files = {_relative(path, job): provenance.file_hash(path) for path in _snapshot(job)}
+    _record(job, files, seconds)
+    return Outcome((*files, _relative(job.executed, job)), seconds)
+
+
+def sweep(job: Job) -> None:
+    """Remove what a killed run left of this notebook: temporary files that were not yet put in place.
+
+    Args:
+        job: the notebook.
+    """
+    for folder in ("figures", "results", "runs"):
+        for pattern in (f".{job.number}_*.partial*", f"{job.number}_*.partial.ipynb"):
+            for path in (job.output / folder / job.profile).glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def _record(job: Job, files: Mapping[str, str], seconds: float) -> None:
+    """Write the record that lets the next run skip this notebook; it comes last, when everything else is in place."""
+    record = {
+        "fingerprint": job.fingerprint,
+        "notebook": job.notebook.name,
+        "outputs": dict(files),
+        "overrides": dict(job.overrides),
+        "seconds": round(seconds, 1),
+        "seed": job.seed,
+        "versions": provenance.versions(),
+    }
+    provenance.write_json(job.status, record)
+
+
+def _run_process(job: Job, partial: Path) -> str:
+    """Run the notebook in a child process; return what went wrong, or nothing."""
+    parameters = {"profile": job.profile, "seed": job.seed, "overrides": dict(job.overrides)}
+    order = {"notebook": str(job.notebook), "copy": str(partial), "parameters": parameters, "parent": os.getpid()}
+    command = [sys.executable, "-m", "lib.launch.execution", json.dumps(order)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            said, _ = child.communicate()
+        except KeyboardInterrupt:
+            # The terminal sent the interrupt to the child as well: let it end its kernel.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+            child.kill()
+            raise
+    if child.returncode == 0:
+        return ""
+    if child.returncode < 0:
+        return f"because its process was ended by signal {-child.returncode} (9 mostly means out of memory)"
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else f"with exit code {child.returncode} of its process"
+
+
+def _execute_here(order: Mapping[str, Any]) -> str:
+    """Run papermill in this process; return what went wrong, or nothing."""
+    import logging
+
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    notebook, copy = Path(order["notebook"]), Path(order["copy"])
+    try:
+        papermill.execute_notebook(
+            _literal(notebook),
+            _literal(copy),
+            parameters=order["parameters"],
+            cwd=str(notebook.parent),
+            # Else every start warns about unencrypted loopback, and some failures tell of an interrupt; errors are in the outputs
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            progress_bar=_bar(notebook.stem) if sys.stderr.isatty() else False,
+        )
+    except PapermillExecutionError as error:
+        value = " ".join(str(error.evalue).split())
+        return f"in {_position(notebook, copy, error.cell_index)} (In [{error.exec_count}]) with {error.ename}: {value}"
+    except Exception as error:  # a dead kernel, an unknown kernel name, a damaged notebook
+        return f"with {type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _bar(name: str) -> Any:
+    """Describe the live bar over a notebook's cells (papermill takes tqdm's options); the finished notebook's line follows it."""
+    return {"desc": name, "unit": "cell", "leave": False, "dynamic_ncols": True}
+
+
+def _position(notebook: Path, copy: Path, index: int) -> str:
+    """Number a failed cell as in the notebook itself, from 1: papermill adds a cell for the parameters and two for the error."""
+    cells = json.loads(copy.read_text(encoding="utf-8"))["cells"]
+    tags = [set(cell["metadata"].get("tags", [])) for cell in cells]
+    executed = [own for own in tags if MARKER not in own]
+    added = sum(INJECTED in own for own in executed[:index])
+    total = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    return f"cell {index + 1 - added} of {total}"
+
+
+def _literal(path: Path) -> str:
+    """Protect braces in a path: papermill fills parameters into it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _snapshot(job: Job) -> dict[Path, tuple[int, int]]:
+    """List the notebook's figures and results with a mark that changes whenever a file is written again."""
+    folders = (job.output / kind / job.profile for kind in ("figures", "results"))
+    found = (path for folder in folders for path in folder.glob(f"{job.number}_*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(found)}
+
+
+def _is_notebook(path: Path) -> bool:
+    """Tell whether a file is readable as a notebook; its outputs may be opened and saved again by the user."""
+    try:
+        return "cells" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _relative(path: Path, job: Job) -> str:
+    return path.relative_to(job.output).as_posix()
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process and its kernel when the launcher is gone: two runs must never write to the same place."""
+    import psutil
+
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the notebook that the launcher ordered; the last line of stdout says what went wrong.
+
+    Args:
+        arguments: the order as JSON.
+
+    Returns:
+        Exit code: 0, or 1 after a failure.
+    """
+    order = json.loads(arguments[0])
+    threading.Thread(target=_follow_parent, args=(order["parent"],), daemon=True).start()
+    problem = _execute_here(order)
+    sys.stdout.write(f"{problem}\n")
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Pruning methods by name: which importance, which calibration inputs, which token weights, in which order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from lib.calibration.sets import CLEAN, NOISED, Inputs
+from lib.calibration.statistics import Aggregate
+from lib.calibration.token_weights import Weighting
+from lib.core.errors import InputError
+from lib.pruning import importances
+from lib.pruning.importances import UNSTRUCTURED, Granularity
+from lib.pruning.sparsegpt import DAMPING
+
+Importance = Literal["random", "magnitude", "wanda", "sparsegpt"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to prune, each choice named.
+
+    Attributes:
+        importance: what ranks the weights.
+        inputs: what the calibration reads: clean text, noised text, or trajectories.
+        weighting: how much calibration tokens count; None counts all alike.
+        sequential: a block's statistics are taken behind the already pruned ones; False = all from the dense model.
+        aggregate: how input norms are summed over samples.
+        granularity: whether weights compete inside their row or their matrix.
+        inclusive: remove the weight at the threshold too, as the release's magnitude and SparseGPT do.
+        damping: share of the mean diagonal added to the Hessian's, for SparseGPT.
+    """
+
+    importance: Importance
+    inputs: Inputs = CLEAN
+    weighting: Weighting | None = None
+    sequential: bool = True
+    aggregate: Aggregate = "root_mean_square"
+    granularity: Granularity = "row"
+    inclusive: bool = False
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        if self.inclusive and not (
+            self.importance == "sparsegpt" or (self.importance == "magnitude" and self.granularity == "layer")
+        ):
+            raise InputError(
+                f"inclusive must go with SparseGPT or magnitude per layer, got {self.importance} per {self.granularity}: drop it"
+            )
+        if not self.needs_calibration and (self.weighting or self.inputs != CLEAN):
+            raise InputError(f"token weights and inputs must go with Wanda or SparseGPT, got {self.importance}: drop them")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Tell whether the method reads text."""
+        return self.importance in ("wanda", "sparsegpt")
+
+
+SINKS = Weighting()
+# Each as the authors' release runs it; `sink_wanda` differs from `wanda` in four choices at once.
+RELEASE = MappingProxyType({
+    "magnitude": Method("magnitude", granularity="layer", inclusive=True),
+    "wanda": Method("wanda"),
+    "sparsegpt": Method("sparsegpt", inclusive=True),
+    "sink_wanda": Method("wanda", NOISED, SINKS, sequential=False, aggregate="sum_of_norms"),
+    "sink_sparsegpt": Method("sparsegpt", weighting=Weighting(averaged=True), inclusive=True),
+})  # fmt: skip
+# What the notebooks compare, by the name that tables and figures show; exact counts throughout.
+METHODS = MappingProxyType({
+    "random": Method("random"),
+    "magnitude": Method("magnitude", granularity="layer"),
+    "magnitude per row": Method("magnitude"),
+    "Wanda": Method("wanda"),
+    "SparseGPT": Method("sparsegpt"),
+    "AR sink-preserve": Method("wanda", weighting=Weighting("sinks_up")),  # stands for the habit of keeping sinks
+    "sink-aware (Wanda)": RELEASE["sink_wanda"],
+    "sink-aware (SparseGPT)": Method("sparsegpt", weighting=Weighting(averaged=True)),
+    "DWANDA": Method("wanda", Inputs("noised", times="uniform", levels=8)),  # Wanda on noised text, arXiv 2605.06366
+})  # fmt: skip
+
+
+def without_noise(method: Method) -> Method:
+    """Return a method as an autoregressive model can run it: on clean text, sinks measured on the same text."""
+    weighting = None if method.weighting is None else replace(method.weighting, averaged=False)
+    return replace(method, inputs=CLEAN, weighting=weighting)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove.
+
+    Attributes:
+        sparsity: fraction of every matrix, in [0, 1).
+        pattern: `"unstructured"` or `"N:M"`.
+        removed: exact number of weights by layer name, instead of the fraction; unstructured only.
+    """
+
+    sparsity: float
+    pattern: str = UNSTRUCTURED
+    removed: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        importances.check_sparsity(self.sparsity)
+        importances.parse_pattern(self.pattern, sparsity=self.sparsity)
+        if self.removed is not None and self.pattern != UNSTRUCTURED:
+            raise InputError(f"exact numbers must go with unstructured sparsity, got {self.pattern}: drop one of them")
+
+
+def pattern_target(pattern: str) -> Target:
+    """Return the target of an N:M pattern, whose sparsity is 1 - N / M.
+
+    >>> pattern_target("1:4").sparsity
+    0.75
+    """
+    groups = importances.parse_pattern(pattern)
+    return Target(0.0) if groups is None else Target(1.0 - groups[0] / groups[1], pattern)

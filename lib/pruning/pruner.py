@@ -1,0 +1,242 @@
+"""Prune a model in place with a method: from clean windows, on a calibration set, or with statistics of the dense model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lib.calibration import measured_weights, one_shot, sets
+from lib.calibration import statistics as calibration
+from lib.calibration.statistics import CalibrationSet, InputStatistics, statistics_of
+from lib.calibration.token_weights import CONTROLS
+from lib.core.errors import InputError
+from lib.core.runtime import generator as stream
+from lib.models.language_model import LanguageModel, LinearLayer, Role
+from lib.pruning import importances
+from lib.pruning.importances import UNSTRUCTURED
+from lib.pruning.methods import SINKS, Importance, Method, Target
+from lib.pruning.sparsegpt import sparsegpt
+
+
+def prune_(
+    model: LanguageModel,
+    method: Method,
+    target: Target,
+    *,
+    windows: Int[Tensor, "window position"] | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    memory_budget: int = one_shot.MEMORY_BUDGET,
+) -> None:
+    """Prune every linear layer of a model in place, from clean calibration windows.
+
+    Args:
+        model: the dense model; its weights change.
+        method: how.
+        target: how much.
+        windows: clean token windows, for Wanda and SparseGPT.
+        seed: of noise, sampling and random choices.
+        batch_size: samples at one time.
+        memory_budget: bytes of layer inputs that one forward pass may keep, see `one_shot.one_shot_statistics`.
+
+    Raises:
+        InputError: a target that does not fit, weights or activations that are not finite, or calibration missing or too short.
+    """
+    check(model, target)
+    if not method.needs_calibration:
+        prune_layers_(model.layers, method, target, None, random=stream(seed, "pruning"))
+        return
+    if windows is None:
+        raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
+    sets.check_windows(model, windows)
+    if is_one_pass(method):
+        ids = sets.read(model, windows, method.inputs, seed=seed).flatten(0, 1)
+        weigh = measured_weights.weigher(method.weighting or SINKS)
+        found = one_shot.one_shot_statistics(model, ids, weigh, batch_size=batch_size, memory_budget=memory_budget)
+        prune_with_(model, method, target, found)
+        return
+    built = sets.build(model, windows, inputs=method.inputs, weighting=method.weighting, seed=seed, batch_size=batch_size)
+    prune_on_(model, method, target, built, batch_size=batch_size)
+
+
+def is_one_pass(method: Method) -> bool:
+    """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
+    weighting = method.weighting
+    if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
+        return False
+    return method.importance == "wanda" and not method.sequential
+
+
+def prune_on_(
+    model: LanguageModel, method: Method, target: Target, calibration_set: CalibrationSet, *, batch_size: int = 4
+) -> None:
+    """Prune in place with a calibration set that is already noised and weighted as the method says.
+
+    Raises:
+        InputError: as `prune_`; or a set whose token weights contradict the method.
+    """
+    check(model, target)
+    _check_reads(method)
+    if (method.weighting is None) != (calibration_set.token_weight is None):
+        wanted, got = ("no", "some") if method.weighting is None else ("some", "none")
+        raise InputError(
+            f"the calibration set must have {wanted} token weights for this method, got {got}: build it for the method"
+        )
+
+    def visit(block: int, found: dict[Role, InputStatistics]) -> None:
+        """Prune one block with its statistics."""
+        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, found)
+
+    calibration.stream(
+        model,
+        calibration_set,
+        visit,
+        hessian=method.importance == "sparsegpt",
+        sequential=method.sequential,
+        batch_size=batch_size,
+    )
+
+
+def prune_with_(model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]) -> None:
+    """Prune in place with statistics of the dense model, by block; they serve any number of targets.
+
+    Raises:
+        InputError: as `prune_`; or a sequential method, whose statistics change with the target.
+    """
+    check(model, target)
+    _check_reads(method)
+    blocks = 1 + model.layers[-1].block
+    if len(found) != blocks:
+        raise InputError(f"statistics must be those of all {blocks} blocks, got {len(found)}: collect them on this model")
+    if method.sequential:
+        raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
+    for block, statistics in enumerate(found):
+        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
+
+
+def exact_target(model: LanguageModel, sparsity: float) -> Target:
+    """Return the target that removes round(sparsity x size) weights of every matrix, also where rows cannot lose equally many."""
+    importances.check_sparsity(sparsity)
+    return Target(sparsity, removed={layer.name: round(sparsity * layer.module.weight.numel()) for layer in model.layers})
+
+
+def _check_reads(method: Method) -> None:
+    if not method.needs_calibration:
+        raise InputError(f"a method given a calibration must be one that reads it, got {method.importance}: use prune_")
+
+
+def check(model: LanguageModel, target: Target) -> None:
+    """Refuse, before any work, what would fail in some layer.
+
+    Raises:
+        InputError: weights that are not finite, a pattern that does not divide a layer, or numbers for other layers.
+    """
+    if not model.layers:
+        raise InputError(f"a model must have linear layers to prune, got none in {model.name}: check its layer table")
+    for layer in model.layers:
+        importances.parse_pattern(target.pattern, sparsity=target.sparsity, width=layer.module.in_features)
+        importances.check_finite(layer.module.weight, name=layer.name, what="weights")
+    if target.removed is None:
+        return
+    names = {layer.name for layer in model.layers}
+    if set(target.removed) != names:
+        raise InputError(
+            f"exact numbers must name all {len(names)} layers, got {len(set(target.removed) & names)}: complete them"
+        )
+    for layer in model.layers:
+        importances.check_removed(target.removed[layer.name], layer.module.weight.numel(), name=layer.name)
+
+
+@contextmanager
+def restored(model: LanguageModel) -> Iterator[LanguageModel]:
+    """Lend a model whose weights may change, and put the old ones back at the end."""
+    before = [layer.module.weight.detach().clone() for layer in model.layers]
+    try:
+        yield model
+    finally:
+        for layer, weight in zip(model.layers, before, strict=True):
+            _write_(layer, weight)
+
+
+def measured_sparsity(model: LanguageModel) -> float:
+    """Return the share of exact zeros in all linear layers together."""
+    zeros = sum(int((layer.module.weight == 0).sum()) for layer in model.layers)
+    return zeros / sum(layer.module.weight.numel() for layer in model.layers)
+
+
+def prune_layers_(
+    layers: Sequence[LinearLayer],
+    method: Method,
+    target: Target,
+    found: Mapping[Role, InputStatistics] | None,
+    *,
+    random: torch.Generator | None = None,
+) -> None:
+    """Prune some layers of one block in place, in the order given.
+
+    Args:
+        layers: of one block when there are statistics.
+        method: how.
+        target: how much.
+        found: the block's statistics by reading role; None for a method that reads nothing.
+        random: generator of random choices.
+
+    Raises:
+        InputError: inputs that are not finite, or what a method refuses.
+    """
+    for layer in layers:
+        statistics = None if found is None else statistics_of(found, layer.role)
+        if statistics is not None:
+            importances.check_finite(statistics.squares, name=layer.name, what="inputs")
+        _write_(layer, _pruned(layer, method, target, statistics, random=random))
+
+
+def _pruned(
+    layer: LinearLayer,
+    method: Method,
+    target: Target,
+    statistics: InputStatistics | None,
+    *,
+    random: torch.Generator | None,
+) -> Tensor:
+    """Return the new weights of one matrix."""
+    weight = layer.module.weight.detach()
+    removed = None if target.removed is None else target.removed[layer.name]
+    if method.importance == "sparsegpt" and statistics is not None:
+        return sparsegpt(
+            weight,
+            statistics.hessian(),
+            sparsity=target.sparsity,
+            pattern=target.pattern,
+            removed=removed,
+            inclusive=method.inclusive and removed is None,
+            damping=method.damping,
+            name=layer.name,
+        )[0]
+    if method.inclusive and target.pattern == UNSTRUCTURED and removed is None:
+        return importances.prune(weight, importances.release_magnitude_mask(weight, sparsity=target.sparsity))
+    scores = importance(weight, method, statistics, random=random)
+    if removed is not None:
+        rows = scores if method.granularity == "row" else scores.reshape(1, -1)
+        return importances.prune(weight, importances.keep_mask_by_count(rows, removed=removed).view(weight.shape))
+    mask = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
+    return importances.prune(weight, mask)
+
+
+def importance(
+    weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
+) -> Tensor:
+    """Return the importance of every weight of a matrix, for methods that do not update weights."""
+    rank: dict[Importance, Callable[[], Tensor]] = {
+        "random": lambda: importances.random_importance(weight, generator=random),  # type: ignore[arg-type]
+        "magnitude": lambda: importances.magnitude_importance(weight.float()),
+        "wanda": lambda: importances.wanda_importance(weight.float(), statistics.input_norm(method.aggregate)),  # type: ignore[union-attr]
+    }
+    return rank[method.importance]()
+
+
+@torch.no_grad()
+def _write_(layer: LinearLayer, weight: Tensor) -> None:
+    layer.module.weight.copy_(weight)

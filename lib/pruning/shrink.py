@@ -1,0 +1,119 @@
+"""Build the smaller network that structured pruning leaves: dense matrices of smaller shape that reload like any checkpoint."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lib.core.errors import InputError
+from lib.models.language_model import LanguageModel, linear_layers
+from lib.pruning import structured
+from lib.pruning.importances import check_finite
+from lib.pruning.structured import HeadShape
+
+
+def head_shape(model: LanguageModel) -> HeadShape:
+    """Return how the attention of a model is divided into heads."""
+    config = model.network.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return HeadShape(config.num_attention_heads, config.num_key_value_heads, width)
+
+
+def choose(
+    model: LanguageModel, *, sparsity: float, input_norms: Mapping[tuple[int, str], Tensor] | None = None
+) -> tuple[list[Int[Tensor, "group"]], list[Int[Tensor, "channel"]]]:
+    """Choose the key-value groups and MLP channels to keep in every block, as many in each.
+
+    Args:
+        model: the dense model.
+        sparsity: share of groups and of channels to remove, each rounded down.
+        input_norms: norms of the input features by (block, role) for the roles `o` and `down`; None ranks by magnitude alone.
+
+    Returns:
+        Kept groups and kept channels by block.
+
+    Raises:
+        InputError: bad sparsity, nothing left, or weights and norms that are not finite.
+
+    Source: Wanda-sp (arXiv 2312.11983) per block; the paper's structured baseline is not named.
+    """
+    shape, groups, channels = head_shape(model), [], []
+    for layer in model.layers:
+        if layer.role not in ("o", "down"):
+            continue
+        norm = None if input_norms is None else input_norms[layer.block, layer.role]
+        check_finite(layer.module.weight, name=layer.name, what="weights")
+        columns = structured.column_importance(layer.module.weight.detach(), norm)
+        check_finite(columns, name=layer.name, what="importances")
+        if layer.role == "o":
+            groups.append(structured.kept_units(structured.group_importance(columns, shape=shape), sparsity=sparsity))
+        else:
+            channels.append(structured.kept_units(columns, sparsity=sparsity))
+    return groups, channels
+
+
+@torch.no_grad()
+def shrunk(
+    model: LanguageModel, groups: Sequence[Int[Tensor, "_group"]], channels: Sequence[Int[Tensor, "_channel"]]
+) -> LanguageModel:
+    """Return a new model with only the kept groups and channels.
+
+    Args:
+        model: the dense model, left as it is.
+        groups: kept key-value groups by block.
+        channels: kept MLP channels by block.
+
+    Returns:
+        The smaller model; `network.save_pretrained` writes a checkpoint that loads without this project.
+
+    Raises:
+        InputError: blocks that keep different numbers, which no configuration can express.
+    """
+    if len({len(kept) for kept in groups}) != 1 or len({len(kept) for kept in channels}) != 1:
+        raise InputError("every block must keep as many groups and channels, got different numbers: prune all blocks alike")
+    shape, config = head_shape(model), copy.deepcopy(model.network.config)
+    config.head_dim = shape.width
+    config.num_attention_heads = len(groups[0]) * shape.heads // shape.kv_heads
+    config.num_key_value_heads = len(groups[0])
+    config.intermediate_size = len(channels[0])
+    weights = dict(model.network.state_dict())
+    for layer in model.layers:
+        kept = groups[layer.block], channels[layer.block]
+        rows, columns = _kept_indices(layer.role, *kept, shape=shape)
+        _cut_(weights, layer.name.removesuffix(".weight"), rows, columns)
+    network = type(model.network)(config).eval().requires_grad_(False)
+    torch.nn.Module.to(network, device=model.device)
+    for parameter in network.parameters():  # not the buffers: rotary frequencies stay in float32, as loaders leave them
+        parameter.data = parameter.data.to(model.network.dtype)
+    network.load_state_dict(weights)
+    network.set_attn_implementation("sdpa")
+    return replace(model, network=network, layers=linear_layers(network), fingerprint="")
+
+
+def _kept_indices(
+    role: str, groups: Int[Tensor, "group"], channels: Int[Tensor, "channel"], *, shape: HeadShape
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the rows and the columns of a matrix that stay; None = all."""
+    if role == "q":
+        return structured.query_rows(groups, shape=shape), None
+    if role in ("k", "v"):
+        return structured.key_rows(groups, shape=shape), None
+    if role == "o":
+        return None, structured.query_rows(groups, shape=shape)
+    return (None, channels) if role == "down" else (channels, None)
+
+
+def _cut_(weights: dict[str, Any], name: str, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Cut a matrix, and its bias when rows go."""
+    weight = cast(Tensor, weights[f"{name}.weight"])
+    if rows is not None:
+        weight = weight[rows.to(weight.device)]
+        if f"{name}.bias" in weights:
+            weights[f"{name}.bias"] = weights[f"{name}.bias"][rows.to(weight.device)].clone()
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    weights[f"{name}.weight"] = weight.clone()

@@ -1,0 +1,162 @@
+"""What every format of every layer costs on this machine and loses on some text: the tables that `hardware_aware` chooses from.
+
+Losses are of one unit at a time. Seconds are those of the linear layers only: what lies between them (attention itself, norms,
+embeddings, the LM head) takes as long in all formats but structured ones, which make attention faster too; that is not counted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.core.errors import require
+from lib.core.runtime import generator
+from lib.studies.joint import configurations
+from lib.studies.joint.configurations import DENSE, Prepared
+from lib.studies.joint.search import Choice, Unit
+from lib.studies.pruning import runs
+from lib.studies.pruning.runs import Bench
+from lib.timing import clock
+
+Offer = tuple[Unit, str]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one unit in one format does to the loss.
+
+    Attributes:
+        layers: the unit.
+        format: its format; all others are dense.
+        increase: of the loss of each window over the dense model's, in nats per token.
+    """
+
+    layers: Unit
+    format: str
+    increase: Float[Tensor, "window"] = field(repr=False)
+
+    @property
+    def mean(self) -> float:
+        """Mean increase over windows."""
+        return float(self.increase.double().mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Paired standard error of the mean over windows; NaN with one window."""
+        return float(self.increase.double().std()) / math.sqrt(len(self.increase))
+
+
+def sensitivity(
+    prepared: Prepared, windows: Int[Tensor, "window position"], *, seed: int, draws: int | None = None
+) -> list[Sensitivity]:
+    """Measure the loss with one unit in one format at a time, for every unit and format.
+
+    Args:
+        prepared: a model's layers in all formats.
+        windows: texts that neither calibrate nor are those of the bench. An allocation is chosen for what seemed harmless on
+            these windows and masks, so on them it seems better than it is: a small set even shows gains over dense.
+        seed: of the masks; another one than the bench's.
+        draws: masks per window; as many as the bench's by default.
+
+    Returns:
+        Increases; dense ones are 0 and not measured again.
+    """
+    bench = prepared.found.bench
+    bench = replace(bench, windows=windows, seed=seed, draws=draws or bench.draws)
+    dense, results = runs.loss(bench), []
+    for layers, form in tqdm(prepared.offers(), desc=f"{prepared.model.name}, sensitivity", leave=False, disable=None):
+        own = dense if form == DENSE else loss_in(prepared, dict.fromkeys(layers, form), bench=bench)
+        results.append(Sensitivity(layers, form, own - dense))
+    return results
+
+
+def loss_in(prepared: Prepared, formats: Mapping[str, str], *, bench: Bench | None = None) -> Float[Tensor, "window"]:
+    """Return the loss of each window with the model in some formats, by layer name; other layers are dense.
+
+    Args:
+        prepared: a model's layers in all formats.
+        formats: as for `configurations.configured`.
+        bench: windows and masks; those that the formats were prepared with by default.
+    """
+    with configurations.configured(prepared, formats) as model:
+        return runs.loss(bench or prepared.found.bench, model)
+
+
+def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> dict[Offer, float]:
+    """Measure the seconds of every unit in every format, all in turn, so that a drift of the machine hits dense as well.
+
+    What computes alike is measured once: layers of one shape, and packed formats, which are unpacked and then dense (unpacking
+    is not counted). A timed call runs through all layers of a kind, as a forward pass does, so that weights come from where they
+    are then, which is seldom the nearest cache.
+
+    Args:
+        prepared: a model's layers in all formats.
+        rows: tokens at once: samples x positions of a forward pass.
+        repeats: timed rounds.
+        seed: of the random inputs.
+
+    Returns:
+        Medians, of one layer or the sum over a unit's smaller matrices.
+
+    Raises:
+        InputError: no rows or no rounds.
+    """
+    require(rows >= 1, "rows must be positive", str(rows), "give the tokens of one forward pass")
+    alike: dict[tuple[object, ...], dict[int, torch.nn.Module]] = {}
+    of_layer = {}
+    for (name, form), module in prepared.modules.items():
+        kernel = form if prepared.formats[form].kind == "dynamic" else DENSE
+        own = prepared.modules[name, DENSE] if prepared.formats[form].kind == "packed" else module
+        key = (own.out_features, own.in_features, _biased(own), kernel)
+        alike.setdefault(key, {})[id(own)] = own
+        of_layer[name, form] = key
+    calls = {}
+    for key, modules in alike.items():
+        values = torch.randn(rows, int(str(key[1])), generator=generator(seed, "latency", str(key)))
+        inputs = values.to(prepared.model.device, prepared.model.network.dtype)
+        calls[str(key)] = partial(_run, tuple(modules.values()), inputs)
+    seconds = clock.interleaved(calls, repeats=repeats, device=prepared.model.device)
+    medians = {key: float(seconds[str(key)].quantile(0.5)) / len(modules) for key, modules in alike.items()}
+    return {(layers, form): sum(medians[of_layer[name, form]] for name in layers) for layers, form in prepared.offers()}
+
+
+def _biased(module: torch.nn.Module) -> bool:
+    """Say whether a layer adds a bias, which torch's int8 layer has as a method."""
+    return (module.bias() if callable(module.bias) else module.bias) is not None
+
+
+def _run(modules: Sequence[torch.nn.Module], inputs: Tensor) -> None:
+    for module in modules:
+        module(inputs)
+
+
+def sizes(prepared: Prepared) -> dict[Offer, int]:
+    """Return the stored bytes of every unit in every format."""
+    by_name = {layer.name: layer for layer in prepared.model.layers}
+    count = configurations.weight_bytes
+    return {(unit, form): sum(count(prepared, by_name[name], form) for name in unit) for unit, form in prepared.offers()}
+
+
+def choices(sensitivities: Sequence[Sensitivity], seconds: Mapping[Offer, float], sizes: Mapping[Offer, int]) -> list[Choice]:
+    """Join the three tables for the searches, losses as measured: `compare_allocations` floors them at 0 itself.
+
+    Raises:
+        InputError: a table lacks what another has.
+
+    >>> found = choices([Sensitivity(("a",), "int4", torch.tensor([0.5, 1.0]))], {(("a",), "int4"): 2.0}, {(("a",), "int4"): 4})
+    >>> found[0].loss, found[0].seconds, found[0].bytes
+    (0.75, 2.0, 4)
+    """
+    offers = {(row.layers, row.format) for row in sensitivities}
+    same = offers == set(seconds) == set(sizes)
+    got = f"{len(offers)}, {len(seconds)} and {len(sizes)} of them, not all the same"
+    require(same, "losses, seconds and bytes must be of the same units and formats", got, "measure all with one Prepared")
+    return [
+        Choice(row.layers, row.format, row.mean, seconds[row.layers, row.format], sizes[row.layers, row.format])
+        for row in sensitivities
+    ]

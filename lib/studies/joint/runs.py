@@ -1,0 +1,312 @@
+"""Prune and round whole models: in which order, with which Hessian, at what loss, in how many bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.calibration import statistics as calibration
+from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.core.errors import InputError
+from lib.core.runtime import generator
+from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
+from lib.pruning import importances, pruner
+from lib.pruning.methods import Method, Target
+from lib.pruning.sparsegpt import sparsegpt
+from lib.quantization import joint
+from lib.quantization.joint import Compressed
+from lib.quantization.rounding import DENSE_BITS, Grid, round_to_nearest, stored_bytes
+from lib.studies.pruning import runs
+from lib.studies.pruning.runs import Calibrations
+
+Order = Literal["prune, quantize", "quantize, prune", "joint"]
+Rounding = Literal["gptq", "nearest"]
+Name = TypeVar("Name")
+Result = TypeVar("Result")
+PLAIN = Method("sparsegpt")
+DENSE = Grid(DENSE_BITS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is compressed.
+
+    Attributes:
+        grid: format of the weights that stay; 16 bits does not round.
+        target: what is removed; a sparsity of 0 prunes nothing.
+        method: what prunes, and what the calibration of both steps reads and how it weighs tokens.
+        order: of pruning and rounding; `"joint"` is one sweep that does both and needs SparseGPT and GPTQ.
+        rounding: GPTQ, or to the nearest point.
+        weighted: whether the search for scales weighs errors with the Hessian's diagonal.
+    """
+
+    grid: Grid = DENSE
+    target: Target = Target(0.0)  # noqa: RUF009 - frozen
+    method: Method = PLAIN
+    order: Order = "joint"
+    rounding: Rounding = "gptq"
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        both = self.prunes and self.grid.rounds
+        if self.order == "joint" and both and (self.method.importance, self.rounding) != ("sparsegpt", "gptq"):
+            got = f"{self.method.importance} and {self.rounding}"
+            raise InputError(f"one joint sweep must be of SparseGPT and GPTQ, got {got}: choose another order")
+        if self.target.removed is not None:
+            raise InputError("a recipe must name a sparsity, got numbers by layer: give a Target without removed")
+        if self.weighted and not self.needs_hessian:
+            raise InputError("scales weighted by the Hessian must go with a method that collects one, got none: drop weighted")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether weights are removed."""
+        return self.target.sparsity > 0
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether outer products of the inputs are collected."""
+        return (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.importance == "sparsegpt")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any text is read."""
+        return self.needs_hessian or (self.prunes and self.method.needs_calibration)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One compressed model, measured.
+
+    Attributes:
+        model: its name.
+        name: of the recipe, for tables.
+        recipe: what was done.
+        seed: of the calibration.
+        zeros: share of exact zeros in the linear layers, rounded to 0 or removed.
+        bytes: of the whole model as stored.
+        loss: of each held-out window, in nats per token.
+    """
+
+    model: str
+    name: str
+    recipe: Recipe
+    seed: int
+    zeros: float
+    bytes: int
+    loss: Float[Tensor, "window"] = field(repr=False)
+
+
+def compress_matrix(
+    weight: Float[Tensor, "out in"],
+    recipe: Recipe,
+    statistics: InputStatistics | None,
+    *,
+    random: torch.Generator | None = None,
+    name: str = "a layer",
+) -> Compressed:
+    """Compress one matrix.
+
+    Args:
+        weight: matrix of a linear layer.
+        recipe: how.
+        statistics: of its input, with a Hessian where the recipe needs one.
+        random: stream of random pruning.
+        name: of the layer, for errors.
+
+    Returns:
+        The matrix, its mask, and its codes and scales.
+    """
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    if not recipe.prunes:
+        return _rounded(weight, everything, recipe, statistics, name=name)
+    if recipe.order == "joint" and recipe.grid.rounds:
+        assert statistics is not None
+        options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern, "damping": recipe.method.damping}
+        return joint.joint(weight, statistics.hessian(), grid=recipe.grid, weighted=recipe.weighted, name=name, **options)
+    if recipe.order != "quantize, prune":
+        pruned, kept = _pruned(weight, recipe, statistics, random=random, name=name)
+        return _rounded(pruned, kept, recipe, statistics, name=name)
+    found = _rounded(weight, everything, recipe, statistics, name=name)
+    # what stays must stay on its grid, so SparseGPT gives its mask and not its updates here
+    kept = _pruned(found.weight, recipe, statistics, random=random, name=name)[1]
+    codes = None if found.quantized is None else found.quantized.masked(kept)
+    return Compressed(importances.prune(found.weight, kept), kept, codes)
+
+
+def _pruned(
+    weight: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, random: torch.Generator | None, name: str
+) -> tuple[Tensor, Tensor]:
+    """Return the weights without those that go, and the mask."""
+    method, target = recipe.method, recipe.target
+    if method.importance == "sparsegpt":
+        assert statistics is not None
+        options = {"sparsity": target.sparsity, "pattern": target.pattern, "damping": method.damping, "name": name}
+        return sparsegpt(weight, statistics.hessian(), **options)
+    scores = pruner.importance(weight, method, statistics, random=random)
+    kept = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
+    return importances.prune(weight, kept), kept
+
+
+def _rounded(weight: Tensor, kept: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, name: str) -> Compressed:
+    """Round what is kept."""
+    if not recipe.grid.rounds:
+        return Compressed(weight, kept, None)
+    if recipe.rounding == "gptq":
+        assert statistics is not None
+        options = {"damping": recipe.method.damping, "weighted": recipe.weighted, "name": name}
+        return joint.gptq(weight, statistics.hessian(), grid=recipe.grid, kept=kept, **options)
+    importance = statistics.hessian().diagonal() if recipe.weighted and statistics is not None else None
+    found = round_to_nearest(weight, recipe.grid, importance=importance, name=name)
+    return Compressed(found.dequantize(dtype=weight.dtype), kept, found)
+
+
+def check(model: LanguageModel, recipe: Recipe) -> None:
+    """Refuse, before any work, what would fail in some layer.
+
+    Raises:
+        InputError: a group or a pattern that does not divide a width, or weights that are not finite.
+    """
+    pruner.check(model, recipe.target)
+    for layer in model.layers:
+        recipe.grid.columns(layer.module.in_features, name=layer.name)
+
+
+def compress_(
+    found: Calibrations, recipe: Recipe, *, choose: Callable[[LinearLayer], Recipe | None] | None = None
+) -> dict[str, Compressed]:
+    """Compress the bench's model in place, block by block.
+
+    Args:
+        found: calibrations of a model, shared with other recipes.
+        recipe: how; it says what the calibration reads.
+        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads.
+
+    Returns:
+        Every compressed matrix by its layer's name.
+
+    Raises:
+        InputError: what `check` refuses.
+    """
+    model, results = found.bench.model, {}
+    stream = generator(found.seed, "pruning")
+    recipes = {layer.name: recipe if choose is None else choose(layer) for layer in model.layers}
+    for own in {id(own): own for own in recipes.values() if own is not None}.values():
+        check(model, own)
+    needed = [own for own in recipes.values() if own is not None]
+
+    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None) -> None:
+        """Compress the layers of one block."""
+        for layer in model.layers:
+            own = recipes[layer.name]
+            if layer.block != block or own is None:
+                continue
+            of_layer = None if statistics is None else statistics_of(statistics, layer.role)
+            if of_layer is not None:
+                importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
+            results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
+            layer.module.weight.data.copy_(results[layer.name].weight)
+
+    if not any(own.needs_calibration for own in needed):
+        for block in range(1 + model.layers[-1].block):
+            visit(block, None)
+        return results
+    calibration.stream(
+        model,
+        found.set_of(recipe.method),
+        visit,
+        hessian=any(own.needs_hessian for own in needed),
+        sequential=recipe.method.sequential,
+        batch_size=found.bench.batch_size,
+    )
+    return results
+
+
+def model_bytes(model: LanguageModel, compressed: Mapping[str, Compressed], recipes: Mapping[str, Recipe]) -> int:
+    """Count the bytes of a model: compressed matrices as `stored_bytes` packs them, everything else in bfloat16.
+
+    Args:
+        model: its shapes.
+        compressed: matrices by layer name; others are dense.
+        recipes: of the same layers.
+    """
+    matrices = sum(layer.module.weight.numel() for layer in model.layers)
+    total = 2 * (model.num_parameters - matrices)
+    for layer in model.layers:
+        shape = (layer.module.out_features, layer.module.in_features)
+        found = compressed.get(layer.name)
+        if found is None:
+            total += stored_bytes(shape, grid=DENSE)
+            continue
+        recipe = recipes[layer.name]
+        options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern}
+        total += stored_bytes(shape, grid=recipe.grid, kept=int(found.kept.sum()), **options)
+    return total
+
+
+def measured(found: Calibrations, name: str, recipe: Recipe) -> Measured:
+    """Compress, measure and restore one model."""
+    model = found.bench.model
+    with pruner.restored(model):
+        compressed = compress_(found, recipe)
+        size = model_bytes(model, compressed, dict.fromkeys(compressed, recipe))
+        zeros = pruner.measured_sparsity(model)
+        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench))
+
+
+def compare(found: Sequence[Calibrations], recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:
+    """Measure every (name, recipe) with every calibration; recipes that read nothing and draw nothing once only."""
+    results = []
+    work = [(index, name, recipe) for index in range(len(found)) for name, recipe in recipes]
+    for index, name, recipe in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None):
+        if recipe.needs_calibration or recipe.method.importance == "random" or index == 0:
+            results.append(measured(found[index], name, recipe))
+    return results
+
+
+def while_compressed(
+    found: Calibrations, recipes: Mapping[Name, Recipe], measure: Callable[[LanguageModel], Result]
+) -> dict[Name, Result]:
+    """Measure something else than the loss, such as answers to tasks, under some recipes, by their names."""
+    results = {}
+    for name, recipe in tqdm(recipes.items(), desc=f"{found.bench.model.name}, compressed", leave=False, disable=None):
+        with pruner.restored(found.bench.model) as model:
+            compress_(found, recipe)
+            results[name] = measure(model)
+    return results
+
+
+@torch.inference_mode()
+def loss_by_noise(
+    model: LanguageModel, windows: Int[Tensor, "window position"], *, ratios: Sequence[float], seed: int, batch_size: int = 32
+) -> Float[Tensor, "ratio window"]:
+    """Return the cross-entropy of masked tokens at some mask ratios, in nats per masked token.
+
+    Args:
+        model: a diffusion model.
+        windows: clean held-out windows.
+        ratios: shares of the positions that are masked, in (0, 1]; at least one position is.
+        seed: of the masks, which are those of every other model with this seed.
+        batch_size: windows at one time.
+
+    Raises:
+        InputError: an autoregressive model.
+    """
+    if model.mask_token_id is None:
+        raise InputError(f"a loss by mask ratio must use a diffusion model, got {model.name}: use pruning_runs.loss")
+    rows = []
+    for ratio in ratios:
+        order = torch.rand(windows.shape, generator=generator(seed, "loss by noise", f"{ratio:g}")).argsort(1).argsort(1)
+        where = order < max(1, round(ratio * windows.shape[1]))
+        pairs = zip(windows.split(batch_size), where.split(batch_size), strict=True)
+        rows.append(torch.cat([_masked_loss(model, ids.to(model.device), part.to(model.device)) for ids, part in pairs]))
+    return torch.stack(rows)
+
+
+def _masked_loss(model: LanguageModel, ids: Tensor, where: Tensor) -> Float[Tensor, "window"]:
+    logits = logits_at(model, ids.masked_fill(where, cast(int, model.mask_token_id)), where)
+    return F.cross_entropy(logits, ids[where], reduction="none").view(len(ids), -1).double().mean(1).cpu()

@@ -1,0 +1,181 @@
+"""Extensions, measured: masks by phase of denoising at an equal mean, and sparsity by layer at an equal total."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.attention import masses as attention
+from lib.calibration import sets
+from lib.calibration.sets import GRID_STEPS, NOISED
+from lib.calibration.statistics import statistics_of
+from lib.core.errors import InputError
+from lib.models.language_model import LanguageModel
+from lib.pruning import allocation, phases, pruner
+from lib.pruning.methods import Method, Target
+from lib.pruning.phases import GentleAt, StoredBytes
+from lib.studies.pruning import runs
+from lib.studies.pruning.runs import Bench, Calibrations, Outcome
+
+BYTES_PER_WEIGHT = 2.0  # bfloat16, the type of the released checkpoints
+POLICIES = ("uniform", "early is sparser", "late is sparser", "OWL", "sink variance", "sink variance, reversed")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One way to spread a mean sparsity over phases of denoising.
+
+    Attributes:
+        name: for tables.
+        borders: falling mask ratios between the phases.
+        spread: half of the distance between the gentlest and the most aggressive phase.
+        gentle_at: where less is removed.
+    """
+
+    name: str
+    borders: tuple[float, ...]
+    spread: float
+    gentle_at: GentleAt
+
+
+def phase_outcomes(
+    bench: Bench, method: Method, plans: Sequence[PhasePlan], *, sparsity: float, seeds: Sequence[int]
+) -> tuple[list[Outcome], dict[str, StoredBytes]]:
+    """Measure models whose mask depends on the mask ratio.
+
+    Args:
+        bench: a diffusion model, calibration pool, held-out windows.
+        method: a method that keeps the values of the weights (magnitude or one-shot or sequential Wanda).
+        plans: how the sparsity is spread; a spread of 0 is one mask for all.
+        sparsity: mean over uniform mask ratios.
+        seeds: calibration seeds.
+
+    Returns:
+        Outcomes, and by plan what keeping its masks costs (of the first seed, in bfloat16).
+
+    Raises:
+        InputError: a method that changes values, which phases could not share.
+    """
+    if method.importance == "sparsegpt":
+        raise InputError("phases must share the dense values, got SparseGPT, which changes them: use Wanda or magnitude")
+    outcomes, cost = [], {}
+    for seed in seeds:
+        found = Calibrations(bench, seed)
+        for plan in plans:
+            wanted = phases.phase_sparsities(sparsity, spread=plan.spread, borders=plan.borders, gentle_at=plan.gentle_at)
+            alike = [torch.full((1 + bench.model.layers[-1].block,), each, dtype=torch.float64) for each in wanted]
+            exact = [exact_target(bench.model, one, sparsity=each) for one, each in zip(alike, wanted, strict=True)]
+            networks = [runs.pruned_copy(found, method, target) for target in exact]
+            masks = [{layer.name: (layer.module.weight != 0).cpu() for layer in each.layers} for each in networks]
+            stored = phases.stored_bytes(masks, borders=plan.borders, bytes_per_weight=BYTES_PER_WEIGHT)
+            cost.setdefault(plan.name, stored)
+            joined = phases.phased(bench.model, networks, borders=plan.borders)
+            loss = runs.loss(bench, joined)
+            del joined, networks, masks  # before the next plan's copies exist
+            gone = stored.mean_sparsity
+            outcomes.append(Outcome(bench.model.name, plan.name, sparsity, "unstructured", seed, gone, loss))
+    return outcomes, cost
+
+
+def allocation_outcomes(
+    bench: Bench,
+    method: Method,
+    policies: Sequence[str],
+    *,
+    sparsity: float,
+    seeds: Sequence[int],
+    spread: float,
+    levels: int = GRID_STEPS,
+) -> tuple[list[Outcome], dict[str, Float[Tensor, "block"]]]:
+    """Measure models whose blocks have different sparsities but lose exactly as many weights in all as with a uniform one.
+
+    Args:
+        bench: model, calibration pool, held-out windows.
+        method: importance of the weights inside each matrix.
+        policies: of `POLICIES`; those by sink variance need a diffusion model.
+        sparsity: share of all weights to remove.
+        seeds: calibration seeds.
+        spread: largest distance of a block's sparsity from the mean, before the exact total is restored.
+        levels: noise levels that the variance of sinks is taken over.
+
+    Returns:
+        Outcomes, and the sparsity of each block by policy (of the first seed).
+    """
+    outcomes, shown = [], {}
+    for seed in seeds:
+        found = Calibrations(bench, seed)
+        for policy in policies:
+            by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread, levels=levels)
+            shown.setdefault(policy, by_block)
+            target = exact_target(bench.model, by_block, sparsity=sparsity)
+            outcomes.append(runs.measured(found, policy, method, target))
+    return outcomes, shown
+
+
+def exact_target(model: LanguageModel, by_block: Float[Tensor, "block"], *, sparsity: float) -> Target:
+    """Turn sparsities of blocks into exact numbers for each matrix that add up to round(sparsity x all weights)."""
+    sizes = [layer.module.weight.numel() for layer in model.layers]
+    total = round(sparsity * sum(sizes))
+    by_layer = torch.stack([by_block[layer.block] for layer in model.layers]) - sparsity
+    counts = allocation.removed_counts(allocation.with_total(by_layer, sizes, sparsity=total / sum(sizes)), sizes, total=total)
+    return Target(sparsity, removed={layer.name: count for layer, count in zip(model.layers, counts, strict=True)})
+
+
+def block_sparsities(
+    found: Calibrations, policy: str, *, sparsity: float, spread: float, levels: int = GRID_STEPS
+) -> Float[Tensor, "block"]:
+    """Return the sparsity of each block under a policy, its mean weighted by size the one asked for.
+
+    Raises:
+        InputError: an unknown policy.
+
+    Source: EIS and DIS of Layer Collapse in DLMs (arXiv 2605.06366); OWL (arXiv 2310.05175); by sink variance: ours.
+    """
+    model = found.bench.model
+    blocks = 1 + max(layer.block for layer in model.layers)
+    sizes = [sum(layer.module.weight.numel() for layer in model.layers if layer.block == block) for block in range(blocks)]
+    if policy == "uniform":
+        wanted = torch.zeros(blocks, dtype=torch.float64)
+    elif policy in ("early is sparser", "late is sparser"):
+        wanted = allocation.early_is_sparser(blocks, epsilon=spread if policy.startswith("early") else -spread)
+    elif policy == "OWL":
+        wanted = allocation.from_scores(outlier_scores(found), spread=spread)
+    elif policy in ("sink variance", "sink variance, reversed"):
+        sign = 1 if policy.endswith("reversed") else -1  # the highest score is protected: stable sinks, or unstable ones
+        wanted = allocation.from_scores(sign * layer_variance(found, levels=levels), spread=spread)
+    else:
+        raise InputError(f"a policy must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them")
+    return allocation.with_total(wanted, sizes, sparsity=sparsity)
+
+
+def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
+    """Return the share of outliers among all Wanda importances of each block on clean text, the score of OWL.
+
+    Source: OWL (arXiv 2310.05175): an outlier exceeds a multiple of the mean over the whole block, all its matrices together.
+    """
+    method = Method("wanda", sequential=False)
+    scores = []
+    for block, statistics in enumerate(found.statistics_of(method)):
+        layers = [layer for layer in found.bench.model.layers if layer.block == block]
+        parts = [pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role)) for layer in layers]
+        scores.append(allocation.outlier_share(torch.cat([part.flatten() for part in parts])[None]))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def layer_variance(found: Calibrations, *, levels: int = GRID_STEPS) -> Float[Tensor, "block"]:
+    """Return how much the attention mass of a token varies over noise levels, by block, averaged over tokens and windows.
+
+    Args:
+        found: calibrations of a diffusion model.
+        levels: noise levels per window.
+
+    Source: the variance over t of m_t(i), taken in each layer (the paper sums over layers, section 3.1).
+    """
+    model = found.bench.model
+    noised = sets.read(model, found.windows, replace(NOISED, levels=levels), seed=found.seed)
+    masses = [attention.sink_mass(model, batch.to(model.device)).mean(2).cpu() for batch in noised.flatten(0, 1).split(16)]
+    mass = torch.cat(masses, dim=1).unflatten(1, noised.shape[:2])
+    return mass.var(2, correction=0).mean((1, 2)).double()

@@ -1,0 +1,300 @@
+"""Prune, measure, restore: the loss of many compressed models on the same windows and the same masks."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.calibration import one_shot, sets
+from lib.calibration.sets import Inputs
+from lib.calibration.statistics import CalibrationSet, InputStatistics
+from lib.calibration.token_weights import Weighting
+from lib.core.errors import InputError
+from lib.models.language_model import LanguageModel, Role, linear_layers, network_body
+from lib.pruning import pruner, shrink
+from lib.pruning.importances import UNSTRUCTURED
+from lib.pruning.methods import Method, Target
+from lib.studies.variance.sink_effect import text_loss
+from lib.timing import clock
+
+DENSE, STRUCTURED = "dense", "structured"
+TIMED_WINDOWS = 4
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every compressed variant of one model is measured with.
+
+    Attributes:
+        model: the dense model; its weights are as before after every measurement.
+        pool: clean windows that calibration draws from.
+        windows: held-out windows of the loss.
+        calibration_windows: windows drawn for one calibration.
+        draws: masks per held-out window, the same for all variants.
+        seed: of these masks.
+        batch_size: calibration samples at one time.
+    """
+
+    model: LanguageModel
+    pool: Int[Tensor, "pool position"]
+    windows: Int[Tensor, "window position"]
+    calibration_windows: int
+    draws: int
+    seed: int
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One compressed model, measured.
+
+    Attributes:
+        model: its name.
+        method: what was done.
+        sparsity: asked for.
+        pattern: `"unstructured"`, `"N:M"` or `"structured"`.
+        seed: of the calibration.
+        measured_sparsity: share of the linear layers' weights that are gone.
+        loss: NELBO, or exact negative log-likelihood, of each held-out window in nats per token.
+    """
+
+    model: str
+    method: str
+    sparsity: float
+    pattern: str
+    seed: int
+    measured_sparsity: float
+    loss: Float[Tensor, "window"] = field(repr=False)
+
+
+def held_out(windows: Int[Tensor, "held_out position"], *, count: int) -> Int[Tensor, "window position"]:
+    """Return the first held-out windows.
+
+    Raises:
+        InputError: there are fewer than asked for.
+    """
+    if not 2 <= count <= len(windows):
+        raise InputError(f"held-out windows must be in [2, {len(windows)}] (those there are), got {count}: lower windows")
+    return windows[:count]
+
+
+def loss(bench: Bench, model: LanguageModel | None = None) -> Float[Tensor, "window"]:
+    """Return the loss of a variant of the model (the dense one when None) on the held-out windows, in nats per token."""
+    return text_loss(model or bench.model, bench.windows, draws=bench.draws, seed=bench.seed)
+
+
+def dense(bench: Bench) -> Outcome:
+    """Measure the model as it is."""
+    return Outcome(bench.model.name, DENSE, 0.0, UNSTRUCTURED, 0, 0.0, loss(bench))
+
+
+class Calibrations:
+    """Calibration sets and dense statistics of one bench and one seed, made when first asked for and then shared."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        self.bench, self.seed = bench, seed
+        self.windows = sets.draw_windows(bench.pool, count=bench.calibration_windows, seed=seed)
+        self._sets: dict[tuple[Inputs, Weighting | None], CalibrationSet] = {}
+        self._statistics: dict[tuple[Inputs, Weighting | None], list[dict[Role, InputStatistics]]] = {}
+
+    def set_of(self, method: Method) -> CalibrationSet:
+        """Return what a method reads, weighted as it says."""
+        key = (method.inputs, method.weighting)
+        if key not in self._sets:
+            options = {"seed": self.seed, "batch_size": self.bench.batch_size}
+            self._sets[key] = sets.build(self.bench.model, self.windows, inputs=key[0], weighting=key[1], **options)
+        return self._sets[key]
+
+    def statistics_of(self, method: Method) -> list[dict[Role, InputStatistics]]:
+        """Return the norms that the dense model's layers read, for one-shot methods."""
+        key = (method.inputs, method.weighting)
+        if key not in self._statistics:
+            self._statistics[key] = one_shot.dense_statistics(
+                self.bench.model, self.set_of(method), batch_size=self.bench.batch_size
+            )
+        return self._statistics[key]
+
+
+def prune_(found: Calibrations, method: Method, target: Target) -> None:
+    """Prune the bench's model in place, with calibrations that other methods share."""
+    model, batch = found.bench.model, found.bench.batch_size
+    if not method.needs_calibration:
+        pruner.prune_(model, method, target, seed=found.seed)
+    elif method.importance == "wanda" and not method.sequential:
+        pruner.prune_with_(model, method, target, found.statistics_of(method))
+    else:
+        pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
+
+
+def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
+    """Return the seeds of a method: one for magnitude, which draws nothing."""
+    return seeds[:1] if method.importance == "magnitude" else seeds
+
+
+def compare(
+    bench: Bench,
+    chosen: Mapping[str, Method],
+    targets: Sequence[Target],
+    *,
+    seeds: Sequence[int],
+) -> list[Outcome]:
+    """Measure every method at every target with every calibration seed.
+
+    Args:
+        bench: model, calibration pool, held-out windows.
+        chosen: methods by the name that tables show.
+        targets: sparsities and patterns.
+        seeds: calibration seeds; each draws other windows, other noise and other random choices.
+
+    Returns:
+        Outcomes, one a (seed, method, target).
+    """
+    outcomes = []
+    work = [(seed, name) for seed in seeds for name in chosen if seed in seeds_that_matter(chosen[name], seeds)]
+    calibrations: dict[int, Calibrations] = {}
+    for seed, name in tqdm(work, desc=bench.model.name, leave=False, disable=None):
+        found = calibrations.setdefault(seed, Calibrations(bench, seed))
+        for target in targets:
+            outcomes.append(measured(found, name, chosen[name], target))
+    return outcomes
+
+
+def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:
+    """Prune, measure and restore one model with calibrations that are already there."""
+    with pruner.restored(found.bench.model):
+        prune_(found, method, target)
+        return outcome(found.bench, name, target, seed=found.seed)
+
+
+def outcome(bench: Bench, name: str, target: Target, *, seed: int) -> Outcome:
+    """Measure the bench's model as it now is."""
+    gone = pruner.measured_sparsity(bench.model)
+    return Outcome(bench.model.name, name, target.sparsity, target.pattern, seed, gone, loss(bench))
+
+
+def while_pruned(
+    bench: Bench,
+    conditions: Mapping[tuple[str, float], Method | None],
+    measure: Callable[[LanguageModel], Measured],
+    *,
+    seed: int,
+) -> dict[tuple[str, float], Measured]:
+    """Measure something else than the loss, such as answers to tasks, under some conditions.
+
+    Args:
+        bench: model and calibration pool.
+        conditions: methods by (name, sparsity); None leaves the model as it is.
+        measure: called with the pruned model.
+        seed: of the calibration.
+
+    Returns:
+        What was measured, by (name, sparsity).
+    """
+    found, results = Calibrations(bench, seed), {}
+    for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False, disable=None):
+        with pruner.restored(bench.model):
+            if method is not None:
+                prune_(found, method, Target(sparsity))
+            results[name, sparsity] = measure(bench.model)
+    return results
+
+
+def pruned_copy(found: Calibrations, method: Method, target: Target) -> LanguageModel:
+    """Return a pruned copy of the bench's model; the tensors outside of the pruned matrices are shared."""
+    with pruner.restored(found.bench.model) as model:
+        prune_(found, method, target)
+        own = {id(layer.module.weight) for layer in model.layers}
+        shared = {id(tensor): tensor for tensor in model.network.parameters() if id(tensor) not in own}
+        network = copy.deepcopy(model.network, shared)
+    return replace(model, network=network, layers=linear_layers(network), fingerprint="")
+
+
+def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[float], *, seeds: Sequence[int]) -> list[Outcome]:
+    """Measure models from which whole key-value groups and MLP channels were cut out.
+
+    Args:
+        bench: model, calibration pool, held-out windows.
+        chosen: Wanda methods (their inputs and token weights weigh the norms) or magnitude, by the name that tables show.
+        sparsities: shares of groups and channels to remove.
+        seeds: calibration seeds.
+
+    Returns:
+        Outcomes with pattern `"structured"`.
+    """
+    outcomes = []
+    for seed in seeds:
+        found = Calibrations(bench, seed)
+        for name, method in chosen.items():
+            if seed not in seeds_that_matter(method, seeds):
+                continue
+            for sparsity in sparsities:
+                small = shrunk(found, method, sparsity=sparsity)
+                gone = 1.0 - _weights(small) / _weights(bench.model)
+                outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small)))
+    return outcomes
+
+
+def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
+    """Return the smaller model that a method leaves; the bench's model stays as it is.
+
+    Raises:
+        InputError: a method whose ranking of groups and channels is not defined here.
+    """
+    if method.importance not in ("magnitude", "wanda") or (method.importance == "wanda" and method.sequential):
+        order = "sequential" if method.sequential else "one-shot"
+        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {order} {method.importance}: change it")
+    model, norms = found.bench.model, None
+    if method.needs_calibration:
+        statistics = found.statistics_of(method)
+        norms = {
+            (block, role): of_block[role].input_norm(method.aggregate)[0]
+            for block, of_block in enumerate(statistics)
+            for role in ("o", "down")
+        }
+    return shrink.shrunk(model, *shrink.choose(model, sparsity=sparsity, input_norms=norms))
+
+
+def _weights(model: LanguageModel) -> int:
+    return sum(layer.module.weight.numel() for layer in model.layers)
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of equal shape, refusing to stack none.
+
+    Raises:
+        InputError: nothing was measured under the wanted condition.
+    """
+    if not parts:
+        raise InputError("a comparison must have outcomes on both sides, got none: measure the condition first")
+    return torch.stack(list(parts))
+
+
+def speed_ups(
+    found: Calibrations, method: Method, *, sparsities: Sequence[float], repeats: int
+) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """Time forward passes of pruned models in turn with the dense one.
+
+    Args:
+        found: calibrations of a model.
+        method: for both patterns.
+        sparsities: shares of weights (zeros in dense matrices), and of groups and channels (smaller matrices).
+        repeats: timed rounds.
+
+    Returns:
+        Median, first and third quartile of the speed-up by (pattern, sparsity).
+    """
+    model = found.bench.model
+    variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, Target(sparsity)) for sparsity in sparsities}
+    variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in sparsities}
+    ids = found.bench.windows[:TIMED_WINDOWS].to(model.device)
+    calls = {"dense": partial(network_body(model), input_ids=ids, use_cache=False)}
+    calls |= {str(key): partial(network_body(variant), input_ids=ids, use_cache=False) for key, variant in variants.items()}
+    seconds = clock.interleaved(calls, repeats=repeats, device=model.device)
+    return {key: clock.speed_up(seconds["dense"], seconds[str(key)]) for key in variants}

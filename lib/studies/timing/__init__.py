@@ -1,0 +1,1 @@
+"""Notebook 06: what compressed weights and faster decoders buy."""

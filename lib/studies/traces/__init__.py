@@ -1,0 +1,1 @@
+"""Notebook 01: where sinks sit, and whether they move."""

@@ -1,0 +1,70 @@
+"""Look at a trace again: its attention maps, its masses relative to the frontier, and the masses that a mask alone would give."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lib.attention import masses
+from lib.diffusion.traces import SinkTrace
+from lib.models.language_model import LanguageModel, network_body
+
+
+@torch.inference_mode()
+def attention_maps(
+    model: LanguageModel, trace: SinkTrace, *, prompt: int, steps: Sequence[int]
+) -> Float[Tensor, "frame query key"]:
+    """Return the attention matrices of one prompt at some steps, averaged over layers and heads.
+
+    Args:
+        model: the model that made the trace.
+        trace: its trace.
+        prompt: which prompt.
+        steps: which steps; one forward pass each.
+
+    Source: the authors' sink_dynamics animation.
+    """
+    frames = []
+    with masses.record(model, keep=("map",)) as recorder:
+        for step in steps:
+            ids = trace.ids[prompt, step, : int(trace.keys[step])][None].to(model.device)
+            network_body(model)(input_ids=ids, use_cache=False)
+            frames.append(recorder.pop_map()[0].cpu())
+    size = trace.ids.shape[-1]
+    return torch.stack([torch.nn.functional.pad(frame, (0, size - frame.shape[1], 0, size - frame.shape[0])) for frame in frames])
+
+
+def relative_to_frontier(
+    mass: Float[Tensor, "prompt step position"], frontier: Int[Tensor, "prompt step"], *, keys: Int[Tensor, "step"], reach: int
+) -> Float[Tensor, "step offset"]:
+    """Average masses over prompts at equal distance from the frontier.
+
+    Args:
+        mass: masses of a trace.
+        frontier: first position that is not yet written, per prompt and step.
+        keys: keys that exist at each step.
+        reach: offsets from -reach to reach - 1 are returned; offset 0 is the frontier itself.
+
+    Returns:
+        Mean mass by step and offset; NaN where no prompt has a key at that offset.
+    """
+    offsets = torch.arange(-reach, reach)
+    positions = frontier[..., None] + offsets
+    exists = (positions >= 0) & (positions < keys[None, :, None])
+    taken = mass.gather(2, positions.clamp(0, mass.shape[-1] - 1))
+    return torch.where(exists, taken, float("nan")).nanmean(0)
+
+
+def uniform_mass(keys: int, *, is_causal: bool) -> Float[Tensor, "key"]:
+    """Return the masses that attention without any preference gives: 1 each, or a harmonic sum under the causal mask.
+
+    The first key of a causal model gets the most even then, since every query sees it: the baseline for concentration.
+
+    >>> uniform_mass(2, is_causal=True).tolist()
+    [1.5, 0.5]
+    """
+    if not is_causal:
+        return torch.ones(keys)
+    rows = torch.tril(torch.ones(keys, keys, dtype=torch.float64))
+    return (rows / rows.sum(1, keepdim=True)).sum(0).float()

@@ -1,0 +1,1 @@
+"""Notebook 02: how variable sinks are, and what blocking them costs."""

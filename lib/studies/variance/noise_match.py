@@ -1,0 +1,147 @@
+"""Do random masks show the sinks of a generation? The same text at the same mask ratio, masked by the sampler or at random.
+
+A generation hides the tokens that the model is least sure of, forward noise hides any. At a step of the trace the network read
+the final text with some positions masked; here it reads the same text with as many masked at random, as calibration does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lib.attention import masses, sinks
+from lib.core.errors import InputError
+from lib.diffusion.traces import SinkTrace
+from lib.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class NoiseMatch:
+    """Masses of the same texts at the same mask ratios, masked in different ways; all have mean 1 over the positions.
+
+    Attributes:
+        steps: the step of the trace that each level was taken from.
+        mask_ratio: share of the generated positions that are masked at that step.
+        generation: masses of the generation.
+        noised: two independent draws with any position masked, as in the authors' calibration.
+        prompt_kept: two independent draws with the prompt never masked.
+        depth: layers times heads, over which the authors sum.
+    """
+
+    steps: tuple[int, ...]
+    mask_ratio: tuple[float, ...]
+    generation: Float[Tensor, "row level position"]
+    noised: Float[Tensor, "draw row level position"]
+    prompt_kept: Float[Tensor, "draw row level position"]
+    depth: int
+
+
+def matching_steps(trace: SinkTrace, ratios: Sequence[float]) -> tuple[int, ...]:
+    """Return the steps at which the masked share of the generated positions is closest to each ratio.
+
+    Raises:
+        InputError: an autoregressive trace, or a ratio outside (0, 1).
+    """
+    if trace.is_causal or not all(0 < ratio < 1 for ratio in ratios):
+        raise InputError(
+            f"mask ratios must be in (0, 1) and the trace a diffusion model's, got {list(ratios)} and {trace.name}: mend them"
+        )
+    seen = trace.is_masked[:, :, trace.prompt_tokens :].float().mean((0, 2))
+    return tuple(int((seen - ratio).abs().argmin()) for ratio in ratios)
+
+
+def random_masks(
+    counts: Sequence[int], maskable: Bool[Tensor, "position"], *, generator: torch.Generator
+) -> Bool[Tensor, "row position"]:
+    """Mark `counts[row]` of the maskable positions at random.
+
+    Raises:
+        InputError: a count above the number of maskable positions.
+    """
+    if max(counts) > int(maskable.sum()):
+        raise InputError(f"masks must fit into the {int(maskable.sum())} maskable positions, got {max(counts)}: allow more")
+    order = torch.rand((len(counts), len(maskable)), generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    return order < torch.tensor(list(counts))[:, None]
+
+
+def match(model: LanguageModel, trace: SinkTrace, *, ratios: Sequence[float], generator: torch.Generator) -> NoiseMatch:
+    """Read the generated texts again under random masks, two draws of each kind.
+
+    Args:
+        model: the diffusion model that made the trace.
+        trace: its trace.
+        ratios: masked shares of the generated positions to compare at.
+        generator: CPU generator of the masking stream.
+
+    Returns:
+        The masses. Each random mask hides exactly as many positions as the generation did at that step.
+
+    Source: the authors analyse generations (paper, section 3.1) and prune with forward noise (release).
+    """
+    steps = matching_steps(trace, ratios)
+    size = trace.texts.shape[1]
+    anywhere = torch.ones(size, dtype=torch.bool)
+    generated = torch.arange(size) >= trace.prompt_tokens
+
+    def read(maskable: Tensor) -> Tensor:
+        """Return masses `[row, level, position]` under new masks."""
+        levels = []
+        for step in steps:
+            masks = random_masks(trace.is_masked[:, step].sum(1).tolist(), maskable, generator=generator)
+            ids = trace.texts.masked_fill(masks, cast(int, model.mask_token_id)).to(model.device)
+            levels.append(sinks.aggregate(masses.sink_mass(model, ids)).cpu())
+        return torch.stack(levels, 1)
+
+    return NoiseMatch(
+        steps=steps,
+        mask_ratio=tuple(trace.is_masked[:, step, trace.prompt_tokens :].float().mean().item() for step in steps),
+        generation=trace.mass[:, list(steps)],
+        noised=torch.stack([read(anywhere), read(anywhere)]),
+        prompt_kept=torch.stack([read(generated), read(generated)]),
+        depth=trace.head_mass.shape[2] * trace.head_mass.shape[3],
+    )
+
+
+def rank_correlation(
+    first: Float[Tensor, "*batch position"], second: Float[Tensor, "*batch position"]
+) -> Float[Tensor, "*batch"]:
+    """Return Spearman's rank correlation over positions; NaN where one side is constant.
+
+    >>> float(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3.0, 4.0, 5.0])))
+    1.0
+    """
+    ranks = [torch.from_numpy(rankdata(np.asarray(values.double()), axis=-1)) for values in (first, second)]
+    centred = [rank - rank.mean(-1, keepdim=True) for rank in ranks]
+    norms = centred[0].norm(dim=-1) * centred[1].norm(dim=-1)
+    return ((centred[0] * centred[1]).sum(-1) / norms).float()
+
+
+def release_score(mass: Float[Tensor, "*batch position"], *, depth: int) -> Float[Tensor, "*batch position"]:
+    """Return the released sink score, sigmoid(5 (m - mean - 2 std)) on masses summed over layers and heads.
+
+    Args:
+        mass: averaged over layers and heads.
+        depth: layers times heads; on sums the sigmoid is in effect a step.
+    """
+    total = mass * depth
+    return sinks.soft_score(total, sinks.mean_std_threshold(total))
+
+
+def sink_sets(mass: Float[Tensor, "*batch position"]) -> Bool[Tensor, "*batch position"]:
+    """Return the sinks by the released rule."""
+    return sinks.sinks_mean_std(mass)
+
+
+def pairs(matched: NoiseMatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what is compared with what, `[row, level, position]` each; the noise-noise pairs say how well two draws agree."""
+    return {
+        "generation, noised": (matched.generation, matched.noised[0]),
+        "noised, noised": (matched.noised[1], matched.noised[0]),
+        "generation, noised with prompt kept": (matched.generation, matched.prompt_kept[0]),
+        "noised, noised with prompt kept": (matched.prompt_kept[1], matched.prompt_kept[0]),
+    }

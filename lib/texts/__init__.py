@@ -1,0 +1,1 @@
+"""Articles, corpora and how text becomes tokens. Floor 4: stands on models."""

@@ -1,0 +1,301 @@
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib.core import environment
+from lib.core.environment import LOCK, ROOT
+
+LAST_GROUP = "# Needed by the packages above"
+DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow", "reasoning_gym": "reasoning-gym", "huggingface_hub": "huggingface-hub"}
+OURS = {"lib", "recipes", "tests", "benchmarks"}
+
+
+CLUSTER = ROOT / environment.GROUPS["cluster"]
+
+
+def lock_lines() -> list[str]:
+    lines = [*LOCK.read_text().splitlines(), *CLUSTER.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def direct_pins() -> dict[str, str]:
+    direct = "\n".join(path.read_text().partition(LAST_GROUP)[0] for path in (LOCK, CLUSTER))
+    return {line.partition("==")[0]: line for line in direct.splitlines() if line and not line.startswith("#")}
+
+
+def script(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone as far as the environment is concerned."""
+    root = tmp_path / "clone"
+    root.mkdir()
+    for name in ("requirements.lock", "requirements-cluster.lock", "pyproject.toml"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    return root
+
+
+@pytest.fixture
+def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for uv that notes its words, makes a folder that looks like an environment, and fails while `offline` exists."""
+    folder = tmp_path / "bin"
+    script(
+        folder / "uv",
+        f'echo "$@" >> {folder}/words',
+        'for last in "$@"; do :; done',
+        f'if [ "$1" = venv ]; then mkdir -p "$last/bin"; ln -sf {sys.executable} "$last/bin/python"; exit 0; fi',
+        f"if [ -e {folder}/offline ]; then cat {folder}/offline >&2; exit 1; fi",
+    )
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_every_line_of_the_lock_is_an_exact_pin() -> None:
+    for line in lock_lines():
+        assert re.fullmatch(r'[a-z0-9.-]+==[0-9][\w.]*(  +# .+| ; sys_platform == "\w+")?', line), line
+    names = [line.partition("==")[0] for line in lock_lines()]
+    assert len(names) == len(set(names))
+    assert "+" not in "".join(lock_lines()), "a local build cannot be installed elsewhere"
+
+
+def test_every_direct_dependency_says_who_needs_it() -> None:
+    for name, line in direct_pins().items():
+        assert "  # " in line, f"{name} has no comment"
+
+
+def test_conda_file_and_project_file_point_to_the_lock() -> None:
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda["dependencies"] == ["python=3.11", "pip", {"pip": ["-r requirements.lock", "-e ."]}]
+    for line in (ROOT / "environment.yml").read_text().partition("dependencies:")[2].splitlines():
+        assert not line.strip().startswith("- p") or line.strip() == "- pip:" or "  # " in line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["dependencies", "optional-dependencies"]
+    assert project["tool"]["setuptools"]["dynamic"] == {
+        "dependencies": {"file": ["requirements.lock"]},
+        "optional-dependencies": {name: {"file": [lock]} for name, lock in environment.GROUPS.items()},
+    }
+    assert "dependencies" not in project["project"]
+
+
+def test_all_files_ask_for_the_same_python() -> None:
+    oldest = ".".join(map(str, environment.OLDEST_PYTHON))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == f">={oldest}"
+    assert project["tool"]["pyright"]["pythonVersion"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert f"python={oldest}" in (ROOT / "environment.yml").read_text()
+    assert str(environment.OLDEST_PYTHON) in (ROOT / "run_all.sh").read_text()
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+
+
+def test_everything_imported_is_pinned_as_direct() -> None:
+    pinned = {normal(name) for name in direct_pins()}
+    for path in (path for folder in OURS for path in (ROOT / folder).rglob("*.py")):
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.MULTILINE):
+            if name not in sys.stdlib_module_names | OURS and name != "__future__":
+                assert normal(DISTRIBUTION.get(str(name), str(name))) in pinned, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_platform_markers_are_honoured(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text(f'a==1  # who\nb==2 ; sys_platform == "{sys.platform}"\nc==3 ; sys_platform == "elsewhere"\n# d==4\n')
+    assert environment.read_pins(lock) == {"a": "1", "b": "2"}
+
+
+def test_missing_pins_compare_without_local_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text("torch==2.13.0\npytest==0.0.1\nno-such-package==1\n")
+    found = {"torch": "2.13.0+cpu", "pytest": "9.2.0"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise environment.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(environment.metadata, "version", version)
+    assert environment.missing_pins(lock) == ["pytest==0.0.1", "no-such-package==1"]
+
+
+def test_cores_are_physical_and_at_least_one() -> None:
+    assert 1 <= environment.physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_hyper_threads_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(environment, "_core_of", lambda cpu: ("0", str(cpu // 2)))
+    monkeypatch.setattr(environment, "_processor_share", lambda: 64)
+    assert environment.physical_cores() == 2
+    monkeypatch.setattr(environment, "_processor_share", lambda: 1)
+    assert environment.physical_cores() == 1
+
+
+def test_what_the_user_set_wins() -> None:
+    chosen = environment.settings({"OMP_NUM_THREADS": "7", "PYTHONPATH": "/mine"})
+    assert "OMP_NUM_THREADS" not in chosen
+    assert chosen["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+    assert chosen["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+    assert environment.settings(chosen)["PYTHONPATH"] == chosen["PYTHONPATH"], "set twice, it does not grow"
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", True), ("darwin", False)])
+def test_allocator_is_set_on_linux_only(monkeypatch: pytest.MonkeyPatch, platform: str, expected: bool) -> None:
+    monkeypatch.setattr(environment.sys, "platform", platform)
+    monkeypatch.setattr(environment, "physical_cores", lambda: 2)
+    assert ("MALLOC_TRIM_THRESHOLD_" in environment.settings({})) is expected
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_active_environment_that_satisfies_the_lock_is_used(clone: Path, tmp_path: Path, variable: str) -> None:
+    python = script(tmp_path / "active" / "bin" / "python", "exit 0")
+    assert environment.ensure(root=clone, environ={variable: str(tmp_path / "active")}) == python
+    assert environment.ready(root=clone, environ={variable: str(tmp_path / "active")}) == python
+    assert not (clone / ".venv").exists()
+
+
+def test_active_environment_that_lacks_something_is_named_and_left_alone(
+    clone: Path, tmp_path: Path, uv: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script(tmp_path / "active" / "bin" / "python", 'if [ "$3" = --missing ]; then echo torch==2.13.0; fi')
+    python = environment.ensure(root=clone, environ={"VIRTUAL_ENV": str(tmp_path / "active")})
+    assert python == clone / ".venv" / "bin" / "python"
+    told = [line for line in capfd.readouterr().err.splitlines() if "does not satisfy" in line]
+    assert len(told) == 1
+    assert "torch==2.13.0" in told[0]
+
+
+def test_own_environment_is_made_once(clone: Path, uv: Path) -> None:
+    assert environment.ready(root=clone, environ={}) is None
+    python = environment.ensure(root=clone, environ={})
+    words = (uv / "words").read_text()
+    assert "venv" in words
+    assert f"-r {clone}/requirements.lock" in words
+    assert "--no-deps --no-build-isolation -e" in words
+    assert environment.ensure(root=clone, environ={}) == environment.ready(root=clone, environ={}) == python
+    assert (uv / "words").read_text() == words, "a second run starts at once"
+
+
+def test_changed_lock_is_installed_again(clone: Path, uv: Path) -> None:
+    environment.ensure(root=clone, environ={})
+    with (clone / "requirements.lock").open("a") as lock:
+        lock.write("new-package==1.0\n")
+    before = (uv / "words").read_text()
+    environment.ensure(root=clone, environ={})
+    assert (uv / "words").read_text() != before
+
+
+def test_group_is_added_once_to_our_own_environment(clone: Path, uv: Path) -> None:
+    asked = {"SINKS_GROUPS": "cluster"}
+    environment.ensure(root=clone, environ={})
+    assert "requirements-cluster.lock" not in (uv / "words").read_text()
+    python = environment.ensure(root=clone, environ=asked)
+    words = (uv / "words").read_text()
+    line = f"pip install --python {python} -r {clone}/requirements-cluster.lock -c {clone}/requirements.lock"
+    assert words.count(line) == 1, "the constraint keeps a group from moving the lock's pins"
+    assert environment.ensure(root=clone, environ=asked) == environment.ensure(root=clone, environ={}) == python
+    assert (uv / "words").read_text() == words, "neither run installs again"
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-cluster.lock"])
+def test_changed_lock_of_a_group_or_below_it_is_installed_again(clone: Path, uv: Path, lock: str) -> None:
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    with (clone / lock).open("a") as handle:
+        handle.write("new-package==1.0\n")
+    (uv / "words").unlink()
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    words = (uv / "words").read_text()
+    assert f"-r {clone}/requirements-cluster.lock" in words
+    assert (f"-r {clone}/requirements.lock" in words) is (lock == "requirements.lock")
+
+
+def test_interrupted_installation_of_a_group_is_taken_up(clone: Path, uv: Path) -> None:
+    environment.ensure(root=clone, environ={})
+    (uv / "offline").write_text("error: dns error")
+    with pytest.raises(environment.NoEnvironmentError, match=r"requirements-cluster\.lock must be installed once, got no conn"):
+        environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    assert environment.ready(root=clone, environ={}), "what needs no group goes on"
+    (uv / "offline").unlink()
+    (uv / "words").unlink()
+    environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    assert f"-r {clone}/requirements-cluster.lock" in (uv / "words").read_text()
+
+
+def test_active_environment_without_a_group_is_told_how_to_get_it(clone: Path, tmp_path: Path) -> None:
+    lines = 'case "$4" in *cluster*) echo ray==2.60.0;; esac'
+    python = script(tmp_path / "active" / "bin" / "python", lines)
+    active = {"VIRTUAL_ENV": str(tmp_path / "active")}
+    assert environment.ensure(root=clone, environ=active) == python
+    expected = f"got 1 of its pins missing, such as ray==2.60.0: {python} -m pip install -r requirements-cluster.lock"
+    with pytest.raises(environment.NoEnvironmentError, match=re.escape(expected)):
+        environment.ensure(root=clone, environ=active | {"SINKS_GROUPS": "cluster"})
+    assert not (clone / ".venv").exists()
+
+
+def test_unknown_group_is_refused(clone: Path) -> None:
+    with pytest.raises(environment.NoEnvironmentError, match=r"must hold names of cluster, got 'cluster gpu': leave it out"):
+        environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster gpu"})
+
+
+def test_own_environment_counts_as_own_when_it_is_active(clone: Path, uv: Path) -> None:
+    environment.ensure(root=clone, environ={})
+    (clone / ".venv" / environment.STAMP).unlink()
+    before = (uv / "words").read_text()
+    environment.ensure(root=clone, environ={"VIRTUAL_ENV": str(clone / ".venv")})
+    assert (uv / "words").read_text() != before, "an interrupted installation is taken up"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("error: dns error: failed to lookup address", "got no connection to the package index: connect to a network"),
+        ("WARNING: Retrying after connection broken\nERROR: No matching distribution", "got no connection to the package index"),
+        ("ERROR: Ignored some\nERROR: No matching distribution for a==1", "got 'ERROR: No matching distribution for a==1': mend"),
+    ],
+)
+def test_failed_installation_gives_one_clear_line_and_the_next_run_goes_on(
+    clone: Path, uv: Path, said: str, expected: str
+) -> None:
+    (uv / "offline").write_text(said)
+    with pytest.raises(environment.NoEnvironmentError, match=re.escape(expected)) as error:
+        environment.ensure(root=clone, environ={})
+    assert "\n" not in str(error.value)
+    assert environment.ready(root=clone, environ={}) is None
+    (uv / "offline").unlink()
+    assert environment.ensure(root=clone, environ={}).exists()
+
+
+def test_missing_venv_module_gives_one_clear_line(clone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failing = script(tmp_path / "python", "echo 'ensurepip is not available' >&2; exit 1")
+    monkeypatch.setattr(environment.shutil, "which", lambda _: None)
+    monkeypatch.setattr(environment.sys, "_base_executable", str(failing), raising=False)
+    with pytest.raises(environment.NoEnvironmentError, match="got 'ensurepip is not available': install its venv module"):
+        environment.ensure(root=clone, environ={})
+    assert not (clone / ".venv").exists()
+
+
+def test_exports_can_be_evaluated_by_a_shell(clone: Path) -> None:
+    code = (
+        "import sys; from lib import environment\n"
+        "environment.ensure = lambda: sys.executable\n"
+        "environment.settings = lambda: {'PYTHONPATH': \"a b:it's\"}\n"
+        "sys.exit(environment.main([]))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    asked = subprocess.run(["sh", "-c", f'{shown}\nprintf %s "$PYTHONPATH"'], capture_output=True, text=True, check=True)
+    assert asked.stdout == "a b:it's"

@@ -1,0 +1,224 @@
+"""Cards of pruned checkpoints: every fact against the files, and the printed code run where this project is not."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lib.core import provenance
+from lib.core.config import ModelSource
+from lib.core.errors import InputError
+from lib.diffusion import sampler
+from lib.evaluation import model_card
+from lib.evaluation.model_card import Measure, Reading
+from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.sums import share_interval
+from lib.evaluation.tasks import TaskResult
+from lib.models import checkpoints, export, language_model, loading
+from lib.models.language_model import LanguageModel
+from lib.pruning import pruner, shrink
+from lib.pruning.methods import METHODS, Method, Target, without_noise
+from recipes import rehearsal
+from tests import tiny
+
+READ = Reading("invented tokens (none)", windows=2, positions=16, seed=3, revision="abc")
+FAMILIES = ("llada", "mmada", "dream", "llama")
+SINK = "sink-aware (Wanda)"
+PROMPT = "Water boils at"
+
+
+def pruned(folder: Path, *, target: Target | None = None) -> tuple[LanguageModel, Method, Target]:
+    """Load a stand-in and prune it, sinks taken into account."""
+    model = loading.load(folder, dtype=torch.bfloat16)
+    method = without_noise(METHODS[SINK]) if model.is_causal else METHODS[SINK]
+    target = target or Target(0.5)
+    pruner.prune_(model, method, target, windows=tiny.ids(2, 16, vocab=1024), seed=3)
+    return model, method, target
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rehearsal.write(tmp_path_factory.mktemp("rehearsal") / "dense") / "models"
+
+
+@pytest.fixture(scope="module")
+def cards(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[LanguageModel, Path]]:
+    """Each family pruned, exported, with its card."""
+    made = {}
+    for name in FAMILIES:
+        model, method, target = pruned(dense / name)
+        folder = export.save_plain(model, tmp_path_factory.mktemp("pruned") / name)
+        model_card.write(folder, model=model, method=method, target=target, reading=READ, license_id="mit")
+        made[name] = model, folder
+    return made
+
+
+def text_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def facts(folder: Path) -> dict[str, str]:
+    """The table of what was done, names to values, without the marks of code."""
+    table = text_of(folder).split("## What was done")[1].split("##")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
+    return {cells[0].strip().strip("`"): cells[1].strip().replace("`", "") for cells in rows[2:]}
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load(text_of(folder).split("---\n")[1])
+
+
+def by_hand(model: LanguageModel, ids: Tensor) -> list[int]:
+    """What the printed code must write, by the project's own code."""
+    if model.is_causal:
+        return sampler.continue_text(model, ids, new_tokens=8)[0].tolist()
+    return sampler.sample(model, ids, new_tokens=8, steps=8)[0].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_facts_are_those_of_the_files(cards: dict[str, tuple[LanguageModel, Path]], dense: Path, name: str) -> None:
+    model, folder = cards[name]
+    found = facts(folder)
+    assert found["base checkpoint"] == name
+    assert found["its fingerprint (SHA-256)"] == checkpoints.fingerprint(dense / name)
+    assert found["this checkpoint's fingerprint"] == checkpoints.fingerprint(folder)
+    weights = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    blocks = [weights[layer.name] for layer in model.layers]
+    assert len(blocks) == 14
+    zeros = sum(int((weight == 0).sum()) for weight in blocks) / sum(weight.numel() for weight in blocks)
+    assert found["sparsity measured"].startswith(f"{zeros:.2%} exact zeros")
+    assert found["sparsity asked for"].startswith("50.0% of every matrix")
+    assert found["parameters, dtype"] == f"{sum(value.numel() for value in weights.values()):,}, bfloat16"
+    assert found["calibration corpus"] == "invented tokens (none), revision abc"
+    assert found["calibration windows"] == "2 of 16 tokens, seed 3"
+    assert found["pattern"] == "unstructured"
+
+
+def test_every_option_of_the_method_is_there(cards: dict[str, tuple[LanguageModel, Path]]) -> None:
+    found = facts(cards["dream"][1])
+    assert found["method"] == SINK
+    method = asdict(METHODS[SINK])
+    nested = {f"{part}.{key}": value for part in ("inputs", "weighting") for key, value in method.pop(part).items()}
+    assert {key: found[key] for key in (*method, *nested)} == {key: str(value) for key, value in {**method, **nested}.items()}
+    own = facts(cards["llama"][1])  # without noise it is none of the named methods
+    assert (own["method"], own["inputs.kind"]) == ("wanda with the options below", "clean")
+
+
+def test_code_and_libraries_are_named(cards: dict[str, tuple[LanguageModel, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    code = facts(cards["llada"][1])["code"]
+    assert code.startswith("sink-aware-pruning-replication ")
+    for name, version in provenance.versions().items():
+        assert f"{name} {version}" in code
+    monkeypatch.setattr(model_card, "DISTRIBUTION", "no-such-distribution")
+    assert model_card._code()[1].startswith("no-such-distribution not installed (modules ")
+
+
+def test_the_front_matter_is_the_hubs(cards: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:
+    model, folder = cards["dream"]
+    found = front_matter(folder)
+    assert (found["license"], found["library_name"], found["pipeline_tag"]) == ("mit", "transformers", "text-generation")
+    assert "masked-diffusion" in found["tags"] and "base_model" not in found  # a local folder is no id
+    assert "autoregressive" in front_matter(cards["llama"][1])["tags"]
+    fetched = replace(model, source=ModelSource("Dream-org/Dream-v0-Base-7B", "0123abc"))
+    again = export.save_plain(fetched, tmp_path / "again")
+    model_card.write(again, model=fetched, method=METHODS[SINK], target=Target(0.5), reading=READ)
+    assert front_matter(again)["base_model"] == "Dream-org/Dream-v0-Base-7B"
+    assert facts(again)["its revision"] == "0123abc"
+    assert text_of(again).count("Dream-org/Dream-v0-Base-7B") == 4
+
+
+def test_no_path_of_this_machine_is_told(cards: dict[str, tuple[LanguageModel, Path]], dense: Path) -> None:
+    for _, folder in cards.values():
+        assert str(dense.parent) not in text_of(folder) and str(folder.parent) not in text_of(folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[LanguageModel, Path]], name: str) -> None:
+    """The same tokens as this project's sampler writes, from the pruned weights."""
+    model, folder = cards[name]
+    code = text_of(folder).split("```python\n")[1].split("```")[0]
+    report = "import json, sys\nprint(json.dumps([ids[0].tolist(), sorted(m for m in sys.modules if m.split('.')[0] == 'lib')]))"
+    outside = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and not (Path(path) / "lib").is_dir()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(outside), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code + report], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    written, modules = json.loads(run.stdout.splitlines()[-1])
+    ids = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
+    assert written == by_hand(model, ids)  # type: ignore[arg-type]
+    assert modules == []
+    assert len(set(written[-8:])) > 1
+    config = json.loads((folder / "config.json").read_text())
+    if not model.is_causal:
+        text = text_of(folder)
+        assert (config["is_causal"], config["mask_token_id"]) == (False, model.mask_token_id)
+        assert f"the mask token {config['mask_token_id']} " in text
+        assert f"`logit_shift: {config['logit_shift']}`" in text
+
+
+def test_equal_facts_give_equal_cards(dense: Path, cards: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:
+    model, method, target = pruned(dense / "llada")
+    folder = export.save_plain(model, tmp_path / "llada")
+    model_card.write(folder, model=model, method=method, target=target, reading=READ, license_id="mit")
+    assert text_of(folder) == text_of(cards["llada"][1])
+
+
+def test_a_pattern_and_numbers_are_shown(dense: Path, tmp_path: Path) -> None:
+    model, method, target = pruned(dense / "dream", target=Target(0.5, "2:4"))
+    folder = export.save_plain(model, tmp_path / "dream")
+    settings = EvaluationSettings(draws=7, cfg_scale=0.5, gen_length=64, seed=5)
+    result = TaskResult("piqa", "acc", (True, True, False, True), {"acc": (True, True, False, True)}, 0.5, 0, settings)
+    before = replace(result, correct=(True, True, True, True))
+    rows = model_card.measures({"piqa": result}, dense={"piqa": before})
+    rows.append(Measure("NELBO", 3.25, settings="one draw"))
+    model_card.write(folder, model=model, method=method, target=target, reading=READ, measured=rows)
+    low, high = share_interval(3, 4)
+    wanted = "7 draws, guidance 0.5, at most 64 new tokens, seed 5"
+    assert f"| piqa (acc) | 0.75 | {low:.4g} to {high:.4g} | 4 | 1 | {wanted} |" in text_of(folder)
+    assert "| NELBO | 3.25 |  |  |  | one draw |" in text_of(folder)
+    assert facts(folder)["pattern"] == "2:4"
+
+
+def test_a_smaller_model_has_another_card(dense: Path, tmp_path: Path) -> None:
+    model = loading.load(dense / "llada")
+    smaller = shrink.shrunk(model, *shrink.choose(model, sparsity=0.5, input_norms=None))
+    folder = export.save_plain(smaller, tmp_path / "smaller")
+    model_card.write(folder, model=smaller, method=METHODS["magnitude"], target=Target(0.5), cut=0.4321)
+    found, text = facts(folder), text_of(folder)
+    assert "43.21%" in text and "a smaller dense network" in text and "setting weights to zero" not in text
+    assert found["asked for"].startswith("50.0% of the key-value groups") and "sparsity asked for" not in found
+    assert "fingerprint" in text and found["parameters, dtype"].startswith(f"{smaller.num_parameters:,}")
+
+
+def test_without_numbers_the_card_says_so(cards: dict[str, tuple[LanguageModel, Path]]) -> None:
+    assert "## What was measured\n\nNothing yet." in text_of(cards["llada"][1])
+
+
+def test_a_method_without_calibration_has_none(dense: Path, tmp_path: Path) -> None:
+    model = loading.load(dense / "llama")
+    pruner.prune_(model, METHODS["magnitude"], Target(0.3))
+    folder = export.save_plain(model, tmp_path / "out")
+    model_card.write(folder, model=model, method=METHODS["magnitude"], target=Target(0.3))
+    assert facts(folder)["calibration"] == "none"
+    with pytest.raises(InputError, match="magnitude pruning must come without a calibration, got Reading"):
+        model_card.write(folder, model=model, method=METHODS["magnitude"], target=Target(0.3), reading=READ)
+    with pytest.raises(InputError, match="wanda pruning must come with a calibration, got None"):
+        model_card.write(folder, model=model, method=METHODS["Wanda"], target=Target(0.3))
+
+
+def test_a_card_needs_its_checkpoint(dense: Path, tmp_path: Path) -> None:
+    model = loading.load(dense / "llama")
+    with pytest.raises(InputError, match=r"a checkpoint must be a folder with config\.json"):
+        model_card.write(tmp_path, model=model, method=METHODS["magnitude"], target=Target(0.3))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,229 @@
+"""Compressed models: each order against its own steps, bytes against a count by hand, nothing left behind."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.calibration import statistics as calibration
+from lib.calibration.statistics import InputStatistics
+from lib.core.errors import InputError
+from lib.models.language_model import LanguageModel, LinearLayer
+from lib.pruning import importances, sparsegpt
+from lib.pruning.methods import Method, Target, pattern_target
+from lib.quantization import joint
+from lib.quantization.rounding import Grid, round_to_nearest
+from lib.studies.joint import runs
+from lib.studies.joint.runs import Recipe
+from lib.studies.pruning import runs as pruning_runs
+from lib.studies.pruning.runs import Bench, Calibrations
+from tests import tiny
+
+LENGTH, HALF = 16, Target(0.5)
+INT3 = Grid(3, group_size=8)
+NEAREST = Recipe(INT3, HALF, Method("magnitude"), "prune, quantize", "nearest")
+EVERY = {
+    "dense": Recipe(),
+    "gptq": Recipe(INT3),
+    "nearest": Recipe(INT3, rounding="nearest"),
+    "weighted": Recipe(replace(INT3, scale_rule="search"), weighted=True),
+    "pruned": Recipe(target=HALF),
+    "2:4": Recipe(target=pattern_target("2:4"), method=Method("wanda")),
+    "joint": Recipe(INT3, HALF),
+    "prune, quantize": Recipe(INT3, HALF, Method("wanda"), "prune, quantize"),
+    "quantize, prune": Recipe(INT3, HALF, Method("sparsegpt"), "quantize, prune"),
+    "random": Recipe(INT3, HALF, Method("random"), "quantize, prune", "nearest"),
+    "magnitude": NEAREST,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return tiny.model(tmp_path_factory.mktemp("joint"), causal=False)
+
+
+@pytest.fixture
+def found(model: LanguageModel) -> Iterator[Calibrations]:
+    before = [layer.module.weight.clone() for layer in model.layers]
+    yield Calibrations(Bench(model, tiny.ids(8, LENGTH, seed=3), tiny.ids(3, LENGTH, seed=4), 4, 2, 5), seed=1)
+    assert all(torch.equal(old, layer.module.weight) for old, layer in zip(before, model.layers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def statistics() -> InputStatistics:
+    read = InputStatistics(16, hessian=True, device=torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    read.add(torch.randn(4, 12, 16, generator=random) @ torch.randn(16, 16, generator=random), None)
+    return read
+
+
+def matrix(seed: int = 1) -> Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_pruning_first_rounds_what_is_left(statistics: InputStatistics) -> None:
+    weight, hessian = matrix(), statistics.hessian()
+    pruned, kept = sparsegpt.sparsegpt(weight, hessian, sparsity=0.5)
+    wanted = joint.gptq(pruned, hessian, grid=INT3, kept=kept)
+    found = runs.compress_matrix(weight, replace(EVERY["joint"], order="prune, quantize"), statistics)
+    assert torch.equal(found.weight, wanted.weight) and torch.equal(found.kept, kept)
+    assert not torch.equal(found.weight, runs.compress_matrix(weight, EVERY["joint"], statistics).weight)
+
+
+def test_rounding_first_leaves_what_stays_on_its_grid(statistics: InputStatistics) -> None:
+    weight, hessian = matrix(), statistics.hessian()
+    rounded = joint.gptq(weight, hessian, grid=INT3)
+    kept = sparsegpt.sparsegpt(rounded.weight, hessian, sparsity=0.5)[1]
+    found = runs.compress_matrix(weight, EVERY["quantize, prune"], statistics)
+    assert torch.equal(found.kept, kept) and torch.equal(found.weight, torch.where(kept, rounded.weight, 0.0))
+    assert found.quantized is not None and torch.equal(found.quantized.dequantize(), found.weight)
+
+
+def test_the_joint_sweep_is_that_of_its_module(statistics: InputStatistics) -> None:
+    weight = matrix()
+    wanted = joint.joint(weight, statistics.hessian(), grid=INT3, sparsity=0.5, pattern="2:4")
+    found = runs.compress_matrix(weight, Recipe(INT3, pattern_target("2:4")), statistics)
+    assert torch.equal(found.weight, wanted.weight)
+
+
+def test_wanda_prunes_by_its_norms_and_gptq_rounds_with_the_same_text(statistics: InputStatistics) -> None:
+    weight = matrix()
+    scores = importances.wanda_importance(weight, statistics.input_norm("root_mean_square"))
+    kept = importances.keep_mask(scores, sparsity=0.5)
+    wanted = joint.gptq(importances.prune(weight, kept), statistics.hessian(), grid=INT3, kept=kept)
+    found = runs.compress_matrix(weight, EVERY["prune, quantize"], statistics)
+    assert torch.equal(found.weight, wanted.weight)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in EVERY.items() if recipe.prunes])
+def test_every_order_removes_what_was_asked_and_keeps_zeros(name: str, statistics: InputStatistics) -> None:
+    recipe = EVERY[name]
+    found = runs.compress_matrix(matrix(), recipe, statistics, random=torch.Generator().manual_seed(0))
+    assert int((~found.kept).sum()) == 64 and not found.weight[~found.kept].any()
+    assert (found.quantized is not None) == recipe.grid.rounds
+    if found.quantized is not None:
+        assert torch.equal(found.quantized.dequantize(), found.weight)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
+def test_a_measured_model_is_the_compressed_one_and_the_old_one_comes_back(name: str, found: Calibrations) -> None:
+    result = runs.measured(found, name, EVERY[name])
+    assert torch.isfinite(result.loss).all() and len(result.loss) == 3
+    assert result.zeros == pytest.approx(0.5, abs=0.25) if EVERY[name].prunes else result.zeros < 0.5
+    assert torch.equal(result.loss, pruning_runs.loss(found.bench)) == (name == "dense")
+
+
+def test_blocks_are_measured_behind_compressed_ones(found: Calibrations) -> None:
+    """The second block's Hessian is that of the network whose first block is already rounded."""
+    model, recipe = found.bench.model, EVERY["gptq"]
+    last = next(layer for layer in model.layers if layer.block == 1 and layer.role == "q")
+    before = [layer.module.weight.clone() for layer in model.layers]
+    sequential = runs.compress_(found, recipe)[last.name].weight.clone()
+    restore(model, before)
+    one_shot = runs.compress_(found, replace(recipe, method=Method("sparsegpt", sequential=False)))[last.name].weight.clone()
+    restore(model, before)
+    statistics: dict[int, Tensor] = {}
+
+    def visit(block: int, read: dict) -> None:  # type: ignore[type-arg]
+        statistics[block] = calibration.statistics_of(read, "q").hessian()
+        for layer in model.layers:
+            if layer.block == 0 == block:
+                hessian = calibration.statistics_of(read, layer.role).hessian()
+                own = joint.gptq(layer.module.weight.detach(), hessian, grid=INT3)
+                layer.module.weight.data.copy_(own.weight)
+
+    calibration.stream(model, found.set_of(recipe.method), visit, hessian=True, batch_size=16)
+    restore(model, before)
+    wanted = joint.gptq(last.module.weight.detach(), statistics[1], grid=INT3).weight
+    assert torch.equal(sequential, wanted) and not torch.equal(sequential, one_shot)
+
+
+def restore(model: LanguageModel, before: list[Tensor]) -> None:
+    for old, layer in zip(before, model.layers, strict=True):
+        layer.module.weight.data.copy_(old)
+
+
+def test_layers_may_have_recipes_of_their_own(found: Calibrations) -> None:
+    model = found.bench.model
+    before = [layer.module.weight.clone() for layer in model.layers]
+    rounding = Recipe(INT3, rounding="nearest")
+
+    def choose(layer: LinearLayer) -> Recipe | None:
+        return rounding if layer.role == "up" else None
+
+    compressed = runs.compress_(found, rounding, choose=choose)
+    for old, layer in zip(before, model.layers, strict=True):
+        wanted = round_to_nearest(old, INT3).dequantize() if layer.role == "up" else old
+        assert torch.equal(layer.module.weight, wanted)
+    assert sorted(compressed) == sorted(layer.name for layer in model.layers if layer.role == "up")
+    restore(model, before)
+
+
+def test_bytes_are_those_of_the_packed_matrices_and_the_rest(found: Calibrations) -> None:
+    model = found.bench.model
+    sizes = [layer.module.weight.numel() for layer in model.layers]
+    rest = 2 * (model.num_parameters - sum(sizes))
+    at = {name: runs.measured(found, name, EVERY[name]).bytes for name in ("dense", "nearest", "pruned", "magnitude", "2:4")}
+    scales = [2 * size // 8 for size in sizes]  # one bfloat16 a group of 8
+    assert at["dense"] == rest + 2 * sum(sizes)
+    assert at["nearest"] == rest + sum(3 * size // 8 for size in sizes) + sum(scales)
+    assert at["pruned"] == rest + sum(size + size // 8 for size in sizes)  # half of the weights in 16 bits, and a mask
+    assert at["magnitude"] == rest + sum((3 * size // 2) // 8 + size // 8 for size in sizes) + sum(scales)
+    assert at["2:4"] == at["pruned"]
+
+
+def test_one_calibration_is_enough_for_what_reads_and_draws_nothing(found: Calibrations) -> None:
+    other = Calibrations(found.bench, seed=2)
+    results = runs.compare([found, other], [(name, EVERY[name]) for name in ("magnitude", "random", "gptq", "dense")])
+    assert [(r.seed, r.name) for r in results] == [
+        (1, "magnitude"), (1, "random"), (1, "gptq"), (1, "dense"), (2, "random"), (2, "gptq"),
+    ]  # fmt: skip
+
+
+def test_the_loss_by_noise_is_the_mean_over_the_masked_tokens(model: LanguageModel) -> None:
+    windows = tiny.ids(3, LENGTH, seed=4)
+    found = runs.loss_by_noise(model, windows, ratios=[0.25, 1.0], seed=0)
+    assert found.shape == (2, 3)
+    masked = torch.full_like(windows, tiny.MASK)
+    logits = model.network(input_ids=masked).logits.log_softmax(-1)
+    assert model.logit_shift == 0
+    wanted = -logits.gather(2, windows[:, :, None])[:, :, 0].double().mean(1)
+    torch.testing.assert_close(found[1], wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, runs.loss_by_noise(model, windows, ratios=[0.25, 1.0], seed=0, batch_size=2))
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_something_else_is_measured_under_the_recipe(found: Calibrations) -> None:
+    recipes = {"dense": Recipe(), "half": NEAREST}
+    zeros = runs.while_compressed(
+        found, recipes, lambda model: sum(int((layer.module.weight == 0).sum()) for layer in model.layers)
+    )
+    assert zeros["half"] > zeros["dense"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": Method("wanda")}, "one joint sweep must be of SparseGPT and GPTQ, got wanda and gptq"),
+        ({"rounding": "nearest"}, "one joint sweep must be of SparseGPT and GPTQ, got sparsegpt and nearest"),
+        ({"target": Target(0.5, removed={"a": 1})}, "must name a sparsity, got numbers by layer"),
+        ({"target": Target(0.0), "rounding": "nearest", "weighted": True}, "must go with a method that collects one, got none"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(EVERY["joint"], **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(Grid(4, group_size=12)), "group_size must divide the input features, got 12"),
+        (Recipe(INT3, pattern_target("3:6")), "the pattern 3:6 must divide"),
+    ],
+)
+def test_formats_that_do_not_fit_are_refused_before_any_work(recipe: Recipe, message: str, found: Calibrations) -> None:
+    with pytest.raises(InputError, match=message):
+        runs.compress_(found, recipe)

@@ -1,0 +1,314 @@
+"""Gains and verdicts: signs, families of Holm's correction, and every table against the slow formula of its cells."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch import Tensor
+
+from lib.core.errors import InputError
+from lib.evaluation.paired import PairedDifference, mcnemar, paired_difference
+from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.tasks import TaskResult
+from lib.studies.pruning import gain_tables
+from lib.studies.pruning.runs import Outcome
+
+WINDOWS = 12
+BASE = torch.linspace(2.0, 6.0, WINDOWS, dtype=torch.float64)  # windows differ by more than any gain
+
+
+def losses(shift: float, *, seeds: int = 2, spread: float = 0.05, draw: int = 0) -> Tensor:
+    """Losses of each seed and window: the windows' own, a shift, and something of each model's own."""
+    own = torch.randn(seeds, WINDOWS, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
+    return BASE + shift + spread * own
+
+
+def outcomes(
+    method: str, values: Tensor, *, sparsity: float = 0.5, model: str = "m", pattern: str = "unstructured"
+) -> list[Outcome]:
+    return [Outcome(model, method, sparsity, pattern, seed, sparsity, row) for seed, row in enumerate(values)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down: the smallest times their number, the next times one less, never falling, at most 1."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def mean_gain(worse: Tensor, better: Tensor) -> float:
+    """Mean over windows of the difference of the means over seeds."""
+    return (
+        sum(float(sum(worse[:, w]) / len(worse) - sum(better[:, w]) / len(better)) for w in range(worse.shape[1]))
+        / worse.shape[1]
+    )
+
+
+def same_row(row: Mapping[str, object], result: PairedDifference) -> bool:
+    """Whether the columns of a gain are those of a paired comparison."""
+    wanted = {"gain": result.estimate, "low": result.interval[0], "high": result.interval[1], "p": result.p_value}
+    return all(row[name] == value for name, value in {**wanted, "smallest effect": result.smallest_effect}.items())
+
+
+# --- gains and verdicts --------------------------------------------------------------------------------------------------
+
+
+def test_a_gain_is_positive_when_the_first_has_the_lower_loss() -> None:
+    first, second = losses(-0.3, draw=1), losses(0.0, draw=2)
+    found = gain_tables.gain(first, second, name="a over b", model="m", sparsity=0.5, seed=3)
+    assert found.result.estimate == pytest.approx(mean_gain(second, first)) and 0.2 < found.result.estimate < 0.4
+    assert 0 < found.result.interval[0] < found.result.estimate < found.result.interval[1]
+    assert found.result == paired_difference(second, first, seed=3)
+    back = gain_tables.gain(second, first, name="b over a", model="m", sparsity=0.5, seed=3)
+    assert back.result.estimate == pytest.approx(-found.result.estimate) and back.result.interval[1] < 0
+    assert (found.name, found.model, found.sparsity, found.seeds) == ("a over b", "m", 0.5, 2)
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 3), (3, 1)])
+def test_a_single_seed_is_compared_with_every_seed(one: int, other: int) -> None:
+    first, second = losses(-0.3, seeds=one, draw=1), losses(0.0, seeds=other, draw=2)
+    found = gain_tables.gain(first, second, name="x", model="m", sparsity=0.5, seed=0)
+    assert found.seeds == 3 and found.result.estimate == pytest.approx(mean_gain(second, first))
+
+
+def test_the_table_of_comparisons_is_adjusted_over_all_of_its_rows() -> None:
+    shifts = [-0.03, -0.02, 0.0, 0.025, -0.4]
+    found = [
+        gain_tables.gain(losses(shift, draw=1 + i), losses(0.0, draw=9), name=f"{i}", model="m", sparsity=0.1 * i, seed=0)
+        for i, shift in enumerate(shifts)
+    ]
+    table = gain_tables.comparison_table(one for one in found)
+    assert table["comparison"].tolist() == list("01234") and table["sparsity"].tolist() == [0.1 * i for i in range(5)]
+    assert all(same_row(row, one.result) for row, one in zip(table.to_dict("records"), found, strict=True))
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+    assert len(set(table["p"].tolist())) > 2 and max(table["p"].tolist()) > 0.01
+    assert table["p (Holm)"].tolist() != table["p"].tolist()
+    assert table["effect size"].tolist() == [one.result.effect_size for one in found]
+    assert set(table["windows"]) == {WINDOWS} and set(table["seeds"]) == {2} and set(table["model"]) == {"m"}
+
+
+@pytest.mark.parametrize(
+    ("interval", "adjusted", "wanted"),
+    [
+        ((0.1, 0.3), 0.01, "reproduced"),
+        ((0.1, 0.3), 0.0499, "reproduced"),
+        ((0.1, 0.3), 0.05, "inconclusive"),  # the interval alone is not enough
+        ((0.1, 0.3), 1.0, "inconclusive"),
+        ((-0.1, 0.3), 0.01, "inconclusive"),  # nor is the p-value
+        ((0.0, 0.3), 0.01, "inconclusive"),
+        ((-0.3, 0.0), 0.01, "inconclusive"),
+        ((-0.3, -0.1), 0.01, "not reproduced"),
+        ((-0.3, -0.1), 0.06, "inconclusive"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(
+    interval: tuple[float, float], adjusted: float, wanted: str
+) -> None:
+    result = PairedDifference(sum(interval) / 2, interval, 0.001, 1.0, 0.1, 9)
+    assert gain_tables.verdict(result, adjusted=adjusted) == gain_tables.verdict_of(interval, adjusted=adjusted) == wanted
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1))
+def test_turning_a_gain_round_turns_the_verdict_round(middle: float, width: float, adjusted: float) -> None:
+    opposite = {"reproduced": "not reproduced", "not reproduced": "reproduced", "inconclusive": "inconclusive"}
+    low, high = middle - width / 2, middle + width / 2
+    judged = gain_tables.verdict_of((low, high), adjusted=adjusted)
+    assert gain_tables.verdict_of((-high, -low), adjusted=adjusted) == opposite[judged]
+
+
+# --- tables of gains -----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_compared_with_the_base_of_its_own_model() -> None:
+    """At the asked sparsity alone; the other model has other losses and its own base."""
+    values = {
+        ("m", "base"): losses(0.0, draw=1), ("m", "a"): losses(-0.02, draw=2), ("m", "b"): losses(0.3, draw=3),
+        ("n", "a"): losses(1.9, draw=4), ("n", "base"): losses(2.0, draw=5),
+    }  # fmt: skip
+    measured = [one for (model, method), loss in values.items() for one in outcomes(method, loss, model=model)]
+    measured += outcomes("a", losses(5.0), sparsity=0.7) + outcomes("a", losses(7.0), pattern="structured")
+    table = gain_tables.gains_over(measured, base="base", sparsity=0.5, seed=4)
+    assert list(zip(table["model"], table["weighting"], strict=True)) == [("m", "a"), ("m", "b"), ("n", "a")]
+    for row in table.to_dict("records"):
+        pair = values[row["model"], "base"], values[row["model"], row["weighting"]]
+        assert same_row(row, paired_difference(*pair, seed=4)) and row["gain"] == pytest.approx(mean_gain(*pair))
+        assert row["seeds"] == 2
+    assert table["gain"].tolist() == pytest.approx([0.02, -0.3, 0.1], abs=0.05)
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+
+
+def test_a_method_that_was_not_measured_at_this_sparsity_is_named() -> None:
+    measured = outcomes("base", losses(0.0)) + outcomes("a", losses(0.1), sparsity=0.7)
+    with pytest.raises(KeyError, match=r"no outcome of \('m', 'a', 0.5, 'unstructured'\)"):
+        gain_tables.gains_over(measured, base="base", sparsity=0.5, seed=0)
+
+
+def test_gains_by_sparsity_are_those_that_both_were_measured_at() -> None:
+    """In rising order; not structured ones, and not those of the other model. The share is of what the baseline loses."""
+    values = {
+        (method, s): losses(s * shift, draw=i)
+        for i, (method, shift) in enumerate([("new", 0.3), ("old", 0.5)])
+        for s in (0.7, 0.3)
+    }
+    measured = [one for (method, s), loss in values.items() for one in outcomes(method, loss, sparsity=s)]
+    measured += outcomes("dense", BASE[None], sparsity=0.0) + outcomes("dense", BASE[None] - 9.0, sparsity=0.0, model="n")
+    measured += outcomes("new", losses(0.0), sparsity=0.9) + outcomes("old", losses(0.0), sparsity=0.1)
+    measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.5, pattern="2:4")]
+    measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.6, model="n")]
+    table = gain_tables.gain_by_sparsity(measured, [("new", "old"), ("old", "new"), ("new", "absent")], model="m", seed=1)
+    keys = [("new - old", 0.3), ("new - old", 0.7), ("old - new", 0.3), ("old - new", 0.7)]
+    assert list(zip(table["pair"], table["sparsity"], strict=True)) == keys and set(table["model"]) == {"m"}
+    for row in table.to_dict("records"):
+        method, baseline = row["pair"].split(" - ")
+        pair = values[baseline, row["sparsity"]], values[method, row["sparsity"]]
+        assert same_row(row, paired_difference(*pair, seed=1)) and row["gain"] == pytest.approx(mean_gain(*pair))
+        share = 100 * row["gain"] / mean_gain(pair[0], BASE[None])
+        assert row["gain, % of what the baseline loses"] == pytest.approx(share)
+    assert table["gain"].tolist() == pytest.approx([0.06, 0.14, -0.06, -0.14], abs=0.03)
+    assert table["gain, % of what the baseline loses"].tolist()[1] == pytest.approx(40.0, abs=8)
+
+
+def test_the_best_method_has_the_lowest_mean_over_seeds_and_windows() -> None:
+    """A lower loss on most windows, in another pattern, model or sparsity does not count, nor a method that is not asked for."""
+    steady, lucky = losses(0.0, spread=0.0), losses(-0.1, spread=0.0)
+    lucky[1, -3:] += 2.0  # better on 21 of 24 and in the median, worse on average
+    measured = outcomes("lucky", lucky) + outcomes("steady", steady) + outcomes("bad", losses(0.5))
+    measured += outcomes("bad", losses(-1.0), pattern="structured") + outcomes("lucky", losses(-1.0), sparsity=0.3)
+    measured += outcomes("bad", losses(-1.0), model="n") + outcomes("steady", losses(0.0), model="n")
+    measured += outcomes("ours", losses(-2.0))
+    names = ("lucky", "steady", "bad")
+    assert gain_tables.best_method(measured, names, model="m", sparsity=0.5) == "steady"
+    assert gain_tables.best_method(measured, names[1:], model="n", sparsity=0.5) == "bad"
+
+
+def test_extensions_stand_beside_their_own_base_and_the_best_baseline() -> None:
+    bases, best = {"B": losses(0.0, draw=1), "A": losses(1.0, draw=6)}, losses(-0.5, draw=2)
+    values = {"early": losses(-0.2, draw=3), "late": losses(0.01, draw=4), "by head": losses(-0.6, draw=5)}
+    groups = {
+        "B": ([*outcomes("early", values["early"]), *outcomes("late", values["late"])], bases["B"]),
+        "A": (outcomes("by head", values["by head"]), bases["A"]),
+    }
+    table = gain_tables.extension_table(groups, best=("SparseGPT", best), seed=2)
+    keys = [("B", "early"), ("B", "late"), ("A", "by head")]
+    assert list(zip(table["extension"], table["variant"], strict=True)) == keys
+    assert set(table["best baseline"]) == {"SparseGPT"} and set(table["model"]) == {"m"}
+    for row in table.to_dict("records"):
+        own, base = values[row["variant"]], bases[row["extension"]]
+        over_best = paired_difference(best, own, seed=2)
+        assert same_row(row, paired_difference(base, own, seed=2)) and row["gain"] == pytest.approx(mean_gain(base, own))
+        assert (row["gain over best"], row["best, low"], row["best, high"]) == (over_best.estimate, *over_best.interval)
+        assert row["gain over best"] == pytest.approx(mean_gain(best, own))
+    assert table["gain"].tolist() == pytest.approx([0.2, -0.01, 1.6], abs=0.05)
+    assert table["gain over best"].tolist() == pytest.approx([-0.3, -0.51, 0.1], abs=0.05)
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+    assert table["p (Holm)"].tolist() != table["p"].tolist()
+
+
+def test_an_extension_with_other_seeds_than_its_base_is_refused() -> None:
+    with pytest.raises(InputError, match="the same units and the same seeds"):
+        gain_tables.extension_table(
+            {"A": (outcomes("x", losses(0.0, seeds=3)), losses(0.0))}, best=("b", losses(0.0, seeds=3)), seed=0
+        )
+
+
+def test_nothing_measured_makes_empty_tables_with_their_columns() -> None:
+    assert gain_tables.comparison_table([]).empty and gain_tables.gain_by_sparsity([], [("a", "b")], model="m", seed=0).empty
+    for table, some in (
+        (gain_tables.mcnemar_table({}, [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "documents"}),
+        (gain_tables.accuracy_table([], [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "calibrations"}),
+        (gain_tables.gains_over([], base="b", sparsity=0.5, seed=0), {"model", "weighting", "gain", "p (Holm)"}),
+        (gain_tables.extension_table({}, best=("b", losses(0.0)), seed=0), {"model", "extension", "variant", "gain", "p (Holm)"}),
+    ):
+        assert table.empty and some <= set(table.columns)
+
+
+# --- accuracies ----------------------------------------------------------------------------------------------------------
+
+
+def answers(pattern: str) -> TaskResult:
+    """1 = right."""
+    correct = tuple(mark == "1" for mark in pattern)
+    return TaskResult("t", "acc", correct, {"acc": correct}, 0.25, 0, EvaluationSettings())
+
+
+def test_accuracies_are_compared_document_by_document() -> None:
+    """Equal accuracies of 'new' and 'old' on the first task come from different documents; on the second one is better."""
+    results = {
+        ("m", "new", 0.5, "t1"): answers("1111000011110000"), ("m", "old", 0.5, "t1"): answers("0000111111110000"),
+        ("m", "new", 0.5, "t2"): answers("1111111111110000"), ("m", "old", 0.5, "t2"): answers("0000000010001111"),
+        ("m", "new", 0.3, "t1"): answers("1" * 16), ("n", "old", 0.3, "t1"): answers("0" * 16),  # nothing to pair with
+        ("m", "third", 0.5, "t1"): answers("1111111111111111"), ("m", "old", 0.3, "t2"): answers("1111111111110011"),
+    }  # fmt: skip
+    new, old, mild = ("new", 0.5), ("old", 0.5), ("old", 0.3)
+    table = gain_tables.mcnemar_table(results, [(new, old), (("third", 0.5), old), (new, mild), (("new", 0.3), mild)], seed=3)
+    names = ["new 50 % - old 50 %"] * 2 + ["third 50 % - old 50 %", "new 50 % - old 30 %"]
+    assert list(zip(table["task"], table["comparison"], strict=True)) == list(zip(["t1", "t2", "t1", "t2"], names, strict=True))
+    assert set(table["model"]) == {"m"} and table["documents"].tolist() == [16] * 4
+    assert table["only first"].tolist() == [4, 11, 8, 0] and table["only second"].tolist() == [4, 4, 0, 2]
+    assert table["difference, points"].tolist() == pytest.approx([0.0, 100 * 7 / 16, 50.0, -12.5])
+    assert table["p"].tolist() == pytest.approx([binomtest(a, a + b).pvalue for a, b in ((4, 4), (11, 4), (8, 0), (0, 2))])
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+    assert table["p (Holm)"].tolist()[2] == pytest.approx(4 * table["p"].tolist()[2])
+    for row, task in zip(table.to_dict("records"), ("t1", "t2"), strict=False):
+        test = mcnemar(results["m", "new", 0.5, task].correct, results["m", "old", 0.5, task].correct, seed=3)
+        assert (row["low"], row["high"]) == tuple(100 * end for end in test.interval)
+        assert row["smallest effect, points"] == 100 * test.smallest_effect and math.isfinite(test.smallest_effect)
+
+
+def test_answers_to_other_documents_are_refused() -> None:
+    results = {("m", "new", 0.5, "t"): answers("1100"), ("m", "old", 0.5, "t"): answers("110")}
+    with pytest.raises(InputError, match="score both models on the same documents"):
+        gain_tables.mcnemar_table(results, [(("new", 0.5), ("old", 0.5))], seed=0)
+
+
+def test_accuracies_over_calibrations_pair_documents_and_calibrations() -> None:
+    """'new' wins on average by losing with one calibration; magnitude has one calibration; 'absent' was never measured."""
+    patterns = {"new": ("11110000", "11111110", "10000000"), "old": ("11000000", "11000000", "11000000")}
+    by_calibration = [
+        {("m", method, 0.5, "t"): answers(of_seed[seed]) for method, of_seed in patterns.items()} for seed in range(3)
+    ]
+    by_calibration[0][("m", "magnitude", 0.3, "t")] = answers("11111111")
+    new, old, magnitude = ("new", 0.5), ("old", 0.5), ("magnitude", 0.3)
+    pairs = [(new, old), (magnitude, new), (old, old), (new, ("absent", 0.5)), (("absent", 0.5), old)]
+    table = gain_tables.accuracy_table(by_calibration, pairs, seed=4)
+    assert table["comparison"].tolist() == ["new 50 % - old 50 %", "magnitude 30 % - new 50 %", "old 50 % - old 50 %"]
+    assert table["difference, points"].tolist() == pytest.approx([25.0, 50.0, 0.0])
+    assert table["lowest"].tolist() == pytest.approx([-12.5, 12.5, 0.0])
+    assert table["highest"].tolist() == pytest.approx([62.5, 87.5, 0.0])
+    assert table["calibrations"].tolist() == [3, 3, 3] and table["documents"].tolist() == [8, 8, 8]
+    sides = [torch.tensor([[mark == "1" for mark in row] for row in patterns[name]]).double() for name in ("new", "old")]
+    expected, row = paired_difference(sides[0], sides[1], seed=4), table.to_dict("records")[0]
+    assert (row["low"], row["high"], row["p"]) == (100 * expected.interval[0], 100 * expected.interval[1], expected.p_value)
+    assert row["low"] < -12.5 + 25 and row["smallest effect, points"] == 100 * expected.smallest_effect
+    assert table["smallest effect, points"].tolist()[2] == math.inf, "no document tells the two apart"
+    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+
+
+def test_accuracies_with_some_of_the_calibrations_are_refused() -> None:
+    by_calibration = [{("m", name, 0.5, "t"): answers("1100") for name in names} for names in (("a", "b"), ("a", "b"), ("a",))]
+    with pytest.raises(InputError, match="the same units and the same seeds"):
+        gain_tables.accuracy_table(by_calibration, [(("a", 0.5), ("b", 0.5))], seed=0)
+
+
+def test_tables_are_frames() -> None:
+    found = replace(gain_tables.gain(losses(-0.1), losses(0.0), name="x", model="m", sparsity=0.5, seed=0), name="renamed")
+    table = gain_tables.comparison_table([found])
+    assert isinstance(table, pd.DataFrame) and table["comparison"].tolist() == ["renamed"]
+
+
+@pytest.mark.parametrize("change", [-0.01, 0.0])
+def test_there_is_no_share_of_a_loss_that_did_not_rise(change: float) -> None:
+    measured = (
+        outcomes("dense", BASE[None], sparsity=0.0) + outcomes("old", BASE[None] + change) + outcomes("new", BASE[None] - 0.5)
+    )
+    table = gain_tables.gain_by_sparsity(measured, [("new", "old")], model="m", seed=1)
+    assert table["gain"].item() == pytest.approx(0.5 + change)
+    assert math.isnan(table["gain, % of what the baseline loses"].item())

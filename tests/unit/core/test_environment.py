@@ -291,7 +291,7 @@ def test_missing_venv_module_gives_one_clear_line(clone: Path, monkeypatch: pyte
 
 def test_exports_can_be_evaluated_by_a_shell(clone: Path) -> None:
     code = (
-        "import sys; from lib import environment\n"
+        "import sys; from lib.core import environment\n"
         "environment.ensure = lambda: sys.executable\n"
         "environment.settings = lambda: {'PYTHONPATH': \"a b:it's\"}\n"
         "sys.exit(environment.main([]))"

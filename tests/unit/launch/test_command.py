@@ -125,7 +125,24 @@ def test_words_of_the_grid_are_read(project: Path) -> None:
     assert (chosen.ray, chosen.gpus_per_cell, chosen.grid_only, chosen.limit) == ("auto", 0.5, True, None)
     chosen = launcher.parse(["paper", "--gpus-per-cell", "2"], root=project)
     assert (chosen.ray, chosen.gpus_per_cell) == (None, 2.0)
+    assert launcher.parse(["paper", "--gpus-per-cell", "0.5"], root=project).gpus_per_cell == 0.5
     assert launcher.parse(["paper"], root=project).gpus_per_cell is None
+
+
+@pytest.mark.parametrize(
+    ("words", "computes"),
+    [
+        (["quick"], False),
+        (["paper"], True),
+        (["rehearsal", "--jobs", "2"], True),
+        (["paper", "--plan"], False),
+        (["paper", "--list"], False),
+        (["paper", "--notebooks", "01"], False),
+        (["paper", "--notebooks", "01", "--grid-only"], True),
+    ],
+)
+def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Sequence[str], computes: bool) -> None:
+    assert launcher._computes_grid(launcher.parse(words, root=project)) is computes
 
 
 @pytest.mark.parametrize(
@@ -143,14 +160,12 @@ def test_words_of_the_grid_are_read(project: Path) -> None:
         (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
         (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),
         (["paper", "--jobs", "two"], "--jobs must be a whole number from 1, got 'two'"),
+        (["paper", "--gpus-per-cell", "1.5"], "--gpus-per-cell must be a part of one or a whole number, got '1.5'"),
+        (["paper", "--gpus-per-cell", "two"], "--gpus-per-cell must be a part of one or a whole number, got 'two'"),
         (
-            ["paper", "--gpus-per-cell", "0.5"],
-            "must be a whole number from 1 without Ray, got '0.5': add --ray auto",
+            ["paper", "--ray", "auto", "--gpus-per-cell", "-1"],
+            "must be a part of one or a whole number, got '-1'",
         ),
-        (["paper", "--gpus-per-cell", "1.5"], "--gpus-per-cell must be a whole number from 1 without Ray, got '1.5'"),
-        (["paper", "--gpus-per-cell", "0"], "--gpus-per-cell must be a whole number from 1 without Ray, got '0'"),
-        (["paper", "--gpus-per-cell", "two"], "--gpus-per-cell must be a number from 0, got 'two'"),
-        (["paper", "--ray", "auto", "--gpus-per-cell", "-1"], "--gpus-per-cell must be a number from 0, got '-1'"),
         (["--frehs"], "unrecognized arguments: --frehs"),
         (["--set", "sink_traces.promts=4"], "did you mean 'prompts'?"),
         (["--set", "sink_traces.prompts=four"], "must be a whole number, got 'four'"),

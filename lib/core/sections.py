@@ -286,7 +286,7 @@ class Timing(Section):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CalibrationText(Section):
     """Where the calibration windows of the grid come from, how many there are, and how many tokens each has."""
 

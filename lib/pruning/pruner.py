@@ -1,9 +1,9 @@
 """Prune a model in place with a method: from clean windows, on a calibration set, or with statistics of the dense model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -19,7 +19,7 @@ from lib.core.runtime import generator as stream
 from lib.models.language_model import LanguageModel, LinearLayer, Role
 from lib.pruning import importances
 from lib.pruning.importances import UNSTRUCTURED
-from lib.pruning.methods import SINKS, Importance, Method, Target
+from lib.pruning.methods import SINKS, Method, Target
 from lib.pruning.sparsegpt import sparsegpt
 
 
@@ -256,12 +256,11 @@ def importance(
     weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
 ) -> Tensor:
     """Return the importance of every weight of a matrix, for methods that do not update weights."""
-    rank: dict[Importance, Callable[[], Tensor]] = {
-        "random": lambda: importances.random_importance(weight, generator=random),  # type: ignore[arg-type]
-        "magnitude": lambda: importances.magnitude_importance(weight.float()),
-        "wanda": lambda: importances.wanda_importance(weight.float(), statistics.input_norm(method.aggregate)),  # type: ignore[union-attr]
-    }
-    return rank[method.importance]()
+    if method.importance == "random":
+        return importances.random_importance(weight, generator=cast(torch.Generator, random))
+    if method.importance == "magnitude":
+        return importances.magnitude_importance(weight.float())
+    return importances.wanda_importance(weight.float(), cast(InputStatistics, statistics).input_norm(method.aggregate))
 
 
 @torch.no_grad()

@@ -215,7 +215,8 @@ def prune_block_(model: LanguageModel, block: int, method: Method, target: Targe
     layers = [layer for layer in model.layers if layer.block == block and READS[layer.role] in found]
     for layer in layers:
         importances.check_finite(statistics_of(found, layer.role).squares, name=layer.name, what="inputs")
-    ready = {role for role, each in found.items() if each.products is not None} if method.importance == "sparsegpt" else found
+    with_hessian = {role for role, each in found.items() if each.products is not None}
+    ready = with_hessian if method.importance == "sparsegpt" and with_hessian else found  # norms alone are refused by `hessian`
     for layer in [layer for layer in layers if READS[layer.role] in ready]:
         _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role)))
 

@@ -1,4 +1,4 @@
-"""Pruning in little memory: bit for bit what `pruner.prune_` gives, one Hessian at a time, and nothing left on disk."""
+"""Where hidden states lie and how many Hessians are together: the same weights bit for bit, and nothing left on disk."""
 
 import gc
 import weakref
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lib.calibration import one_shot, sets
+from lib.calibration import statistics as calibration
 from lib.calibration.hidden_states import HiddenStates, States
 from lib.calibration.statistics import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading, streaming
 from lib.models.language_model import LanguageModel
-from lib.pruning import lean, pruner
+from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Method, Target, pattern_target, without_noise
 from tests import tiny
 from tests.unit import slow_pruning as slow
@@ -50,12 +51,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def pruned(load: Loader, folder: Path, method: Method, target: Target = HALF, **options: Any) -> dict[str, Tensor]:
-    """The weights after pruning: by `pruner.prune_` without options."""
+    """The weights after pruning; without options those of the default, states on the device and all Hessians together."""
     model = load(folder)
-    prune_ = lean.prune_ if options else pruner.prune_
     method = without_noise(method) if model.is_causal else method
     # 7 windows: the last batch is smaller than the others
-    prune_(model, method, target, windows=tiny.ids(7, 20), **{"seed": 3, "batch_size": 3, **options})
+    pruner.prune_(model, method, target, windows=tiny.ids(7, 20), **{"seed": 3, "batch_size": 3, **options})
     return slow.state_of(model)
 
 
@@ -81,7 +81,7 @@ def of_scratch(states: States, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("target", [HALF, PAIRS], ids=["unstructured", "2:4"])
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("network", ["llada", "dream", "ar"])
-def test_the_weights_are_those_of_the_walk_in_memory(
+def test_the_weights_are_those_of_the_default(
     network: str, name: str, target: Target, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     expected = pruned(loading.load, folders[network], HERE[name], target)
@@ -106,15 +106,15 @@ def test_weights_in_bf16_that_are_streamed(
 
 
 @pytest.mark.parametrize("name", DELEGATED)
-def test_methods_that_keep_no_states_are_those_of_the_pruner(name: str, folders: dict[str, Path]) -> None:
+def test_methods_that_keep_no_states_take_the_options(name: str, folders: dict[str, Path]) -> None:
     expected = pruned(loading.load, folders["llada"], METHODS[name])
-    assert same(pruned(loading.load, folders["llada"], METHODS[name], states="disk", memory_budget=0), expected)
+    assert same(pruned(loading.load, folders["llada"], METHODS[name], states="disk", by_role=True, memory_budget=0), expected)
 
 
 def test_exact_numbers_and_another_seed(folders: dict[str, Path]) -> None:
     target = pruner.exact_target(loading.load(folders["deep"]), 0.37)
     method = METHODS["DWANDA"]
-    expected = pruned(loading.load, folders["deep"], method, target, seed=4, states="device", by_role=False)
+    expected = pruned(loading.load, folders["deep"], method, target, seed=4, states="cpu", by_role=True)
     assert not same(expected, pruned(loading.load, folders["deep"], method, target))
     model = loading.load(folders["deep"])
     pruner.prune_(model, method, target, windows=tiny.ids(7, 20), seed=4, batch_size=3)
@@ -131,17 +131,17 @@ def test_these_inputs_tell_when_a_matrix_is_written_before_later_statistics(
     """From the first tensor to the last, each behind already pruned matrices: another algorithm, and other weights."""
     method = replace(METHODS["SparseGPT"], sequential=sequential)
     expected = pruned(loading.load, folders["deep"], method)
-    assert same(pruned(loading.load, folders["deep"], method, states="cpu"), expected)
-    monkeypatch.setattr(lean, "LAST_FIRST", ("q", "o", "gate", "down"))
-    wrong = pruned(loading.load, folders["deep"], method, states="cpu")
+    assert same(pruned(loading.load, folders["deep"], method, by_role=True), expected)
+    monkeypatch.setattr(calibration, "LAST_FIRST", ("q", "o", "gate", "down"))
+    wrong = pruned(loading.load, folders["deep"], method, by_role=True)
     first, second = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(wrong[first], expected[first]) and not torch.equal(wrong[second], expected[second])
 
 
 def test_these_inputs_tell_what_the_next_block_reads(folders: dict[str, Path]) -> None:
     method = METHODS["SparseGPT"]
-    first = pruned(loading.load, folders["deep"], method, states="disk")
-    second = pruned(loading.load, folders["deep"], replace(method, sequential=False), states="disk")
+    first = pruned(loading.load, folders["deep"], method, states="disk", by_role=True)
+    second = pruned(loading.load, folders["deep"], replace(method, sequential=False), states="disk", by_role=True)
     names = [f"model.layers.{block}.self_attn.q_proj.weight" for block in range(3)]
     assert [torch.equal(first[name], second[name]) for name in names] == [True, False, False]
 
@@ -150,7 +150,7 @@ def test_a_model_of_one_block(tmp_path: Path) -> None:
     folder = tiny.folder(tmp_path / "one", causal=False, num_hidden_layers=1)
     for sequential in (True, False):
         method = replace(METHODS["SparseGPT"], sequential=sequential)
-        assert same(pruned(loading.load, folder, method, states="disk"), pruned(loading.load, folder, method))
+        assert same(pruned(loading.load, folder, method, states="disk", by_role=True), pruned(loading.load, folder, method))
 
 
 # --- what exists at one time ---------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_model_of_one_block(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("states", PLACES)
 @pytest.mark.parametrize("weighting", [None, Weighting(), Weighting("sinks_up", level="head")], ids=["none", "tokens", "heads"])
-def test_norms_of_the_dense_model_are_those_of_the_walk_in_memory(
+def test_norms_of_the_dense_model_are_those_with_states_on_the_device(
     states: States, weighting: Weighting | None, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model = loading.load(folders["deep"])
@@ -181,7 +181,7 @@ def test_norms_of_the_dense_model_keep_a_batch_on_the_device(
     monkeypatch.setattr(HiddenStates, "put", lambda self, *given: (kinds.append(self.kind), put(self, *given))[1])
     built = sets.build(model, tiny.ids(4, 20), seed=0)
     one_shot.dense_statistics(model, built, batch_size=2, states="disk", scratch=tmp_path)
-    assert kinds == ["disk"] * 2 * (3 + 1)  # two batches, before three blocks and behind the last
+    assert kinds == ["disk"] * 2 * 3  # two batches, before three blocks
     with pytest.raises(InputError, match="scratch must be a folder"):
         one_shot.dense_statistics(model, built, states="disk", scratch=tmp_path / "none")
 
@@ -208,10 +208,10 @@ def test_one_hessian_exists_at_a_time(sequential: bool, folders: dict[str, Path]
     gc.disable()  # a circle would keep one alive
     try:
         counts = watched_hessians(monkeypatch)
-        pruned(loading.load, folders["deep"], method, states="cpu")
+        pruned(loading.load, folders["deep"], method, by_role=True)
         assert counts == [1] * 4 * 3
         counts.clear()
-        pruned(loading.load, folders["deep"], method, states="cpu", by_role=False)
+        pruned(loading.load, folders["deep"], method)
         assert counts == [1, 2, 3, 4] * 3
     finally:
         gc.enable()
@@ -219,7 +219,7 @@ def test_one_hessian_exists_at_a_time(sequential: bool, folders: dict[str, Path]
 
 def test_the_hessian_takes_the_place_of_its_products_and_goes_with_its_last_reader() -> None:
     here = torch.device("cpu")
-    one, usual = lean._OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
+    one, usual = calibration._OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
     for statistics in (one, usual):
         statistics.add(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), None)
     address = cast(Tensor, one.products).data_ptr()
@@ -257,12 +257,12 @@ def test_states_on_disk_are_in_memory_a_batch_at_a_time(
     model = loading.load(folders["deep"])
     for states in ("device", "disk"):
         given = {"windows": tiny.ids(17, 19), "batch_size": 2, "by_role": by_role}
-        lean.prune_(model, method, HALF, **given, **of_scratch(cast(States, states), tmp_path))
+        pruner.prune_(model, method, HALF, **given, **of_scratch(cast(States, states), tmp_path))
         assert len(alive) == 3 * 9  # a batch a block
         if states == "device":
             assert max(alive) >= 9 and max(files) == 0
         else:  # what a block read, what it gives, and what comes to `put`
-            assert max(alive) <= 3 and max(files) == (9 + 1 if sequential else 2 * 9)
+            assert max(alive) <= 3 and max(files) == (2 * 9 if by_role and not sequential else 9 + 1)
         alive.clear()
         files.clear()
     assert not list(tmp_path.iterdir())
@@ -289,18 +289,19 @@ def test_states_keep_their_dtype_and_are_forgotten(tmp_path: Path) -> None:
 def test_a_failure_in_the_middle_leaves_no_states_and_no_hooks(
     fails_at: int, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, prune_layers_ = [], pruner.prune_layers_
+    calls, prune_block_ = [], pruner.prune_block_
 
     def failing(*arguments: Any, **options: Any) -> None:
         calls.append(len(list(tmp_path.glob("*/*.safetensors"))))
         if len(calls) == fails_at:
             raise RuntimeError("out of memory")
-        prune_layers_(*arguments, **options)
+        prune_block_(*arguments, **options)
 
-    monkeypatch.setattr(pruner, "prune_layers_", failing)
+    monkeypatch.setattr(pruner, "prune_block_", failing)
     model = loading.load(folders["deep"])
     with pytest.raises(RuntimeError, match="out of memory"):
-        lean.prune_(model, METHODS["SparseGPT"], HALF, windows=tiny.ids(7, 20), states="disk", scratch=tmp_path)
+        given: dict[str, Any] = {"windows": tiny.ids(7, 20), "states": "disk", "by_role": True, "scratch": tmp_path}
+        pruner.prune_(model, METHODS["SparseGPT"], HALF, **given)
     assert calls[-1] == 2 and not list(tmp_path.iterdir())
     assert not any(module._forward_pre_hooks for module in model.network.modules())
 
@@ -318,11 +319,11 @@ def test_inputs_that_are_not_finite_are_refused_in_the_same_words(
     name: str, where: tuple[int, str], folders: dict[str, Path]
 ) -> None:
     messages = []
-    for prune_ in (pruner.prune_, lean.prune_):
+    for by_role in (False, True):
         model = loading.load(folders["deep"])
         spoil(model, *where)
         with pytest.raises(InputError, match=r"inputs of model\.layers\.\S+ must be finite") as raised:
-            prune_(model, METHODS[name], HALF, windows=tiny.ids(5, 20))
+            pruner.prune_(model, METHODS[name], HALF, windows=tiny.ids(5, 20), by_role=by_role)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
 
@@ -340,20 +341,19 @@ REFUSED: dict[str, tuple[Method, Target, Tensor | None]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_the_pruner_refuses_is_refused_in_the_same_words(what: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_default_refuses_is_refused_in_the_same_words(what: str, folders: dict[str, Path], tmp_path: Path) -> None:
     method, target, windows = REFUSED[what]
     with pytest.raises(InputError) as expected:
         pruner.prune_(loading.load(folders["deep"]), method, target, windows=windows)
     with pytest.raises(InputError) as got:
-        lean.prune_(
-            loading.load(folders["deep"]), method, target, windows=windows, states="disk", scratch=tmp_path, by_role=False
-        )
+        given: dict[str, Any] = {"windows": windows, "states": "disk", "scratch": tmp_path}
+        pruner.prune_(loading.load(folders["deep"]), method, target, **given)
     assert str(got.value) == str(expected.value) and not list(tmp_path.iterdir())
 
 
 def test_noise_for_an_autoregressive_model_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="noised calibration must use a diffusion model"):
-        lean.prune_(loading.load(folders["ar"]), METHODS["DWANDA"], HALF, windows=tiny.ids(3, 20))
+        pruner.prune_(loading.load(folders["ar"]), METHODS["DWANDA"], HALF, windows=tiny.ids(3, 20))
 
 
 def test_places_that_are_not_there_are_refused_before_any_work(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -361,8 +361,8 @@ def test_places_that_are_not_there_are_refused_before_any_work(folders: dict[str
     before = slow.state_of(model)
     with pytest.raises(InputError, match=r"states must be one of \('device', 'cpu', 'disk'\), got 'tape'"):
         # the checker of shapes in tests would refuse it first
-        cast(Any, lean.prune_).__wrapped__(model, METHODS["Wanda"], HALF, windows=tiny.ids(3, 20), states="tape")
+        cast(Any, pruner.prune_).__wrapped__(model, METHODS["Wanda"], HALF, windows=tiny.ids(3, 20), states="tape")
     with pytest.raises(InputError, match=r"scratch must be a folder, got .*nowhere: make it"):
         given: dict[str, Any] = {"states": "disk", "scratch": tmp_path / "nowhere"}
-        lean.prune_(model, METHODS["Wanda"], HALF, windows=tiny.ids(3, 20), **given)
+        pruner.prune_(model, METHODS["Wanda"], HALF, windows=tiny.ids(3, 20), **given)
     assert slow.same_state(model, before)

@@ -1,4 +1,4 @@
-"""Peak memory of SparseGPT in little memory, measured in processes of their own: no states, one Hessian, whatever the depth."""
+"""Peak memory of SparseGPT in processes of their own: with states on disk and by role no states, one Hessian, at any depth."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ LEAN: dict[str, Any] = {"states": "disk", "by_role": True}
 CASES: dict[str, tuple[dict[str, int], int, tuple[int, int], dict[str, Any]]] = {
     "the first of a process, which loads libraries": (NARROW, 1, FEW, {}),
     "wide, usual": (WIDE, 1, FEW, {}),
-    "wide, together": (WIDE, 1, FEW, {"states": "device", "by_role": False}),
     "wide, lean": (WIDE, 1, FEW, LEAN),
     "narrow, usual, 2": (NARROW, 2, MANY, {}),
     "narrow, lean, 2": (NARROW, 2, MANY, LEAN),
@@ -50,8 +49,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 def test_the_other_hessians_and_the_last_ones_original_are_gone(peaks: dict[str, int]) -> None:
     """Those of q, o and gate have the hidden size; that of down is copied before it is inverted."""
     others, own = 3 * hessian_bytes(WIDE["hidden"]), hessian_bytes(WIDE["mlp"])
-    for usual in ("wide, usual", "wide, together"):
-        assert peaks[usual] - peaks["wide, lean"] > 0.7 * (others + own)
+    assert peaks["wide, usual"] - peaks["wide, lean"] > 0.7 * (others + own)
 
 
 def test_states_are_not_in_memory(peaks: dict[str, int]) -> None:

@@ -15,7 +15,8 @@ from lib.core.errors import InputError
 from lib.core.provenance import write_json
 from lib.core.runtime import set_threads
 from lib.core.wheels import UnavailableError
-from lib.evaluation import batched, model_card, standins, tasks
+from lib.evaluation import model_card, standins, tasks
+from lib.evaluation.harness import BatchedHarness
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
@@ -190,7 +191,8 @@ def accuracy(
         task = tasks.load_tasks([name], family=variant.published)[name]
     else:
         task = standins.load(name, place.rows, family=variant.published)
-    found = batched.evaluate(model, task, settings=known, chat_template=chat_template, limit=settings["limit"])
+    asking: dict[str, Any] = {"limit": settings["limit"], "chat_template": chat_template, "adapter": BatchedHarness}
+    found = tasks.evaluate(model, {name: task}, settings=known, **asking)[name]
     low, high = share_interval(sum(found.correct), len(found.correct))
     return {
         "metric": found.metric,

@@ -14,7 +14,8 @@ from lib.core.config import Config, ModelSource
 from lib.core.errors import InputError
 from lib.core.sections import CalibrationText
 from lib.core.wheels import UnavailableError
-from lib.evaluation import batched
+from lib.evaluation import tasks
+from lib.evaluation.harness import BatchedHarness
 from lib.grid import cells, costs, plan, run, work
 from lib.grid.availability import Found
 from lib.grid.cells import DENSE, LOSS
@@ -173,13 +174,14 @@ def test_chat_models_generate_through_their_template(files: Path, output: Path, 
     changes: dict[str, Any] = {"models": models_used, "families": {"chat": "llada-chat"}, "references": {}, "methods": ()}
     changes |= {"structured_methods": (), "task_names": ("gsm8k", "piqa"), "loss_windows": 0, "keep_weights": False}
     seen = []
-    real = batched.evaluate
+    real = tasks.evaluate
 
-    def watched(model: Any, task: Any, **given: Any) -> Any:
-        seen.append((model.name, task.name, given["chat_template"]))
-        return real(model, task, **given)
+    def watched(model: Any, asked: Any, **given: Any) -> Any:
+        assert given["adapter"] is BatchedHarness
+        seen.extend((model.name, name, given["chat_template"]) for name in asked)
+        return real(model, asked, **given)
 
-    monkeypatch.setattr(batched, "evaluate", watched)
+    monkeypatch.setattr(tasks, "evaluate", watched)
     records(files, **changes)
     assert sorted(seen) == [
         ("base", "gsm8k", False), ("base", "piqa", False), ("chat", "gsm8k", True), ("chat", "piqa", False)

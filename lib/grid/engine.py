@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from lib.core import environment
 from lib.core.errors import require
@@ -173,7 +173,7 @@ def _compute(group: Group, order: Order, root: str) -> None:
     from ray._private.worker import global_worker  # Ray counts its attempts, but says the number here alone
 
     os.chdir(root)
-    compute(group, order, attempt=global_worker.core_worker.get_current_task_attempt_number())
+    compute(group, order, attempt=cast(Any, global_worker).core_worker.get_current_task_attempt_number())
 
 
 @dataclass

@@ -35,7 +35,7 @@ def front(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw loss against size, a panel a model: what no other recipe dominates is filled and joined, the rest is open.
 
     Args:
-        table: from `joint_tables.front_table`.
+        table: from `tables.front_table`.
     """
     models = pf.unique(table, "model")
     figure, axes = figures.subplots(1, len(models), height=4.4, sharey=True, squeeze=False)
@@ -71,7 +71,7 @@ def rounding(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw what rounding alone costs by number of bits, a line a way of rounding, a panel a model and group size.
 
     Args:
-        table: rows of a `joint_tables.loss_table` with rounding alone.
+        table: rows of a `tables.loss_table` with rounding alone.
     """
     table = table.assign(panel=[f"{m}, {_group(g)}" for m, g in zip(table["model"], table["group"], strict=True)])
     panels, ways = pf.unique(table, "panel"), pf.unique(table, "method")
@@ -110,7 +110,7 @@ def excess(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw by how much the cost of both steps passes the sum of their costs, a panel a method, a marker an order.
 
     Args:
-        table: one model of `joint_tables.interactions`.
+        table: one model of `tables.interactions`.
     """
     methods = pf.unique(table, "method")
     conditions = list(dict.fromkeys(zip(table["sparsity"], table["bits"], strict=True)))
@@ -134,7 +134,7 @@ def by_noise(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the increase of the loss by mask ratio, a line a recipe.
 
     Args:
-        table: one model of `joint_tables.noise_table`.
+        table: one model of `tables.noise_table`.
     """
     figure, ax = figures.subplots(height=4.0)
     for name, style in zip(pf.unique(table, "recipe"), SERIES, strict=False):
@@ -174,7 +174,7 @@ def allocations(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw predicted and measured loss of the allocations at each budget.
 
     Args:
-        table: one model of `hardware_tables.allocation_table`, only rows that were measured.
+        table: one model of `tables.allocation_table`, only rows that were measured.
     """
     budgets = pf.unique(table, "budget")
     kinds = table["strategy"].str.replace(r" \d+$", "", regex=True)

@@ -297,7 +297,7 @@ def loss_by_noise(
         InputError: an autoregressive model.
     """
     if model.mask_token_id is None:
-        raise InputError(f"a loss by mask ratio must use a diffusion model, got {model.name}: use pruning_runs.loss")
+        raise InputError(f"a loss by mask ratio must use a diffusion model, got {model.name}: use lib.studies.pruning.runs.loss")
     rows = []
     for ratio in ratios:
         order = torch.rand(windows.shape, generator=generator(seed, "loss by noise", f"{ratio:g}")).argsort(1).argsort(1)

@@ -1,6 +1,7 @@
-"""Tables of notebook 05: the loss of every recipe, whether errors add, equal bytes, and the front of quality against size."""
+"""Tables of notebook 05: the loss of every recipe, whether errors add, equal bytes, the front, and formats by layer."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -11,13 +12,19 @@ from torch import Tensor
 from lib.evaluation import paired
 from lib.evaluation.paired import PairedDifference
 from lib.quantization.rounding import DENSE_BITS
+from lib.studies.joint import configurations
 from lib.studies.joint.comparisons import ONE_STEP, order_label, target_label
+from lib.studies.joint.configurations import Prepared
+from lib.studies.joint.hardware_aware import Tried
+from lib.studies.joint.measured_formats import Offer, Sensitivity
 from lib.studies.joint.runs import Measured
 from lib.studies.pruning.gain_tables import adjusted_table, gain, gain_columns
+from lib.timing import clock
 
 DENSE = "dense"
 NO_TARGET = "0 %"
 MEGABYTE = 1e6
+NOTHING = (math.nan,) * 3
 Key = tuple[str, str, str, str, int, int | None]  # model, method, order, target, bits, group size
 
 
@@ -145,15 +152,6 @@ def order_gains(found: Sequence[Measured], *, seed: int, base: str = "prune, qua
     return adjusted_table(rows, first=("model", "method", "order", "sparsity", "bits"))
 
 
-def gains_between(found: Sequence[Measured], pairs: Sequence[tuple[Key, Key]], *, seed: int) -> pd.DataFrame:
-    """Tabulate the gain of the first of each pair of recipes over the second, Holm-adjusted over all pairs."""
-    groups, rows = by_key(found), []
-    for first, second in pairs:
-        own = gain(stacked(groups[first]), stacked(groups[second]), name="", model=first[0], sparsity=0.0, seed=seed)
-        rows.append({"model": first[0], "recipe": label(first), "over": label(second), **gain_columns(own)})
-    return adjusted_table(rows, first=("model", "recipe", "over"))
-
-
 def label(key: Key) -> str:
     """Name a recipe in one line.
 
@@ -235,3 +233,75 @@ def noise_table(
                 "model": model, "recipe": name, "mask ratio": ratio, "dense loss": dense, "increase": result.estimate, **bounds
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def sensitivity_table(
+    prepared: Prepared, sensitivities: Sequence[Sensitivity], seconds: Mapping[Offer, float], sizes: Mapping[Offer, int]
+) -> pd.DataFrame:
+    """Tabulate what every unit costs and loses in every format.
+
+    Args:
+        prepared: a model's layers in all formats.
+        sensitivities: increases of the loss.
+        seconds: of the same units and formats.
+        sizes: of the same, in bytes.
+
+    Returns:
+        Columns `model`, `layer` (the block's number), `role` (`attention` or `MLP` for a whole unit), `format`, `increase` in
+        nats per token, its paired standard error `se`, `seconds` and `bytes`.
+    """
+    model = prepared.model
+    places = {(layer.name,): (layer.block, layer.role) for layer in model.layers} | configurations.units(model)
+    return pd.DataFrame([
+        {
+            "model": model.name, "layer": places[row.layers][0], "role": places[row.layers][1], "format": row.format,
+            "increase": row.mean, "se": row.standard_error, "seconds": seconds[row.layers, row.format],
+            "bytes": sizes[row.layers, row.format],
+        }
+        for row in sensitivities
+    ])  # fmt: skip
+
+
+def allocation_table(tried: Sequence[Tried]) -> pd.DataFrame:
+    """Tabulate predictions and measurements of every budget and strategy.
+
+    Args:
+        tried: of `compare_allocations`.
+
+    Returns:
+        `predicted` and `measured` increases of the loss in nats per token (the latter with its paired 95 % interval `low`,
+        `high`; `predicted, unfloored` counts negative losses as they are); predicted `seconds` and `bytes` of the linear layers
+        and their shares of dense; `forward` of the whole model in seconds, with quartiles, `forward, predicted` (dense plus the
+        predicted difference), and the speed-up over dense in the same rounds; how many layers have which format; the reason
+        where nothing fits. NaN where nothing was measured.
+    """
+    return pd.DataFrame([_row(each) for each in tried])
+
+
+def _row(tried: Tried) -> dict[str, object]:
+    """Return one row; its keys are the same for all."""
+    found, dense = tried.allocation, tried.dense
+    seconds, size = (found.seconds, found.bytes) if found else (math.nan, math.nan)
+    low, middle, high = NOTHING if tried.forward is None else _quartiles(tried.forward)
+    base = math.nan if tried.dense_forward is None else _quartiles(tried.dense_forward)[1]
+    gain, slowest, fastest = NOTHING
+    if tried.forward is not None and tried.dense_forward is not None:
+        gain, slowest, fastest = clock.speed_up(tried.dense_forward, tried.forward)
+    interval = tried.increase.interval if tried.increase else NOTHING[:2]
+    counts = Counter(found.formats.values()) if found else Counter()
+    return {
+        "model": tried.model, "budget": tried.budget.name, "strategy": tried.strategy,
+        "predicted": found.loss if found else math.nan, "predicted, unfloored": tried.as_measured,
+        "measured": tried.increase.estimate if tried.increase else math.nan, "low": interval[0], "high": interval[1],
+        "seconds": seconds, "share of seconds": seconds / dense.seconds if dense.seconds else math.nan,
+        "bytes": size, "share of bytes": size / dense.bytes,
+        "forward": middle, "forward, first quartile": low, "forward, third quartile": high,
+        "forward, predicted": base + seconds - dense.seconds,
+        "speed-up": gain, "speed-up, first quartile": slowest, "speed-up, third quartile": fastest,
+        "formats": ", ".join(f"{count} {name}" for name, count in counts.most_common()), "reason": tried.reason,
+    }  # fmt: skip
+
+
+def _quartiles(seconds: Float[Tensor, "repeat"]) -> tuple[float, float, float]:
+    low, middle, high = torch.quantile(seconds, torch.tensor(QUARTILES, dtype=seconds.dtype)).tolist()
+    return low, middle, high

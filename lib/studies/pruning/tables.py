@@ -145,7 +145,7 @@ def digest_table(outcomes: Sequence[Outcome], results: Results, speeds: Speeds, 
     Args:
         outcomes: measured losses.
         results: accuracies by (model, method, sparsity, task).
-        speeds: by model, from `pruning_runs.speed_ups`.
+        speeds: by model, from `runs.speed_ups`.
         seed: of the bootstrap.
 
     Returns:

@@ -123,7 +123,7 @@ def decoders(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw what each decoder gains in speed and loses in text quality against the plain sampler.
 
     Args:
-        table: of `decoding_tables.table`, with a judge.
+        table: of `tables.table`, with a judge.
     """
     figure, ax = figures.subplots(height=4.6)
     for (_, row), style in zip(table.iterrows(), _looks(len(table)), strict=True):
@@ -149,7 +149,7 @@ def composition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw measured against predicted speed-ups of formats with decoders; on the diagonal speed-ups multiply.
 
     Args:
-        table: of `decoding_tables.composition`.
+        table: of `tables.composition`.
     """
     figure, ax = figures.subplots(width=7.5, height=4.6)
     kinds, names = pf.unique(table, "format"), pf.unique(table, "decoder")

@@ -34,7 +34,7 @@ def overlaps(trace: SinkTrace, *, level: str, prompts: int, seed: int) -> dict[s
 
     Args:
         trace: one model's.
-        level: one of `trace_statistics.LEVELS`.
+        level: one of `statistics.LEVELS`.
         prompts: number of prompts.
         seed: of the shuffles.
     """

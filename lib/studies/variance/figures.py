@@ -36,7 +36,7 @@ def variance_by_layer(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw spatial and temporal variance over the depth, a line a model with its interval.
 
     Args:
-        table: from `variance_tables.layers_table`.
+        table: from `tables.layers_table`.
     """
     figure, axes = figures.subplots(1, 2, height=3.8)
     styles = figures.model_styles(table["model"].unique())
@@ -124,7 +124,7 @@ def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw value norm against sink mass, a panel a model.
 
     Args:
-        points: from `variance_tables.value_norm_points`, models joined.
+        points: from `tables.value_norm_points`, models joined.
     """
     names = list(points["model"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
@@ -168,7 +168,7 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the increase of the loss against the number of blocked keys, a panel a model.
 
     Args:
-        table: from `effect_tables.effects_table`. The dashed line is the border of "harmless" in the claims.
+        table: from `tables.effects_table`. The dashed line is the border of "harmless" in the claims.
     """
     names = list(table["model"].unique())
     figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
@@ -204,7 +204,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the increase of the loss against the threshold of the digest's rule, a panel a model.
 
     Args:
-        table: from `effect_tables.effects_table` with `amount_name="threshold"`.
+        table: from `tables.effects_table` with `amount_name="threshold"`.
     """
     names = list(table["model"].unique())
     thresholds = sorted(table.loc[table["blocked"].isin(READINGS), "threshold"].unique())

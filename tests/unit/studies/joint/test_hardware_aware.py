@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.pruning import pruner
-from lib.studies.joint import configurations, hardware_aware, hardware_tables, measured_formats, search
+from lib.studies.joint import configurations, hardware_aware, measured_formats, search, tables
 from lib.studies.joint.configurations import Prepared
 from lib.studies.joint.hardware_aware import Budget
 from lib.studies.joint.measured_formats import Sensitivity
@@ -136,7 +136,7 @@ def test_the_table_has_a_row_a_unit_and_format(
     prepared: Prepared, sensitivities: list[Sensitivity], seconds: dict[Offer, float]
 ) -> None:
     sizes = measured_formats.sizes(prepared)
-    table = hardware_tables.sensitivity_table(prepared, sensitivities, seconds, sizes)
+    table = tables.sensitivity_table(prepared, sensitivities, seconds, sizes)
     assert list(table) == ["model", "layer", "role", "format", "increase", "se", "seconds", "bytes"]
     assert len(table) == len(prepared.offers()) and set(table["layer"]) == {0, 1}
     row = table[(table["layer"] == 1) & (table["role"] == "MLP") & (table["format"] == "structured 30 %")].iloc[0]
@@ -207,7 +207,7 @@ def test_budgets_that_cannot_be_met_are_rows_with_the_reason(tried: tuple[list[C
     assert all(row.allocation is None and row.increase is None and row.forward is None for row in rows)
     assert all("seconds must be at least" in row.reason for row in rows if row.strategy != "uniform")
     assert "one format must fit seconds <=" in rows[1].reason
-    table = hardware_tables.allocation_table(results)
+    table = tables.allocation_table(results)
     last = table.iloc[-1]
     assert last["reason"] == rows[-1].reason and last["formats"] == "" and math.isnan(last["measured"])
 
@@ -267,7 +267,7 @@ def test_negative_losses_are_floored_in_searches_only(
 
 def test_the_table_of_allocations(tried: tuple[list[Choice], list[hardware_aware.Tried]]) -> None:
     _, results = tried
-    table = hardware_tables.allocation_table(results)
+    table = tables.allocation_table(results)
     assert len(table) == len(results) and list(table["budget"].unique()) == [each.name for each in BUDGETS]
     row, own = table.iloc[0], results[0]
     assert own.allocation is not None and own.increase is not None

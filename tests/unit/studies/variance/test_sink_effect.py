@@ -16,7 +16,7 @@ from lib.core.runtime import generator
 from lib.diffusion import likelihood
 from lib.evaluation import sums
 from lib.models.language_model import LanguageModel
-from lib.studies.variance import effect_tables, sink_effect
+from lib.studies.variance import sink_effect, tables
 from lib.studies.variance.sink_effect import NOTHING, Effect
 from tests import tiny
 from tests.unit import slow_variance as slow
@@ -78,7 +78,7 @@ def test_every_condition_is_the_loss_under_its_own_block(model: LanguageModel) -
         assert by_name[kind, 1].removed_share < by_name[kind, 4].removed_share < 1
     # one of 20 keys holds 5 % of the attention on average, the largest one much more
     assert by_name["sinks", 1].removed_share > 2 * by_name["random keys", 1].removed_share
-    assert effect_tables.pick(effects, model=model.name, blocked="random keys", amount=4) is by_name["random keys", 4]
+    assert tables.pick(effects, model=model.name, blocked="random keys", amount=4) is by_name["random keys", 4]
 
 
 def test_a_rule_that_blocks_nothing_raises_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +89,10 @@ def test_a_rule_that_blocks_nothing_raises_nothing(model: LanguageModel, monkeyp
 
     monkeypatch.setattr(blocking, "rules", lambda k: {"none": none})
     effects = sink_effect.window_effects(model, WINDOWS, counts=(1,), draws=DRAWS, seed=SEED)
-    increase = effect_tables.increase(effects, effects[1])
+    increase = tables.increase(effects, effects[1])
     assert increase.abs().max() < 1e-5  # the same numbers up to the kernel that a mask calls for
     assert (effects[1].keys_per_head, effects[1].removed_share) == (0.0, 0.0)
-    assert effect_tables.increase(effects, effects[0]).tolist() == [0.0] * 3
+    assert tables.increase(effects, effects[0]).tolist() == [0.0] * 3
     if not model.is_causal:
         other = sink_effect.window_effects(model, WINDOWS, counts=(1,), draws=DRAWS, seed=SEED + 1)
         assert (other[0].loss - effects[0].loss).abs().min() > 1e-2
@@ -249,7 +249,7 @@ EFFECTS = [
 
 
 def test_the_effects_table_pairs_texts_within_a_model() -> None:
-    table: Any = effect_tables.effects_table(EFFECTS, seed=0, amount_name="threshold")
+    table: Any = tables.effects_table(EFFECTS, seed=0, amount_name="threshold")
     assert table["increase"].tolist() == [0.0, 0.5, 0.0, 1.25]  # (1 + 0.5 + 1 - 0.5) / 4 and (0 + 1 + 0 + 4) / 4
     assert table["loss"].tolist() == [2.125, 2.625, 3.0, 4.25]
     assert table["threshold"].tolist() == [0, 1, 0, 1] and table["n"].tolist() == [4] * 4
@@ -261,7 +261,7 @@ def test_the_effects_table_pairs_texts_within_a_model() -> None:
 
 
 def test_the_answers_table_has_shares_with_wilson_intervals() -> None:
-    table: Any = effect_tables.answers_table(EFFECTS, seed=0)
+    table: Any = tables.answers_table(EFFECTS, seed=0)
     assert table["exact, %"].tolist() == [75.0, 25.0, 0.0, 100.0]
     for _, row in table.iterrows():
         low, high = sums.share_interval(round(cast(float, row["exact, %"]) / 25), 4)

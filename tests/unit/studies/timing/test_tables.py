@@ -11,8 +11,8 @@ import torch
 from lib.core.errors import InputError
 from lib.decoding.decoder import DecodingPlan
 from lib.decoding.late_steps import LateExamples, LateStep
-from lib.studies.timing import decoding_tables
-from lib.studies.timing.decoding_runs import PLAIN, DecoderRun
+from lib.studies.timing import tables as decoding_tables
+from lib.studies.timing.runs import PLAIN, DecoderRun
 from tests import tiny
 
 FAST = DecodingPlan(threshold=0.5)

@@ -18,8 +18,9 @@ from lib.evaluation import tasks
 from lib.evaluation.scoring import EvaluationSettings
 from lib.models import loading
 from lib.models.language_model import LanguageModel
-from lib.studies.timing import decoding_runs, decoding_tasks
-from lib.studies.timing.decoding_runs import PLAIN, Plan
+from lib.studies.timing import runs as decoding_runs
+from lib.studies.timing import tasks as decoding_tasks
+from lib.studies.timing.runs import PLAIN, Plan
 from tests import tiny
 
 SETTINGS = EvaluationSettings(gen_length=6, steps=6, block_length=6, batch_size=4)

@@ -15,8 +15,8 @@ from lib.decoding.decoder import Decoded, DecodingPlan
 from lib.diffusion import sampler
 from lib.models import language_model
 from lib.models.language_model import LanguageModel
-from lib.studies.timing import decoding_runs
-from lib.studies.timing.decoding_runs import PLAIN, Plan, Workload
+from lib.studies.timing import runs as decoding_runs
+from lib.studies.timing.runs import PLAIN, Plan, Workload
 from lib.timing import clock as timing
 from tests import tiny
 

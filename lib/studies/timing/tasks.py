@@ -21,7 +21,7 @@ from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.evaluation.tasks import LoadedTask
 from lib.models.language_model import LanguageModel
-from lib.studies.timing.decoding_runs import PLAIN, Plan, check_plain, run_decoder
+from lib.studies.timing.runs import PLAIN, Plan, check_plain, run_decoder
 from lib.texts.articles import read_rows
 
 WRITTEN = "tiny_topic_written"

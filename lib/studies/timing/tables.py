@@ -12,7 +12,7 @@ from lib.decoding import late_steps
 from lib.decoding.late_steps import LateExamples, LateStep
 from lib.evaluation import paired
 from lib.models.language_model import LanguageModel
-from lib.studies.timing.decoding_runs import PLAIN, DecoderRun
+from lib.studies.timing.runs import PLAIN, DecoderRun
 from lib.timing.call_times import median_interval
 from lib.timing.clock import speed_up
 
@@ -23,7 +23,7 @@ def table(runs: Sequence[DecoderRun], *, seed: int) -> pd.DataFrame:
     """Compare every decoder with the plain sampler of the same runs.
 
     Args:
-        runs: as `decoding_runs.compare` returns them.
+        runs: as `runs.compare` returns them.
         seed: of the bootstrap over prompts.
 
     Returns:
@@ -75,7 +75,7 @@ def composition(runs: Mapping[tuple[str, str], DecoderRun], *, dense: str) -> pd
     """Tell whether the speed-up of a weight format times that of a decoder is the speed-up of both together.
 
     Args:
-        runs: by (format, decoder), as `decoding_runs.grid` returns them: every format with every decoder.
+        runs: by (format, decoder), as `runs.grid` returns them: every format with every decoder.
         dense: the format that the others are compared with.
 
     Returns:

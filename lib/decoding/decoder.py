@@ -15,7 +15,7 @@ from lib.core.errors import InputError
 from lib.decoding.caches import Hidden, Pass, block_pass, logits_from, new_store, states_at, whole_pass
 from lib.decoding.late_steps import LateStep, beside, most_left
 from lib.decoding.refresh import adaptive_pass
-from lib.diffusion.sampler import ROWS_AT_ONCE, choose_tokens, commit_schedule
+from lib.diffusion import sampler
 from lib.models.language_model import LanguageModel
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
@@ -153,7 +153,7 @@ def _finish_block(
     in_block[:, block.start : block.stop] = True
     # At least one token is committed a step, so a threshold needs no more steps than the block has tokens.
     steps = plan.steps_per_block or len(block)
-    counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
+    counts = sampler.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
     forwards = computed = 0
     with _passes(model, plan, block) as forward:
         for step in range(steps):
@@ -163,11 +163,11 @@ def _finish_block(
             hidden = forward(ids[:, :end], step % (plan.refresh_every or steps) == 0)
             forwards, computed = forwards + 1, computed + hidden.computed
             logits = logits_from(model, hidden, where[:, :end])
-            chosen = choose_tokens(logits, temperature=0.0, generator=None)
+            chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
             confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-            confidence[where] = probability_of(logits, chosen)
+            confidence[where] = sampler.probability_of(logits, chosen)
             if plan.threshold is None:
-                committed = top_positions(confidence, counts[:, step].minimum(where.sum(1)))
+                committed = sampler.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
             else:
                 committed = confident_positions(confidence, threshold=plan.threshold)
             guessed = ids.masked_scatter(where, chosen)
@@ -208,29 +208,6 @@ def _passes(model: LanguageModel, plan: DecodingPlan, block: range) -> AbstractC
     return nullcontext(block_pass(model, kind=plan.cache, block=block))
 
 
-def probability_of(logits: Float[Tensor, "selected vocab"], chosen: Int[Tensor, "selected"]) -> Float[Tensor, "selected"]:
-    """Return the float64 probabilities of the chosen tokens.
-
-    >>> probability_of(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).tolist()
-    [0.5]
-    """
-    # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
-    parts = zip(logits.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])
-
-
-def top_positions(confidence: Float[Tensor, "batch position"], counts: Int[Tensor, "batch"]) -> Bool[Tensor, "batch position"]:
-    """Mark the `counts[row]` most confident positions of each row.
-
-    >>> top_positions(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2])).tolist()
-    [[False, True, True]]
-    """
-    marked = torch.zeros_like(confidence, dtype=torch.bool)
-    for row, count in enumerate(counts.tolist()):
-        marked[row, confidence[row].topk(count).indices] = True
-    return marked
-
-
 def confident_positions(confidence: Float[Tensor, "batch position"], *, threshold: float) -> Bool[Tensor, "batch position"]:
     """Mark the positions above the threshold, and the most confident one of each row in any case.
 
@@ -260,10 +237,7 @@ def fill_finished(generated: Int[Tensor, "batch position"], *, mask_id: int, sto
 
 
 def _check(model: LanguageModel, *, new_tokens: int, block_length: int, plan: DecodingPlan, stop_token_id: int | None) -> None:
-    if model.mask_token_id is None:
-        raise InputError(f"decoding by denoising must use a diffusion model, got {model.name}: use continue_text")
-    if new_tokens < 1 or block_length < 1 or new_tokens % block_length:
-        raise InputError(f"block_length must divide new_tokens, got {block_length} and {new_tokens}: choose a divisor")
+    sampler.check_sampling(model, new_tokens=new_tokens, steps=new_tokens, block=block_length)
     if plan.early_stop and (stop_token_id is None or stop_token_id == model.mask_token_id):
         raise InputError(f"an early stop must know an end token that is not the mask, got {stop_token_id}: pass stop_token_id")
     if plan.late_share is not None:

@@ -1,7 +1,8 @@
 """The masked diffusion process: noising, the NELBO, and the log-likelihood of a continuation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -177,17 +178,31 @@ def masked_log_likelihood(
             f"a likelihood must have tokens to score and draws >= 1, got {int(maskable.sum())} and {draws}: give some"
         )
     masks = exact_count_masks(maskable.cpu(), draws, generator=generator, count_rule=count_rule)
-    ids = input_ids.to(model.device)
     weight = maskable.sum().item() / masks.sum(1)
-    sums = []
+    sums = [-losses.sum(1).cpu() for losses in masked_losses(model, input_ids, masks, batch_size=batch_size)]
+    return torch.cat(sums) * weight
+
+
+@torch.inference_mode()
+def masked_losses(
+    model: LanguageModel, input_ids: Int[Tensor, "position"], masks: Bool[Tensor, "draw position"], *, batch_size: int
+) -> Iterator[Float[Tensor, "batch position"]]:
+    """Yield the cross-entropy of each masked token under each mask, 0 elsewhere, a batch of masks at a time.
+
+    Args:
+        model: a diffusion model.
+        input_ids: one sequence, clean.
+        masks: positions to hide, on the CPU.
+        batch_size: masks of a forward pass.
+    """
+    ids, mask_token_id = input_ids.to(model.device), cast(int, model.mask_token_id)
     for part in masks.split(batch_size):
         where = part.to(model.device)
         rows = ids.expand(len(part), -1)
-        logits = logits_at(model, rows.masked_fill(where, model.mask_token_id), where)
+        logits = logits_at(model, rows.masked_fill(where, mask_token_id), where)
         losses = torch.zeros(where.shape, device=model.device)
         losses[where] = F.cross_entropy(logits, rows[where], reduction="none")
-        sums.append(-losses.sum(1).cpu())
-    return torch.cat(sums) * weight
+        yield losses
 
 
 def nelbo(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.diffusion import sampler
-from lib.models.language_model import LanguageModel, logits_at
+from lib.models.language_model import LanguageModel
 
 PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
 
@@ -59,10 +59,10 @@ def denoise(
     for step in range(steps):
         first = starts + step // per_block * block
         where = (ids == mask_id) & (column >= first) & (column < first + block)
-        logits = _guided_logits(model, ids, where, real, prompt_positions, cfg_scale=cfg_scale)
+        logits = sampler.guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale, attention_mask=real.long())
         chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = sampler.keeping_order(logits, chosen, remasking="low_confidence", generator=None)
+        confidence[where] = sampler.probability_of(logits, chosen)
         committed = _most_confident(confidence, counts[:, step % per_block], ends)
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
@@ -121,19 +121,6 @@ def _padded(
     ids = torch.tensor([[*row, *[PADDING] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return ids, torch.arange(width, device=device) < lengths[:, None]
-
-
-def _guided_logits(
-    model: LanguageModel, ids: Tensor, where: Tensor, real: Tensor, prompt_positions: Tensor, *, cfg_scale: float
-) -> Float[Tensor, "selected vocab"]:
-    """Do what the sampler's function of this name does, without the padding in either half."""
-    if cfg_scale <= 0:
-        return logits_at(model, ids, where, attention_mask=real.long())
-    unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
-    mask = torch.cat([real, real]).long()
-    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]), attention_mask=mask)
-    conditional, unconditional = both.chunk(2)
-    return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
 
 
 def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> Bool[Tensor, "batch position"]:

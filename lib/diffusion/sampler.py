@@ -123,7 +123,11 @@ def sample(
 
 
 def most_confident(confidence: Float[Tensor, "batch position"], counts: Int[Tensor, "batch"]) -> Bool[Tensor, "batch position"]:
-    """Mark the `counts[row]` most confident positions of each row."""
+    """Mark the `counts[row]` most confident positions of each row.
+
+    >>> most_confident(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2])).tolist()
+    [[False, True, True]]
+    """
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, count in enumerate(counts.tolist()):
         marked[row, confidence[row].topk(count).indices] = True
@@ -137,6 +141,7 @@ def guided_logits(
     prompt_positions: Bool[Tensor, "batch position"],
     *,
     cfg_scale: float,
+    attention_mask: Int[Tensor, "batch position"] | None = None,
 ) -> Float[Tensor, "selected vocab"]:
     """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked.
 
@@ -146,11 +151,13 @@ def guided_logits(
         where: positions whose token is to be predicted.
         prompt_positions: what guidance masks.
         cfg_scale: as in `sample`; 0 is none, and one pass instead of two.
+        attention_mask: 1 for real tokens, 0 for padding.
     """
     if cfg_scale <= 0:
-        return logits_at(model, ids, where)
+        return logits_at(model, ids, where, attention_mask=attention_mask)
     unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
-    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]))
+    mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]), attention_mask=mask)
     conditional, unconditional = both.chunk(2)
     return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
 
@@ -172,6 +179,15 @@ def keeping_order(
     """
     if remasking == "random":
         return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
+    return probability_of(logits, chosen)
+
+
+def probability_of(logits: Float[Tensor, "selected vocab"], chosen: Int[Tensor, "selected"]) -> Float[Tensor, "selected"]:
+    """Return the float64 probabilities of the chosen tokens.
+
+    >>> probability_of(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).tolist()
+    [0.5]
+    """
     # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
     parts = zip(logits.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True)
     return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])

@@ -87,17 +87,6 @@ class SinkTrace:
         return torch.where(self.is_masked.any(-1), first, self.is_masked.shape[-1])
 
 
-@dataclass(frozen=True)
-class _StepStatistics:
-    """What is kept of the masses of one step (all prompts) or one prompt (all steps); leading dimension `row`."""
-
-    mass: Float[Tensor, "row position"]
-    layer_mass: Float[Tensor, "row layer position"]
-    gu_rate: Float[Tensor, "row"]
-    gu_best: Float[Tensor, "row"]
-    rulli: Float[Tensor, "row"]
-
-
 def mark_steps(steps: int, fractions: Sequence[float] = MARKS) -> tuple[int, ...]:
     """Return the step indices at fractions of a generation of `steps` steps.
 
@@ -185,8 +174,7 @@ def _trace_denoising(
 ) -> SinkTrace:
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
-    kept: list[_StepStatistics] = []
-    ids, masked, at_marks, parts, value_norms = [], [], [], [], []
+    kept, ids, masked, at_marks, parts, value_norms = [], [], [], [], [], []
     with masses.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
 
         def on_step(step: DenoisingStep) -> None:
@@ -215,7 +203,7 @@ def _trace_denoising(
         head_mass=torch.stack(at_marks, 1),
         texts=texts.cpu(),
         heads=HeadTrace(**_joined(parts, dim=1), value_norm=torch.stack(value_norms, 1)) if heads else None,
-        **_stacked(kept, dim=1),
+        **_joined(kept, dim=1),
     )
 
 
@@ -246,28 +234,22 @@ def _trace_prefixes(
         head_mass=torch.stack(at_marks),
         texts=texts.cpu(),
         heads=HeadTrace(**_joined(parts, dim=0), value_norm=torch.stack(value_norms)) if heads else None,
-        **_stacked(kept, dim=0),
+        **_joined(kept, dim=0),
     )
 
 
-def _reduce(sums: Float[Tensor, "row layer head position"], *, keys: Sequence[int], is_causal: bool) -> _StepStatistics:
-    """Reduce column sums to what a trace keeps; row r has `keys[r]` keys, and as many queries."""
+def _reduce(sums: Float[Tensor, "row layer head position"], *, keys: Sequence[int], is_causal: bool) -> dict[str, Tensor]:
+    """Reduce column sums to what a trace keeps, by name; row r has `keys[r]` keys, and as many queries."""
     gu = torch.stack([sinks.gu_sink_rate(row, is_causal=is_causal, real_keys=n) for row, n in zip(sums, keys, strict=True)])
     by_key = gu.mean(dim=(1, 2))
     counts = [sinks.rulli_count(row[..., :n]).mean() for row, n in zip(sums, keys, strict=True)]
-    return _StepStatistics(
-        mass=sums.mean(dim=(1, 2)),
-        layer_mass=sums.mean(dim=2),
-        gu_rate=by_key[:, 0],
-        gu_best=by_key.max(-1).values,
-        rulli=torch.stack(counts),
-    )
-
-
-def _stacked(parts: list[_StepStatistics], *, dim: int) -> dict[str, Tensor]:
-    """Join the kept statistics to tensors `[prompt, step, ...]`."""
-    names = ("mass", "layer_mass", "gu_rate", "gu_best", "rulli")
-    return {name: torch.stack([getattr(part, name) for part in parts], dim) for name in names}
+    return {
+        "mass": sums.mean(dim=(1, 2)),
+        "layer_mass": sums.mean(dim=2),
+        "gu_rate": by_key[:, 0],
+        "gu_best": by_key.max(-1).values,
+        "rulli": torch.stack(counts),
+    }
 
 
 def _reduce_heads(
@@ -291,5 +273,5 @@ def _reduce_heads(
 
 
 def _joined(parts: list[dict[str, Tensor]], *, dim: int) -> dict[str, Tensor]:
-    """Stack the entries of equal name."""
+    """Stack the entries of equal name to tensors `[prompt, step, ...]`."""
     return {name: torch.stack([part[name] for part in parts], dim) for name in parts[0]} if parts else {}

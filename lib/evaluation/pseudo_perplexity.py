@@ -3,16 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.models.language_model import LanguageModel, logits_at
+from lib.diffusion.likelihood import masked_losses
+from lib.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -115,22 +114,8 @@ def pseudo_perplexity(
     for index, ids in enumerate(windows):
         stream = generator(seed, "pseudo_perplexity", index)
         masks = answer_masks(len(ids), answer_tokens=answer_tokens, draws=draws, generator=stream)
-        losses.append(float(_masked_losses(model, ids, masks, batch_size=batch_size).mean()))
+        batches = zip(masks.split(batch_size), masked_losses(model, ids, masks, batch_size=batch_size), strict=True)
+        means = torch.cat([found.cpu().double().sum(1) / part.sum(1) for part, found in batches])
+        losses.append(float(means.mean()))
     per_window = torch.tensor(losses, dtype=torch.float64)
     return PseudoPerplexity(math.exp(float(per_window.mean())), per_window)
-
-
-@torch.inference_mode()
-def _masked_losses(
-    model: LanguageModel, ids: Int[Tensor, "position"], masks: Bool[Tensor, "draw position"], *, batch_size: int
-) -> Float[Tensor, "draw"]:
-    """Return the mean cross-entropy over the masked tokens of each draw, in float64."""
-    ids, means, mask_token_id = ids.to(model.device), [], cast(int, model.mask_token_id)
-    for part in masks.split(batch_size):
-        where = part.to(model.device)
-        rows = ids.expand(len(part), -1)
-        logits = logits_at(model, rows.masked_fill(where, mask_token_id), where)
-        losses = torch.zeros(where.shape, device=model.device)
-        losses[where] = F.cross_entropy(logits, rows[where], reduction="none")
-        means.append(losses.cpu().double().sum(1) / part.sum(1))
-    return torch.cat(means)

@@ -12,6 +12,7 @@ from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
 from lib.evaluation.scoring import grouped
 from lib.models.language_model import LanguageModel, logits_at, tokenizer_of
+from lib.texts.encoding import encode
 
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
 
@@ -35,7 +36,7 @@ def answer_sums(
         One answer a question, without white space around it.
     """
     tokenizer = tokenizer_of(model)
-    prompts = [cast(list[int], tokenizer(row["question"])["input_ids"]) for row in rows]
+    prompts = [encode(tokenizer, row["question"]) for row in rows]
     answers = [""] * len(rows)
     for picked in grouped([len(prompt) for prompt in prompts]):
         batch, length = torch.tensor([prompts[index] for index in picked]), len(prompts[picked[0]])
@@ -70,8 +71,8 @@ def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: 
     tokenizer = tokenizer_of(model)
     losses = []
     for index, row in enumerate(rows):
-        question = cast(list[int], tokenizer(row["question"])["input_ids"])
-        answer = cast(list[int], tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"])
+        question = encode(tokenizer, row["question"])
+        answer = encode(tokenizer, f" {row['answer']}", special=False)
         ids = torch.tensor([*question, *answer, cast(int, tokenizer.eos_token_id)], device=model.device)
         scored = torch.arange(len(ids), device=model.device) >= len(question)
         if model.is_causal:

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from lib.core.errors import InputError, require
+from lib.core.hub import first_line
 from lib.core.wheels import UnavailableError
 from lib.evaluation.harness import HarnessModel
 from lib.evaluation.scoring import EvaluationSettings
@@ -283,9 +284,8 @@ def _load_official(name: str, family: Family) -> LoadedTask:
     try:
         parts = cast(dict[str, ConfigurableTask], _index().load([name])["tasks"])
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "connect (for GPQA: accept its terms and log in), or leave the task out"
-        raise UnavailableError(f"the data of {name} must be fetchable, got: {reason}: {remedy}") from error
+        raise UnavailableError(f"the data of {name} must be fetchable, got: {first_line(error)}: {remedy}") from error
     benchmark = OFFICIAL[family][name]
     for part in parts.values():
         frozen(part).set_config("num_fewshot", benchmark.few_shot)

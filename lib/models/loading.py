@@ -146,22 +146,36 @@ def _assemble(
 ) -> PreTrainedModel:
     """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in family(cast(Any, config)).state_dict().items()}
+        empty = family(cast(Any, config))
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    check_shapes(empty, {name: tuple(value.shape) for name, value in weights.items()})
+    with _quiet_loading():
+        network = family.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa")
+    return cast(PreTrainedModel, network)
+
+
+def check_shapes(network: PreTrainedModel, got: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint with tensors that are missing, surplus or of another shape than the configuration says.
+
+    Args:
+        network: made from the configuration.
+        got: shapes in the checkpoint by name, without a tied LM head.
+
+    Raises:
+        InputError: see above.
+    """
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if network.config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-    got = {name: tuple(value.shape) for name, value in weights.items()}
     for name in sorted(expected.keys() ^ got.keys()):
         problem = "no tensor" if name in expected else "a surplus tensor"
         raise InputError(
             f"weights must match config.json, got {problem} {name}: the checkpoint is incomplete or of another layout"
         )
     for name, shape in got.items():
-        if shape != expected[name]:
-            raise InputError(f"{name} must have shape {expected[name]} as config.json says, got {shape}: mismatched files")
-    with _quiet_loading():
-        network = family.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa")
-    return cast(PreTrainedModel, network)
+        rule = f"{name} must have shape {expected[name]} as config.json says"
+        require(shape == expected[name], rule, str(shape), "mismatched files")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ is kept in a scratch file when it goes. Embedding, norms and biases stay in memo
 ordinary one: a walk through the blocks reads each block once, a whole forward pass reads the whole checkpoint.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lib.core.config import ModelSource
-from lib.core.errors import InputError, require
+from lib.core.errors import require
 from lib.core.provenance import write_json
 from lib.models import checkpoints, export, layouts, loading
 from lib.models.checkpoints import LLADA_TYPES
@@ -101,11 +100,9 @@ def _network(
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
     network.eval().requires_grad_(False)
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
-        expected.pop("lm_head.weight", None)
-    _check(expected, stored)
+    loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
     kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
     network.load_state_dict(kept, strict=False, assign=True)
@@ -121,18 +118,6 @@ def _network(
         module.__class__ = StreamedLinear
         module.store, module.key = store, name  # type: ignore[assignment]
     return network
-
-
-def _check(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse a checkpoint with tensors that are missing, surplus or of another shape than the configuration says."""
-    for name in sorted(expected.keys() ^ stored.keys()):
-        problem = "no tensor" if name in expected else "a surplus tensor"
-        raise InputError(
-            f"weights must match config.json, got {problem} {name}: the checkpoint is incomplete or of another layout"
-        )
-    for name, place in stored.items():
-        rule = f"{name} must have shape {expected[name]} as config.json says"
-        require(place.shape == expected[name], rule, str(place.shape), "mismatched files")
 
 
 def _streamed_names(network: PreTrainedModel) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.core.errors import InputError
+from lib.core.hub import first_line
 from lib.core.runtime import generator
 from lib.core.wheels import UnavailableError
 from lib.texts import articles
@@ -148,7 +149,7 @@ def _fetched(source: HubText, split: Split) -> Iterable[str]:
     try:
         return cast(Iterable[str], datasets.load_dataset(source.path, **where)["text"])
     except (OSError, ValueError) as error:  # what datasets raises without a network, or for a revision that is gone
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UnavailableError(
             f"{source.path}@{source.revision} must be cached or reachable, got: {reason}: connect, or set another corpus"
         ) from error

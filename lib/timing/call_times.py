@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lib.core.errors import InputError, require
+from lib.core.hub import first_line
 from lib.timing.clock import interleaved
 
 LEAST_ROUND = 1e-3  # seconds of one timed call: a clock's own cost, under a microsecond, then does not show
@@ -121,8 +122,7 @@ def attempt(call: Callable[[], object]) -> object:
     except InputError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"refused by its kernel: {lines[0][:200]}"
+        return f"refused by its kernel: {first_line(error)[:200]}"
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

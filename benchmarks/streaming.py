@@ -5,8 +5,8 @@ weights that are read when they are used (`streaming.load`, `streaming.save`) an
 `export.save_plain`). Each run has a process of its own. Host memory is the process's peak above what it held before it loaded the
 model (Linux only), device memory the peak of torch's allocator on a GPU. All blocks hold the same numbers, which changes neither.
 
-With `--states` or `--by-role` the pruning is that of `lean_pruning`: where hidden states wait between blocks, and whether the
-Hessians of SparseGPT exist one after another or together. Without them it is `pruner.prune_`: on the device, together.
+`--states` says where hidden states wait between blocks (by default on the device), `--by-role` that the Hessians of SparseGPT
+exist one after another instead of together.
 
 `--llada-8b --device cuda` is LLaDA-8B's shape: 16 GB on disk, and twice as much again for the changed weights and the result.
 """
@@ -28,13 +28,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib.calibration.hidden_states import States
 from lib.core.provenance import write_json
 from lib.core.runtime import generator
 from lib.models import export, layouts, loading, streaming
 from lib.models.weight_store import StreamedLinear
-from lib.pruning import lean as lean_pruning
 from lib.pruning import pruner
-from lib.pruning.lean import States
 from lib.pruning.methods import METHODS, Target
 
 GIB = 2**30
@@ -124,8 +123,8 @@ def measure(
     batch_size: int = 4,
     device: str = "cpu",
     budget: int | None = None,
-    states: States | None = None,
-    by_role: bool = True,
+    states: States = "device",
+    by_role: bool = False,
 ) -> Row:
     """Load, prune to one half and save, and measure it.
 
@@ -137,10 +136,9 @@ def measure(
         batch_size: samples at one time.
         device: `cpu` or `cuda`.
         budget: see `streaming.load`; of a shard too.
-        states: see `lean_pruning.prune_`; None is `pruner.prune_`.
-        by_role: see `lean_pruning.prune_`.
+        states: see `pruner.prune_`.
+        by_role: see `pruner.prune_`.
     """
-    lean = {"states": states, "by_role": by_role}
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         before, started = _start_memory(device), time.perf_counter()
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
@@ -149,8 +147,8 @@ def measure(
         else:
             model = loading.load(folder, **options)
         loaded = time.perf_counter()
-        prune_ = pruner.prune_ if states is None else partial(lean_pruning.prune_, scratch=scratch, **lean)
-        prune_(model, METHODS[method], Target(0.5), windows=windows, batch_size=batch_size)
+        lies: dict[str, Any] = {"states": states, "by_role": by_role, "scratch": scratch}
+        pruner.prune_(model, METHODS[method], Target(0.5), windows=windows, batch_size=batch_size, **lies)
         if device == "cuda":
             torch.cuda.synchronize()
         pruned = time.perf_counter()
@@ -211,12 +209,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=DEFAULT_METHODS)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
     parser.add_argument("--budget", type=int, help="bytes of matrices in memory at one time (default: one block)")
-    places = "where hidden states wait between blocks (default: pruner.prune_, on the device)"
-    parser.add_argument("--states", choices=get_args(States), help=places)
-    turns = parser.add_mutually_exclusive_group()
-    one, all_four = "SparseGPT's Hessians one after another (default with --states)", "all Hessians of a block at the same time"
-    turns.add_argument("--by-role", action="store_true", default=None, help=f"{one}; states on the CPU unless said")
-    turns.add_argument("--together", dest="by_role", action="store_false", default=None, help=all_four)
+    places = "where hidden states wait between blocks (default: on the device)"
+    parser.add_argument("--states", choices=get_args(States), default="device", help=places)
+    turns = "SparseGPT's Hessians one after another (default: those of a block together)"
+    parser.add_argument("--by-role", action="store_true", help=turns)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints (default: that of the system)")
     return parser
@@ -231,8 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'path':11}{'method':24}" + "".join(f"{name:>11}" for name in columns))
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder = write_random(Path(scratch) / "dense", shape, positions=given.positions)
-        options = {name: getattr(given, name) for name in ("batch_size", "device", "budget")} | {"windows": windows}
-        options |= {"states": given.states or ("cpu" if given.by_role else None), "by_role": given.by_role is not False}
+        taken = ("batch_size", "device", "budget", "states", "by_role")
+        options = {name: getattr(given, name) for name in taken} | {"windows": windows}
         for path in given.paths:
             for method in given.methods:
                 (row,) = in_fresh_process(partial(measure, folder, path=path, method=method, **options))

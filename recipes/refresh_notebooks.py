@@ -1,5 +1,7 @@
 """Execute the notebooks in place with their defaults, strip what changes from run to run, update the README's verdicts.
 
+Each notebook's metadata say what its outputs were computed from, so that a test notices stale ones.
+
 Run `python -m recipes.refresh_notebooks`, or with numbers (`01 04`) for some of them. Run twice on one machine, it gives the same
 bytes, so that a difference in a commit is a difference in results.
 """
@@ -15,7 +17,7 @@ from nbclient import NotebookClient
 from tqdm.auto import tqdm
 
 from lib.core import config, environment, provenance
-from lib.report import readme
+from lib.report import readme, results
 
 KEPT_METADATA = ("tags",)
 LANGUAGE = {"name": "python"}
@@ -43,6 +45,22 @@ def execute(path: Path) -> Any:
     )
     client.execute()
     return notebook
+
+
+def inputs_of(path: Path) -> dict[str, Any]:
+    """Say what the outputs of a notebook that was just executed were computed from.
+
+    Args:
+        path: the notebook.
+
+    Returns:
+        Profile, seed, overrides and fingerprint, as its run recorded them.
+
+    Raises:
+        InputError: the run wrote no result file.
+    """
+    result = results.read_result(config.output_root() / "results" / "quick" / f"{path.stem}.json")
+    return {key: result[key] for key in ("profile", "seed", "overrides", "fingerprint")}
 
 
 def strip_(notebook: Any) -> None:
@@ -92,6 +110,7 @@ def refresh(path: Path) -> bool:
     before = path.read_bytes()
     notebook = execute(path)
     strip_(notebook)
+    notebook.metadata["sinks"] = nbformat.from_dict(inputs_of(path))
     nbformat.validate(notebook)
     after = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
     if after != before:

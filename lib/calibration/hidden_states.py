@@ -1,17 +1,18 @@
 """What decoder blocks read between two passes: on the device, in host memory or on disk, a batch at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.core.errors import require
+from lib.models.language_model import LanguageModel, network_body
 from lib.models.weight_store import StoredTensor, read
 
 States = Literal["device", "cpu", "disk"]
@@ -47,17 +48,16 @@ class HiddenStates:
         stored, dtype = self._stored[block, batch]
         return read(stored, dtype=dtype, device=self.device)
 
-    def move(self, block: int, batch: int, outputs: Float[Tensor, "sample position feature"]) -> None:
-        """Keep what a block made of a batch, which the next one reads, and forget what it read."""
-        self.drop(block, batch)
-        self.put(block + 1, batch, outputs)
-
     def drop(self, block: int, batch: int) -> None:
-        """Forget it."""
-        if self.folder is None:
-            del self._kept[block, batch]
-        else:
+        """Forget it, if it is there."""
+        self._kept.pop((block, batch), None)
+        if (block, batch) in self._stored:
             self._stored.pop((block, batch))[0].file.unlink()
+
+
+def check_states(kind: str) -> None:
+    """Raise `InputError` unless hidden states may wait there."""
+    require(kind in get_args(States), f"states must be one of {get_args(States)}", repr(kind), "disk takes the least memory")
 
 
 @contextmanager
@@ -73,10 +73,41 @@ def waiting(kind: States, device: torch.device, scratch: Path | str | None = Non
     Raises:
         InputError: another place, or a scratch folder that is not there.
     """
-    require(kind in get_args(States), f"states must be one of {get_args(States)}", repr(kind), "disk takes the least memory")
+    check_states(kind)
     if kind != "disk":
         yield HiddenStates(kind, device)
         return
     require(scratch is None or Path(scratch).is_dir(), "scratch must be a folder", str(scratch), "make it or leave it out")
     with TemporaryDirectory(prefix="states-", dir=scratch) as folder:
         yield HiddenStates(kind, device, Path(folder))
+
+
+class ReachedError(Exception):
+    """Raised by a hook to stop a forward pass at the module that was wanted."""
+
+
+def first_inputs(
+    model: LanguageModel, ids: Int[Tensor, "sample position"], states: HiddenStates, batch_size: int
+) -> dict[str, Any]:
+    """Put what the first block reads, batch by batch, where hidden states wait.
+
+    Returns:
+        The other arguments of the first block, which are the same for all batches and blocks.
+    """
+    options: dict[str, Any] = {}
+    numbers = iter(range(len(ids)))
+
+    def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        states.put(0, next(numbers), arguments[0])
+        options.update(named)
+        raise ReachedError
+
+    first = cast(Any, model.network.get_decoder()).layers[0]
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in ids.split(batch_size):
+            with suppress(ReachedError):
+                network_body(model)(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return options

@@ -4,7 +4,7 @@ much each token of it counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -83,8 +83,7 @@ def read(
     if inputs.kind == "clean":
         return windows[:, None]
     if inputs.kind == "noised":
-        options = {"times": inputs.times, "levels": inputs.levels, "schedule": inputs.schedule}
-        return noised_windows(model, windows, seed=seed, **cast(Any, options))
+        return noised_windows(model, windows, inputs, seed=seed)
     prompt = int(windows.shape[1] * inputs.prompt_share)
     at = [level / inputs.levels for level in range(inputs.levels)]
     return trajectory_states(model, windows, prompt_tokens=prompt, steps=windows.shape[1] - prompt, at=at, seed=seed)
@@ -155,23 +154,15 @@ def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[flo
 
 
 def noised_windows(
-    model: LanguageModel,
-    windows: Int[Tensor, "window position"],
-    *,
-    seed: int,
-    times: Times = "grid",
-    levels: int = GRID_STEPS,
-    schedule: likelihood.Schedule = "llada",
+    model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs = NOISED, *, seed: int
 ) -> Int[Tensor, "window level position"]:
     """Mask every window at several noise levels.
 
     Args:
         model: a diffusion model.
         windows: clean token windows.
+        inputs: how many levels, how they are spread, and which positions are masked.
         seed: the masks of (window, level) depend on it and on these two numbers alone, whatever the batch.
-        times: how the noise levels are spread.
-        levels: noise levels per window.
-        schedule: `"llada"` masks any position, `"dream"` never the first and the last.
 
     Raises:
         InputError: an autoregressive model.
@@ -182,14 +173,14 @@ def noised_windows(
         raise InputError(f"noised calibration must use a diffusion model, got {model.name}: calibrate it on clean text")
     rows = []
     for index, window in enumerate(windows):
-        for level, time in enumerate(noise_times(times, levels=levels, seed=seed, window=index)):
+        for level, time in enumerate(noise_times(inputs.times, levels=inputs.levels, seed=seed, window=index)):
             stream = generator(seed, "calibration", index, level)
             at = torch.tensor([time])
             noised = likelihood.forward_noise(
-                window[None], mask_token_id=model.mask_token_id, generator=stream, t=at, schedule=schedule
+                window[None], mask_token_id=model.mask_token_id, generator=stream, t=at, schedule=inputs.schedule
             )
             rows.append(noised.input_ids[0])
-    return torch.stack(rows).view(len(windows), levels, windows.shape[1])
+    return torch.stack(rows).view(len(windows), inputs.levels, windows.shape[1])
 
 
 def trajectory_states(

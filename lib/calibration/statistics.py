@@ -13,14 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.calibration.hidden_states import HiddenStates
+from lib.calibration.hidden_states import HiddenStates, ReachedError, first_inputs
 from lib.core.errors import InputError
-from lib.models.language_model import LanguageModel, LinearLayer, Role, network_body
+from lib.models.language_model import LanguageModel, Role
 
 Aggregate = Literal["root_mean_square", "sum_of_norms"]
 # layers that read the same tensor share their statistics
 READS: dict[Role, Role] = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
-
+# From the last tensor that a block reads to the first: what one of them holds does not depend on the matrices that read it or a
+# later one, so those may be written at once, and all statistics are still those of the block as it was.
+LAST_FIRST: tuple[Role, ...] = ("down", "gate", "o", "q")
 
 Weights = Float[Tensor, "sample position"] | Float[Tensor, "layer sample position"] | Float[Tensor, "layer sample head position"]
 
@@ -117,6 +119,28 @@ class InputStatistics:
         return self.products * (2.0 / self.samples)
 
 
+class _OneHessian(InputStatistics):
+    """Statistics whose Hessian takes the place of their outer products, and is given away to the last layer that reads it.
+
+    SparseGPT works on a copy: the matrix itself is then gone while the copy is inverted, which is the peak of a block.
+    """
+
+    def __init__(self, features: int, *, device: torch.device, readers: int) -> None:
+        super().__init__(features, hessian=True, device=device)
+        self._readers, self._is_hessian = readers, False
+
+    def hessian(self) -> Float[Tensor, "feature feature"]:
+        """Return the Hessian, as often as there are readers; nothing may be added afterwards."""
+        found = cast(Tensor, self.products)
+        if not self._is_hessian:
+            found.mul_(2.0 / self.samples)
+            self._is_hessian = True
+        self._readers -= 1
+        if not self._readers:
+            self.products = None
+        return found
+
+
 def spread(weight: Tensor, features: int) -> Float[Tensor, "sample position feature_or_one"]:
     """Bring token weights to the shape of a layer's input: alike for all features, or its heads one after another."""
     return (
@@ -137,6 +161,7 @@ def stream(
     sequential: bool = True,
     batch_size: int = 4,
     states: HiddenStates | None = None,
+    by_role: bool = False,
 ) -> None:
     """Walk through the blocks: collect the statistics of one, let `visit` use them, go on to the next.
 
@@ -148,6 +173,8 @@ def stream(
         sequential: True computes the next block's input with the block as `visit` left it, False with the block as it was.
         batch_size: samples at one time; changes memory, and the result only by rounding.
         states: where hidden states wait between blocks; on the device when None.
+        by_role: collect one Hessian at a time, with a pass through the part of the block before it: `visit` is then called for
+            each, in the order of `LAST_FIRST`, and may change what reads it. The first call brings the norms of all.
 
     Raises:
         InputError: the calibration set is empty.
@@ -163,20 +190,46 @@ def stream(
     states = states or HiddenStates("device", model.device)
     options = first_inputs(model, calibration.input_ids, states, batch_size)
     batches = range(-(-len(calibration.input_ids) // batch_size))
+    roles = LAST_FIRST if hessian and by_role else LAST_FIRST[:1]
     for index, block in enumerate(blocks):
-        found = new_statistics(model, index, hessian=hessian, by_head=calibration.by_head)
-        weight = of_layer(calibration.token_weight, index)
+        last, weight = index + 1 == len(blocks), of_layer(calibration.token_weight, index)
         parts = [None] * len(batches) if weight is None else weight.split(batch_size)
-        for batch, part in zip(batches, parts, strict=True):
-            with reading(model, [index], lambda read, part=part, found=found: add_weighted(found, *read[1:], part)):
-                outputs = block(states.get(index, batch), **options)
-            if not sequential:
-                states.move(index, batch, outputs)
-            del outputs
-        visit(index, found)
-        del found  # before the next block's exist
-        for batch in batches if sequential and index + 1 < len(blocks) else ():
-            states.move(index, batch, block(states.get(index, batch), **options))
+        for role in roles:
+            if len(roles) == 1:
+                found = new_statistics(model, index, hessian=hessian, by_head=calibration.by_head)
+            else:
+                found = _of_role(model, index, role)
+            until = None if role == roles[0] and not (sequential or last) else role
+            for batch, part in zip(batches, parts, strict=True):
+                with suppress(ReachedError), reading(model, [index], partial(_add, found, part, until)):
+                    states.put(index + 1, batch, block(states.get(index, batch), **options))
+                    if len(roles) == 1:
+                        states.drop(index, batch)
+            visit(index, found)
+            del found  # before the next ones exist
+        for batch in batches:
+            if sequential and not last:
+                states.put(index + 1, batch, block(states.get(index, batch), **options))
+            states.drop(index, batch)
+
+
+def _of_role(model: LanguageModel, block: int, role: Role) -> dict[Role, InputStatistics]:
+    """Make empty statistics of one Hessian; the first of a block comes with the norms of all tensors.
+
+    Inputs that are not finite are then found in the order of the layers, and before any of them is changed.
+    """
+    found = new_statistics(model, block, hessian=False) if role == LAST_FIRST[0] else {}
+    readers = [layer.module for layer in model.layers if layer.block == block and READS[layer.role] == role]
+    found[role] = _OneHessian(readers[0].in_features, device=readers[0].weight.device, readers=len(readers))
+    return found
+
+
+def _add(found: dict[Role, InputStatistics], weight: Tensor | None, until: Role | None, read: tuple[int, Role, Tensor]) -> None:
+    """Add what one layer read; behind the last one that is wanted, end the pass, which None lets go on to the next block."""
+    _, role, inputs = read
+    add_weighted(found, role, inputs, weight)
+    if role == until:
+        raise ReachedError
 
 
 def check_weights(model: LanguageModel, weight: Tensor | None) -> None:
@@ -217,51 +270,16 @@ def statistics_of(found: Mapping[Role, InputStatistics], role: Role) -> InputSta
     return found[role] if role in found else found[READS[role]]
 
 
-def _layers(model: LanguageModel, block: int) -> dict[Role, LinearLayer]:
-    return {layer.role: layer for layer in model.layers if layer.block == block}
-
-
 def new_statistics(model: LanguageModel, block: int, *, hessian: bool, by_head: bool = False) -> dict[Role, InputStatistics]:
     """Make empty statistics for each tensor that is read; with weights by head, `v` has its own, a group a key-value head."""
-    layers = _layers(model, block)
+    modules = {layer.role: layer.module for layer in model.layers if layer.block == block}
     found: dict[Role, InputStatistics] = {}
     own: tuple[Role, ...] = ("v",) if by_head else ()
     for role in (*dict.fromkeys(READS.values()), *own):
-        linear = layers[role].module
+        linear = modules[role]
         groups = model.network.config.num_key_value_heads if role == "v" else None
         found[role] = InputStatistics(linear.in_features, hessian=hessian, device=linear.weight.device, groups=groups)
     return found
-
-
-class ReachedError(Exception):
-    """Raised by a hook to stop a forward pass at the module that was wanted."""
-
-
-def first_inputs(
-    model: LanguageModel, ids: Int[Tensor, "sample position"], states: HiddenStates, batch_size: int
-) -> dict[str, Any]:
-    """Put what the first block reads, batch by batch, where hidden states wait.
-
-    Returns:
-        The other arguments of the first block, which are the same for all batches and blocks.
-    """
-    options: dict[str, Any] = {}
-    numbers = iter(range(len(ids)))
-
-    def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        states.put(0, next(numbers), arguments[0])
-        options.update(named)
-        raise ReachedError
-
-    first = cast(Any, model.network.get_decoder()).layers[0]
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for batch in ids.split(batch_size):
-            with suppress(ReachedError):
-                network_body(model)(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-    return options
 
 
 def _use_input(

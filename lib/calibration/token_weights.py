@@ -91,20 +91,13 @@ def sink_score(mass: Float[Tensor, "layer sample head position"], weighting: Wei
     """
     over = {"aggregate": (0, 2), "layer": (2,), "head": ()}[weighting.level]
     values = mass if not over else mass.sum(over) if weighting.unit == "sum" else mass.mean(over)
-    threshold = {"mean_std": _mean_std, "leave_one_out": _leave_one_out}[weighting.rule](values, weighting.margin)
-    return _score(values, threshold, weighting.alpha)
-
-
-def _mean_std(values: Tensor, margin: float) -> Tensor:
-    return sinks.mean_std_threshold(values, num_std=margin)
-
-
-def _leave_one_out(values: Tensor, margin: float) -> Tensor:
-    return sinks.leave_one_out_threshold(values, epsilon=margin)
-
-
-def _score(values: Tensor, threshold: Tensor, alpha: float | None) -> Tensor:
-    return (values > threshold).to(values.dtype) if alpha is None else sinks.soft_score(values, threshold, alpha=alpha)
+    if weighting.rule == "mean_std":
+        threshold = sinks.mean_std_threshold(values, num_std=weighting.margin)
+    else:
+        threshold = sinks.leave_one_out_threshold(values, epsilon=weighting.margin)
+    if weighting.alpha is None:
+        return (values > threshold).to(values.dtype)
+    return sinks.soft_score(values, threshold, alpha=weighting.alpha)
 
 
 def sinks_down(score: Float[Tensor, "*batch position"]) -> Float[Tensor, "*batch position"]:

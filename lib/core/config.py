@@ -1,14 +1,17 @@
-"""A profile file becomes frozen dataclasses; every setting is checked before any work starts."""
+"""A profile file becomes frozen settings; every one is checked before any work starts."""
 
 import difflib
 import os
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import StrictInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from lib.core.errors import InputError, require
 from lib.core.sections import (
@@ -16,28 +19,53 @@ from lib.core.sections import (
     JointQuantization,
     ModelSource,
     PruningBaselines,
+    Section,
     SinkAwarePruning,
     SinkTraces,
     Timing,
     VarianceAnalysis,
     between,
-    one_of,
 )
 
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("quick", "full", "paper", "rehearsal")
+KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "literal_error": "text",
+    "bool_type": "true or false",
+    "dataclass_type": "a group of settings",
+}
 
 
-@dataclass(frozen=True)
-class Config:
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words mean what people mean: `010` is ten, `1e-3` a number; `2:4`, `yes` and a date are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0].endswith((":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern, _read in (
+    ("bool", "true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    ("int", r"[-+]?\d+(_\d+)*", int),
+    ("float", r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", float),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})$", re.ASCII), None)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", lambda _, node, read=_read: read(str(node.value)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
     """All settings of one run."""
 
-    profile: str = field(metadata=one_of(*PROFILES))
-    seed: int = field(metadata=between(0, 2**31 - 1))
-    device: str = field(metadata=one_of("auto", "cpu", "cuda"))
-    dtype: str = field(metadata=one_of("auto", "float32", "bfloat16"))
+    profile: Literal["quick", "full", "paper", "rehearsal"]
+    seed: Annotated[StrictInt, between(0, 2**31 - 1)]
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     models: dict[str, ModelSource]
     sink_traces: SinkTraces
     variance_analysis: VarianceAnalysis
@@ -92,7 +120,10 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
         _override_(raw, key, _parse_scalar(value, key) if isinstance(value, str) else value)
     if seed is not None:
         raw["seed"] = seed
-    return typing.cast(Config, _build(Config, raw, ""))
+    try:
+        return TypeAdapter(Config).validate_python(raw)
+    except ValidationError as error:
+        raise _refused(error.errors()[0]) from error
 
 
 def to_dict(config: Config) -> dict[str, object]:
@@ -116,15 +147,15 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
 
 
-def _read_yaml(path: Path) -> dict[str, typing.Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"configs/{path.name} must be a readable YAML file, got {message}: restore or mend it") from error
     if not isinstance(raw, dict):
@@ -134,15 +165,15 @@ def _read_yaml(path: Path) -> dict[str, typing.Any]:
 
 def _parse_scalar(text: str, key: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"the value of {key} must be YAML, got {text!r}: quote it") from error
 
 
-def _override_(raw: dict[str, typing.Any], key: str, value: object) -> None:
+def _override_(raw: dict[str, Any], key: str, value: object) -> None:
     """Set a dotted key in place; the section must exist, models may be added."""
     *sections, last = key.split(".")
-    target: typing.Any = raw
+    target: Any = raw
     for depth, name in enumerate(sections):
         if sections[:depth] == ["models"]:
             target.setdefault(name, {})
@@ -155,54 +186,27 @@ def _override_(raw: dict[str, typing.Any], key: str, value: object) -> None:
     target[last] = value
 
 
-def _build(cls: type, raw: object, where: str) -> object:
-    """Turn a mapping into the dataclass `cls`, refusing missing, unknown and mistyped keys."""
-    if not isinstance(raw, dict):
-        raise InputError(f"{where or 'the file'} must be a group of settings, got {raw!r}: see configs/quick.yaml")
-    hints = typing.get_type_hints(cls)
+def _refused(error: ErrorDetails) -> InputError:
+    """Say what pydantic found as rule, got and remedy, in one line."""
+    names = [name for name in error["loc"] if isinstance(name, str) and name != "[key]"]
+    where, kind, value, found = ".".join(names), error["type"], error["input"], error.get("ctx", {})
     prefix = f"{where}." if where else ""
-    for key in raw:
-        if key not in hints:
-            raise InputError(f"settings must be known ones, got {prefix + str(key)!r}{_nearest(str(key), hints)}")
-    values = {}
-    for item in fields(cls):  # type: ignore[arg-type]
-        if item.name in raw:
-            values[item.name] = _convert(hints[item.name], raw[item.name], prefix + item.name)
-            _check_range(values[item.name], item.metadata, prefix + item.name)
-        elif item.default is MISSING:
-            raise InputError(f"configuration must be complete, got no {prefix + item.name}: add it to the file")
-    return cls(**values)
-
-
-def _convert(hint: typing.Any, value: object, where: str) -> object:
-    """Check `value` against a type hint and return it (int where a float is wanted becomes float)."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(arguments[0], item, where) for item in value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, "a list or group")
-    raise InputError(f"{where} must be {name}, got {value!r} ({type(value).__name__}): see configs/quick.yaml for an example")
-
-
-def _check_range(value: object, metadata: Mapping[str, typing.Any], where: str) -> None:
-    if value is None or not metadata:
-        return
-    if isinstance(value, tuple):
-        for item in value:
-            _check_range(item, metadata, f"every value of {where}")
-        return
-    if "choices" in metadata and value not in metadata["choices"]:
-        raise InputError(f"{where} must be one of {', '.join(metadata['choices'])}, got {value!r}: choose one of them")
-    if "low" in metadata and not metadata["low"] <= value <= metadata["high"]:
-        raise InputError(f"{where} must be in [{metadata['low']}, {metadata['high']}], got {value!r}: choose a value inside")
+    if kind == "value_error":  # a rule between settings, with its three clauses
+        return InputError(f"{prefix}{found['error']}")
+    if kind == "unknown":
+        key = str(found["key"])
+        return InputError(f"settings must be known ones, got {prefix + key!r}{_nearest(key, found['known'])}")
+    if kind == "missing":
+        return InputError(f"configuration must be complete, got no {where}: add it to the file")
+    part = "name" if "[key]" in error["loc"] else "value"
+    subject = where if len(names) == len(error["loc"]) else f"every {part} of {where}"
+    if kind == "range":
+        return InputError(
+            f"{subject} must be in [{found['low']}, {found['high']}], got {found['value']!r}: choose a value inside"
+        )
+    if kind == "literal_error" and isinstance(value, str):
+        choices = found["expected"].replace("'", "").replace(" or ", ", ")
+        return InputError(f"{subject} must be one of {choices}, got {value!r}: choose one of them")
+    rule, given = KINDS.get(kind, "a list or group"), f"{value!r} ({type(value).__name__})"
+    remedy = "put it in quotes" if rule == "text" else "see configs/quick.yaml for an example"
+    return InputError(f"{subject} must be {rule}, got {given}: {remedy}")

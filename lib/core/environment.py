@@ -3,7 +3,6 @@
 Only the standard library is imported, because this runs before anything is installed.
 """
 
-import hashlib
 import os
 import re
 import shlex
@@ -17,10 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements.lock"
 OLDEST_PYTHON = (3, 11)
+NEW_ENOUGH = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
 # Groups that only some runs need, by the name that stands in SINKS_GROUPS; each lock adds to requirements.lock.
 GROUPS = {"cluster": "requirements-cluster.lock"}
 STAMP = ".installed"
-PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;#]+)(?:\s*;\s*sys_platform == \"(\w+)\")?")
+PIN = re.compile(r"^([A-Za-z0-9._-]+==[^\s;#]+)(?:\s*;\s*sys_platform == \"(\w+)\")?")
 OFFLINE = re.compile(r"connection|resolve host|name resolution|network is unreachable|timed out|dns error", re.IGNORECASE)
 # glibc gives every large activation back to the kernel and faults it in again at the next step; with these values it keeps the
 # memory. A training step on two cores went from 9.2 s to 2.0 s. Other allocators do not read them.
@@ -35,48 +35,37 @@ class NoEnvironmentError(RuntimeError):
     """No usable environment: the message says the rule, what was got, and the remedy."""
 
 
-def read_pins(lock: Path = LOCK) -> dict[str, str]:
+def read_pins(lock: Path = LOCK) -> list[str]:
     """Read the pins of a lock file that apply to this system.
 
     Args:
         lock: a file with one `name==version` a line, with comments and, where only one system needs it, a `sys_platform` marker.
 
     Returns:
-        Version by name.
+        `name==version` of each.
 
-    >>> read_pins()["papermill"]
-    '2.7.0'
+    >>> "papermill==2.7.0" in read_pins()
+    True
     """
     found = (PIN.match(line) for line in lock.read_text(encoding="utf-8").splitlines())
-    return {pin[1]: pin[2] for pin in found if pin and pin[3] in (None, sys.platform)}
+    return [pin[1] for pin in found if pin and pin[2] in (None, sys.platform)]
 
 
 def missing_pins(lock: Path = LOCK) -> list[str]:
-    """List what this interpreter lacks of a lock file.
-
-    Args:
-        lock: the lock file.
-
-    Returns:
-        `name==version` of each pin that is absent or there in another version; `2.13.0+cpu` counts as `2.13.0`.
-    """
-    return [f"{name}=={version}" for name, version in read_pins(lock).items() if _installed(name) != version]
+    """List the pins that this interpreter lacks or has in another version; `2.13.0+cpu` counts as `2.13.0`."""
+    return [pin for pin in read_pins(lock) if not _has(*pin.split("=="))]
 
 
 def physical_cores() -> int:
-    """Count the physical cores that this process may use.
+    """Count the physical cores that this process may use, at least 1.
 
     Two threads on one core slow matrix products down, so hyper-threads do not count; a container's share of processors does.
-
-    Returns:
-        At least 1.
     """
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     if sys.platform == "darwin":
         answer = subprocess.run(["sysctl", "-n", "hw.physicalcpu"], capture_output=True, text=True, check=False).stdout.strip()
         return int(answer) if answer.isdigit() else len(usable)
-    cores = {_core_of(cpu) for cpu in usable}
-    return max(1, min(len(cores), _processor_share()))
+    return max(1, min(len({_core_of(cpu) for cpu in usable}), _processor_share()))
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -101,7 +90,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def ready(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Find an interpreter whose packages satisfy the lock, without making anything.
+    """Find an interpreter whose packages satisfy requirements.lock, without making anything.
 
     Args:
         root: the repository.
@@ -110,14 +99,13 @@ def ready(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path
     Returns:
         Path of the interpreter: of the active environment, else of a complete `.venv`; None when neither will do.
     """
+    locks = [root / LOCK.name]
     active = _active(root / ".venv", environ)
-    if active and not _ask_missing(active, root):
-        return active
-    return _complete(root)
+    return active if active and not _lacks(active, locks[0]) else _complete(root, locks)
 
 
 def ensure(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return an interpreter whose packages satisfy the lock, making `.venv` when the active environment does not.
+    """Return an interpreter whose packages satisfy the locks, making `.venv` when the active environment does not.
 
     Args:
         root: the repository.
@@ -129,21 +117,17 @@ def ensure(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Pat
     Raises:
         NoEnvironmentError: the environment cannot be made, mostly because there is no network, or the active one lacks a group.
     """
-    active, locks = _active(root / ".venv", environ), _group_locks(environ)
-    if active:
-        lacks = _ask_missing(active, root)
+    locks = [root / LOCK.name, *(root / name for name in _groups(environ))]
+    if active := _active(root / ".venv", environ):
+        lacks = _lacks(active, locks[0])
         if not lacks:
-            for lock in locks:
-                _check_group(active, root, lock)
+            _check_groups(active, locks[1:])
             return active
-        _tell(f"the active environment {active.parent.parent} does not satisfy requirements.lock ({lacks}): using .venv instead")
-    python = _complete(root) or _own_environment(root)
-    for lock in locks:
-        _add_group(root, lock)
-    return python
+        _tell(f"the active environment {active.parent.parent} does not satisfy {LOCK.name} ({lacks}): using .venv instead")
+    return _complete(root, locks) or _own_environment(root, locks)
 
 
-def _group_locks(environ: Mapping[str, str]) -> list[str]:
+def _groups(environ: Mapping[str, str]) -> list[str]:
     """Name the lock files of the groups that are asked for."""
     asked = environ.get("SINKS_GROUPS", "").split()
     if not set(asked) <= set(GROUPS):
@@ -151,22 +135,14 @@ def _group_locks(environ: Mapping[str, str]) -> list[str]:
     return [GROUPS[name] for name in asked]
 
 
-def _check_group(active: Path, root: Path, lock: str) -> None:
+def _check_groups(active: Path, locks: list[Path]) -> None:
     """Refuse an environment of the user's own that lacks a group, because nothing is installed into it."""
-    if lacks := _ask_missing(active, root, lock):
-        remedy = f"{active} -m pip install -r {lock} -c requirements.lock, or deactivate it"
-        raise NoEnvironmentError(f"the active environment {active.parent.parent} must satisfy {lock} too, got {lacks}: {remedy}")
-
-
-def _add_group(root: Path, lock: str) -> None:
-    """Install a group into `.venv` unless its stamp says that this was finished."""
-    own = root / ".venv"
-    stamp, content = own / f"{STAMP}-{lock}", (root / lock).read_text(encoding="utf-8") + _stamp(root)
-    if stamp.exists() and stamp.read_text(encoding="utf-8") == content:
-        return
-    _tell(f"installing {lock} into .venv")
-    _install([*_installer(own / "bin" / "python"), "-r", str(root / lock), "-c", str(root / "requirements.lock")], lock=lock)
-    stamp.write_text(content, encoding="utf-8")
+    for lock in locks:
+        if lacks := _lacks(active, lock):
+            remedy = f"{active} -m pip install -r {lock.name} -c {LOCK.name}, or deactivate it"
+            raise NoEnvironmentError(
+                f"the active environment {active.parent.parent} must satisfy {lock.name} too, got {lacks}: {remedy}"
+            )
 
 
 def _active(own: Path, environ: Mapping[str, str]) -> Path | None:
@@ -178,111 +154,95 @@ def _active(own: Path, environ: Mapping[str, str]) -> Path | None:
     return None
 
 
-def _stamp(root: Path) -> str:
-    """Say what a complete `.venv` was made from: the lock, the package's description, and the place of both."""
-    content = (root / "requirements.lock").read_bytes() + (root / "pyproject.toml").read_bytes()
-    return f"{hashlib.sha256(content).hexdigest()} {root}\n"
-
-
-def _complete(root: Path) -> Path | None:
-    """Return the interpreter of `.venv` when its installation was finished from the present lock."""
-    python, stamp = root / ".venv" / "bin" / "python", root / ".venv" / STAMP
-    whole = stamp.exists() and stamp.read_text() == _stamp(root) and _runs(python)
-    return python if whole else None
-
-
-def _own_environment(root: Path) -> Path:
-    """Make or complete `.venv`; the stamp is written last, so an interrupted installation is taken up again."""
-    own = root / ".venv"
-    # When `.venv` itself runs this, it must not be made from itself.
-    base = getattr(sys, "_base_executable", None) or sys.executable
-    python, uv = own / "bin" / "python", shutil.which("uv")
-    # Models that lie in wheels are fetched by pip, so uv has to put it in.
-    by_uv = [str(uv), "venv", "--quiet", "--clear", "--seed", "--python", base]
-    if not _runs(python) or not _runs(python, "-m", "pip", "--version"):
-        _tell("making .venv: once, some minutes and gigabytes")
-        _make(own, by_uv if uv else [base, "-m", "venv", "--clear"])
-    installer = _installer(python)
-    _tell("installing requirements.lock into .venv (what an earlier try finished is kept)")
-    _install([*installer, "-r", str(root / "requirements.lock")])
-    _install([*installer, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(root)])
-    partial = own / f"{STAMP}.partial"
-    partial.write_text(_stamp(root))
-    os.replace(partial, own / STAMP)
-    return python
-
-
-def _installer(python: Path) -> list[str]:
-    """Return the first words of the command that installs into an environment: uv's where there is one, else pip's."""
-    uv = shutil.which("uv")
-    return [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--no-input"]
-
-
-def _make(own: Path, command: list[str]) -> None:
-    """Run the command that makes an empty environment."""
-    result = subprocess.run([*command, str(own)], capture_output=True, text=True, check=False)
-    if result.returncode:
-        shutil.rmtree(own, ignore_errors=True)
-        said = _last_line(result.stdout + "\n" + result.stderr)
-        raise NoEnvironmentError(
-            f"Python must be able to make a virtual environment, got {said!r}: install its venv module "
-            f"(Debian: python3-venv), or uv, or activate an environment that satisfies requirements.lock"
-        )
-
-
-def _install(command: list[str], *, lock: str = "requirements.lock") -> None:
-    """Run the installer; a terminal sees its progress, and its complaints are kept for the one line of a failure."""
-    quiet = [] if sys.stderr.isatty() or "--quiet" in command else ["--quiet"]
-    result = subprocess.run([*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        got, remedy = _complaint(result.stderr)
-        raise NoEnvironmentError(f"{lock} must be installed once, got {got}: {remedy}, or activate an environment that has it")
-
-
-def _complaint(said: str) -> tuple[str, str]:
-    """Condense what pip or uv said into what went wrong and what to do about it."""
-    if OFFLINE.search(said):
-        return "no connection to the package index", "connect to a network and run again (what was finished is kept)"
-    errors = [line for line in said.splitlines() if line.lower().startswith("error")]
-    return repr(_last_line("\n".join(errors) or said)), "mend that and run again"
-
-
-def _ask_missing(python: Path, root: Path, lock: str = "requirements.lock") -> str:
-    """Ask another interpreter what it lacks; the answer is empty when nothing, else one short phrase."""
-    if not _runs(python):
+def _lacks(python: Path, lock: Path) -> str:
+    """Ask another interpreter what it lacks of a lock; the answer is empty when nothing, else one short phrase."""
+    if not _runs(python, NEW_ENOUGH):
         return f"its Python is older than {'.'.join(map(str, OLDEST_PYTHON))}"
-    command = [str(python), "-m", "lib.core.environment", "--missing", str(root / lock)]
-    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    command = [str(python), "-m", "lib.core.environment", "--missing", str(lock)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if answer.returncode:
         return "its packages cannot be listed"
     lacks = answer.stdout.split()
     return f"{len(lacks)} of its pins missing, such as {lacks[0]}" if lacks else ""
 
 
-def _runs(python: Path, *arguments: str) -> bool:
-    """Tell whether an interpreter starts and is new enough, or, with arguments, whether that command succeeds."""
-    check = arguments or ("-c", f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})")
+def _wanted(root: Path, locks: list[Path]) -> list[str]:
+    """List what the stamp of a complete `.venv` holds: the repository's place, to which the package is linked, and every pin."""
+    return [str(root), *(pin for lock in locks for pin in read_pins(lock))]
+
+
+def _complete(root: Path, locks: list[Path]) -> Path | None:
+    """Return the interpreter of `.venv` when the installation of these locks was finished."""
+    python, stamp = root / ".venv" / "bin" / "python", root / ".venv" / STAMP
+    whole = stamp.exists() and set(_wanted(root, locks)) <= set(stamp.read_text(encoding="utf-8").splitlines())
+    return python if whole and _runs(python, NEW_ENOUGH) else None
+
+
+def _own_environment(root: Path, locks: list[Path]) -> Path:
+    """Make or complete `.venv`; the stamp is written last, so an interrupted installation is taken up again."""
+    python, uv = root / ".venv" / "bin" / "python", shutil.which("uv")
+    # Models that lie in wheels are fetched by pip, so it has to be there even where uv installs.
+    if not _runs(python, f"import pip; {NEW_ENOUGH}"):
+        _tell("making .venv: once, some minutes and gigabytes")
+        _make(python.parent.parent, uv)
+    installer = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--no-input"]
+    names = " and ".join(lock.name for lock in locks)
+    _tell(f"installing {names} into .venv (what an earlier try finished is kept)")
+    _install([*installer, *(word for lock in locks for word in ("-r", str(lock)))], names)
+    _install([*installer, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(root)], names)
+    partial = root / ".venv" / f"{STAMP}.partial"
+    partial.write_text("\n".join(_wanted(root, locks)), encoding="utf-8")
+    os.replace(partial, root / ".venv" / STAMP)
+    return python
+
+
+def _make(own: Path, uv: str | None) -> None:
+    """Make an empty environment."""
+    # When `.venv` itself runs this, it must not be made from itself.
+    base = getattr(sys, "_base_executable", None) or sys.executable
+    command = [uv, "venv", "--quiet", "--clear", "--seed", "--python", base] if uv else [base, "-m", "venv", "--clear"]
+    result = subprocess.run([*command, str(own)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.returncode:
+        shutil.rmtree(own, ignore_errors=True)
+        raise NoEnvironmentError(
+            f"Python must be able to make a virtual environment, got {_last_line(result.stdout)!r}: install its venv module "
+            f"(Debian: python3-venv), or uv, or activate an environment that satisfies {LOCK.name}"
+        )
+
+
+def _install(command: list[str], names: str) -> None:
+    """Run the installer; a terminal sees its progress, and its complaints are kept for the one line of a failure."""
+    quiet = [] if sys.stderr.isatty() or "--quiet" in command else ["--quiet"]
+    result = subprocess.run([*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        got, remedy = "no connection to the package index", "connect to a network and run again (what was finished is kept)"
+        if not OFFLINE.search(result.stderr):
+            errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error")]
+            got, remedy = repr(_last_line("\n".join(errors) or result.stderr)), "mend that and run again"
+        raise NoEnvironmentError(f"{names} must be installed once, got {got}: {remedy}, or activate an environment that has it")
+
+
+def _runs(python: Path, code: str) -> bool:
+    """Tell whether an interpreter starts and this code succeeds in it."""
     try:
-        return subprocess.run([str(python), *check], capture_output=True, check=False).returncode == 0
+        return subprocess.run([str(python), "-c", code], capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
 
-def _installed(name: str) -> str | None:
-    """Return the installed version of a package without its local suffix."""
+def _has(name: str, version: str) -> bool:
     try:
-        return metadata.version(name).split("+")[0]
+        return metadata.version(name).split("+")[0] == version
     except metadata.PackageNotFoundError:
-        return None
+        return False
 
 
-def _core_of(cpu: int) -> tuple[str, str]:
-    """Name the package and core that a logical processor belongs to; without that knowledge each is its own core."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+def _core_of(cpu: int) -> str:
+    """Name the core of a logical processor by all that share it; without that knowledge each is its own core."""
     try:
-        return (topology / "physical_package_id").read_text(), (topology / "core_id").read_text()
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
-        return "", str(cpu)
+        return str(cpu)
 
 
 def _processor_share() -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,6 +16,7 @@ from lib.core import python_code
 LIB = Path(__file__).resolve().parents[1]
 VERSIONED = ("torch", "transformers", "numpy", "scipy", "tokenizers")
 PARTIAL = ".partial"
+DECIDING = ("lib", "configs", "data", "models", "notebooks")  # folders whose content decides what a notebook writes
 SETTINGS_MODULES = ("lib/core/config.py", "lib/core/sections.py")  # what they return counts by its values
 # Text about data and weights changes no number, and neither do files that the system leaves behind.
 IGNORED_SUFFIXES = frozenset({".md", ".pyc"})
@@ -82,7 +84,19 @@ def write_json(path: Path | str, value: object) -> None:
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Write JSON with sorted keys, as `write_json` does.
+
+    Args:
+        value: what `json` can hold.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def file_hash(path: Path | str) -> str:
@@ -272,6 +286,26 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def commit(root: Path | None = None) -> str:
+    """Name the commit that the code is of.
+
+    Args:
+        root: the repository; by default the one that this module lies in.
+
+    Returns:
+        Its first twelve digits, with `+` behind them where what decides results was changed since; `unknown` outside of a clone.
+    """
+    root = (root or LIB.parent).resolve()
+    git = ["git", "-C", str(root)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True)
+        top, head = found.stdout.split("\n")[:2]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *DECIDING], capture_output=True, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head[:12] + ("+" if changed else "") if Path(top).resolve() == root else "unknown"
 
 
 def _digest(value: object) -> str:

@@ -1,7 +1,7 @@
-"""The lm_eval adapter: likelihoods and generation of a diffusion or autoregressive model, one process, any task."""
+"""The lm_eval adapters: likelihoods, generation and chats of a diffusion or autoregressive model, one process, any task."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from tqdm import tqdm
 
 from lib.core.errors import require
-from lib.diffusion import sampler
+from lib.diffusion import ragged, sampler
 from lib.evaluation.scoring import EvaluationSettings, Passage, batched, grouped, score
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.texts.encoding import encode, encode_pair, first_tokens
+
+Messages = list[dict[str, str]]
+Request = tuple[Sequence[int], int, list[str]]  # prompt ids, tokens to generate, stop strings
 
 
 class HarnessModel(LM):
@@ -38,6 +42,7 @@ class HarnessModel(LM):
         self.tokenizer = tokenizer_of(model)
         longest = int(cast(Any, model.network.config).max_position_embeddings)
         self.max_length = min(longest, settings.max_length or longest)
+        self._chats: set[str] = set()  # prompts that came out of the template
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Score continuations given contexts.
@@ -96,23 +101,74 @@ class HarnessModel(LM):
         """Generate greedily, requests with prompts of one length together.
 
         Args:
-            requests: with (context, options); `until` and `max_gen_toks` are obeyed, the latter up to `gen_length`.
+            requests: with (context, options); `until` and `max_gen_toks` are obeyed, the latter up to `gen_length`. An answer to
+                a prompt of `apply_chat_template` also ends where that template ends the assistant's turn.
 
         Returns:
-            Texts, cut at the first end-of-text token and the first of the stop strings.
+            Texts in the order of the requests, cut at the first end-of-text token and the first of the stop strings. Neither
+            order nor batch size changes them.
 
         Raises:
             InputError: random sampling is asked for, or the tokens to generate leave no room for a prompt.
         """
         asked = [self._generation(*cast(tuple[str, dict[str, Any]], request.args)) for request in requests]
         answers = [""] * len(requests)
-        for indices in grouped([(len(prompt), new) for prompt, new, _ in asked]):
-            for part in batched(indices, self.settings.batch_size):
-                new = asked[part[0]][1]
-                prompts = torch.tensor([asked[index][0] for index in part])
-                for index, row in zip(part, self._generate(prompts, new).tolist(), strict=True):
-                    answers[index] = self._text(row, asked[index][2])
+        bar = tqdm(total=len(requests), desc="generations", unit="text", disable=None, leave=False)
+        for part in self._batches(asked):
+            rows = self._generate([asked[index][0] for index in part], asked[part[0]][1])
+            for index, row in zip(part, rows.tolist(), strict=True):
+                answers[index] = self._text(row, asked[index][2])
+            bar.update(len(part))
+        bar.close()
         return answers
+
+    def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
+        """Write messages as the model's chat template does, specials such as BOS included.
+
+        Args:
+            chat_history: messages with `role` and `content`, as lm_eval makes them.
+            add_generation_prompt: end with the beginning of the assistant's turn; else the last message is one to go on with.
+
+        Returns:
+            The prompt, which `generate_until` then tokenises as it stands: nothing is put before it a second time.
+
+        Raises:
+            InputError: the tokenizer has no template.
+        """
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        text = self._rendered(chat_history, **ending)
+        self._chats.add(text)
+        return text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, as lm_eval's own models give it."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def turn_end(self) -> list[str]:
+        """Return the special token with which the template ends the assistant's turn, if it is one.
+
+        The end-of-text token need not be it: LLaDA's turns end with `<|eot_id|>`, and its tokenizer names another end.
+
+        Raises:
+            InputError: the tokenizer has no template.
+        """
+        content = "The answer is 7"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+        behind = self._rendered(turns, add_generation_prompt=False).rpartition(content)[2]
+        first = encode(self.tokenizer, behind.lstrip(), special=False)[:1]
+        is_special = bool(first) and first[0] in self.tokenizer.added_tokens_decoder
+        return [cast(str, self.tokenizer.decode(first))] if is_special else []
+
+    def _rendered(self, messages: Messages, **ending: bool) -> str:
+        """Write messages as the template does."""
+        require(
+            self.tokenizer.chat_template is not None,
+            "a chat must go to a model whose tokenizer has a chat template",
+            f"none with {self.model.name}",
+            "use its instruction-tuned version, or leave the template out",
+        )
+        return cast(Any, self.tokenizer).apply_chat_template(messages, tokenize=False, **ending)
 
     def _passage(self, context: Sequence[int], target: Sequence[int], stream: tuple[str | int, ...]) -> Passage:
         """Put a context before a target, without its beginning when both are too long."""
@@ -131,8 +187,8 @@ class HarnessModel(LM):
         self.truncated += len(context) > room
         return context[max(0, len(context) - room) :]
 
-    def _generation(self, context: str, options: dict[str, Any]) -> tuple[Sequence[int], int, list[str]]:
-        """Return (prompt ids, tokens to generate, stop strings) of one request."""
+    def _generation(self, context: str, options: dict[str, Any]) -> Request:
+        """Read one request; a chat has its BOS, if any, already."""
         random = bool(options.get("do_sample")) and float(options.get("temperature", 1.0)) > 0
         require(not random, "generation must be greedy", f"do_sample with {options}", "set temperature: 0 in the task")
         new = min(int(options.get("max_gen_toks", self.settings.gen_length)), self.settings.gen_length)
@@ -140,17 +196,24 @@ class HarnessModel(LM):
         room = self.max_length - length
         require(room >= 1, f"gen_length must leave room in the model's {self.max_length} tokens", str(length), "lower it")
         until = options.get("until") or []
-        prompt = encode(self.tokenizer, context) or first_tokens(self.tokenizer)
-        return self._fit(prompt, room), new, [until] if isinstance(until, str) else list(until)
+        stops = [until] if isinstance(until, str) else list(until)
+        if context in self._chats:
+            return self._fit(encode(self.tokenizer, context, special=False), room), new, [*stops, *self.turn_end()]
+        return self._fit(encode(self.tokenizer, context) or first_tokens(self.tokenizer), room), new, stops
 
-    def _generate(self, prompts: Int[Tensor, "batch prompt"], new: int) -> Int[Tensor, "batch new"]:
+    def _batches(self, asked: Sequence[Request]) -> Iterator[list[int]]:
+        """Yield the requests that are answered together: prompts of one length and equally many tokens."""
+        for group in grouped([(len(prompt), new) for prompt, new, _ in asked]):
+            yield from batched(group, self.settings.batch_size)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], new: int) -> Int[Tensor, "batch new"]:
         """Generate `new` tokens after prompts of equal length."""
-        start = prompts.shape[1]
+        ids, start = torch.tensor(prompts), len(prompts[0])
         if self.model.is_causal:
-            return sampler.continue_text(self.model, prompts, new_tokens=new)[:, start:]
+            return sampler.continue_text(self.model, ids, new_tokens=new)[:, start:]
         length, steps, block = denoising_plan(new, self.settings)
         guidance = self.settings.cfg_scale
-        ids = sampler.sample(self.model, prompts, new_tokens=length, steps=steps, block_length=block, cfg_scale=guidance)
+        ids = sampler.sample(self.model, ids, new_tokens=length, steps=steps, block_length=block, cfg_scale=guidance)
         return ids[:, start : start + new]
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
@@ -162,6 +225,28 @@ class HarnessModel(LM):
         for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return text
+
+
+class BatchedHarness(HarnessModel):
+    """A `HarnessModel` that generates `batch_size` texts at a time whatever their lengths.
+
+    Texts are those of `HarnessModel` but for rounding: at reduced precision, where two tokens are almost equally likely,
+    attention with a mask may prefer the other one.
+    """
+
+    def _batches(self, asked: Sequence[Request]) -> Iterator[list[int]]:
+        """Yield requests for equally many tokens together, longest first so that too little memory shows at once."""
+        for group in reversed(grouped([new for _, new, _ in asked])):
+            longest_first = sorted(group, key=lambda index: len(asked[index][0]), reverse=True)
+            yield from batched(longest_first, self.settings.batch_size)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], new: int) -> Int[Tensor, "batch new"]:
+        """Generate `new` tokens after prompts of any lengths."""
+        if self.model.is_causal:
+            return ragged.continue_texts(self.model, prompts, new_tokens=new)
+        length, steps, block = denoising_plan(new, self.settings)
+        plan = {"new_tokens": length, "steps": steps, "block_length": block}
+        return ragged.denoise(self.model, prompts, **plan, cfg_scale=self.settings.cfg_scale)[:, :new]
 
 
 def denoising_plan(new_tokens: int, settings: EvaluationSettings) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
+from lib.evaluation.scoring import grouped
 from lib.models.language_model import LanguageModel, logits_at, tokenizer_of
 
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
@@ -36,7 +37,7 @@ def answer_sums(
     tokenizer = tokenizer_of(model)
     prompts = [cast(list[int], tokenizer(row["question"])["input_ids"]) for row in rows]
     answers = [""] * len(rows)
-    for picked in _by_length(prompts):
+    for picked in grouped([len(prompt) for prompt in prompts]):
         batch, length = torch.tensor([prompts[index] for index in picked]), len(prompts[picked[0]])
         if on_batch is not None:
             on_batch()
@@ -90,11 +91,3 @@ def share_interval(correct: int, total: int) -> tuple[float, float]:
     """
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Group the indices of prompts of equal length, shortest first."""
-    groups: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(index)
-    return [groups[length] for length in sorted(groups)]

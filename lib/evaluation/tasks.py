@@ -3,7 +3,7 @@
 import functools
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,6 +179,8 @@ def evaluate(
     *,
     settings: EvaluationSettings | Mapping[str, EvaluationSettings],
     limit: int | None = None,
+    adapter: Callable[..., HarnessModel] = HarnessModel,
+    chat_template: bool = False,
 ) -> dict[str, TaskResult]:
     """Evaluate a model on tasks.
 
@@ -187,18 +189,23 @@ def evaluate(
         names: task names, or what `load_tasks` returned for them.
         settings: for all tasks, or one for each by name.
         limit: only the first documents of a task (of each part: of every subject of MMLU).
+        adapter: called with model and settings, makes what answers lm_eval, such as `harness.BatchedHarness`.
+        chat_template: write prompts as a chat, each example as a turn of its own; for generation only.
 
     Returns:
         Results by task name.
 
     Raises:
-        InputError: unknown names, or a limit below 1.
+        InputError: unknown names, a limit below 1, a task without its metric, or a chat for likelihoods or without a template.
         UnavailableError: a data set cannot be fetched.
     """
     require(limit is None or limit >= 1, "limit must be a number of documents from 1", str(limit), "raise it or leave it out")
     loaded = names if isinstance(names, Mapping) else load_tasks(names)
+    asking = {"limit": limit, "apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
+    if chat_template:
+        _check_generated(loaded)
     return {
-        name: _evaluate(model, task, settings[name] if isinstance(settings, Mapping) else settings, limit)
+        name: _evaluate(adapter(model, settings=settings[name] if isinstance(settings, Mapping) else settings), task, asking)
         for name, task in loaded.items()
     }
 
@@ -285,33 +292,30 @@ def _load_official(name: str, family: Family) -> LoadedTask:
     return LoadedTask(name, parts, benchmark.metric, benchmark.chance)
 
 
-def _evaluate(model: LanguageModel, task: LoadedTask, settings: EvaluationSettings, limit: int | None) -> TaskResult:
-    """Evaluate one task."""
-    adapter = HarnessModel(model, settings=settings)
+def _check_generated(loaded: Mapping[str, LoadedTask]) -> None:
+    """Refuse a chat for likelihoods: the published numbers that a task is compared with have none."""
+    rule = "a chat template must go with a task that is generated"
+    for name, part in ((name, part) for task in loaded.values() for name, part in task.parts.items()):
+        kind = str(part.OUTPUT_TYPE)
+        require(kind == "generate_until", rule, f"{name}, which is {kind}", "leave chat_template out")
+
+
+def _evaluate(adapter: HarnessModel, task: LoadedTask, asking: Mapping[str, Any]) -> TaskResult:
+    """Let an adapter answer one task."""
     for part in task.parts.values():
         # The sampler of examples goes on where the last model left it; every model must be shown the same ones.
         part.set_fewshot_seed(FEWSHOT_SEED)
     with quiet():
-        given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
-        samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    scores = document_scores(task, samples)
+        logged: Any = run_harness(adapter, {"tasks": dict(task.parts)}, bootstrap_iters=0, log_samples=True, **asking)
+    scores = _document_scores(task, logged["samples"])
     if task.metric not in scores:
         raise InputError(f"the score of {task.name} must be one of {', '.join(scores)}, got {task.metric}: change its metric")
-    return TaskResult(
-        task.name, task.metric, scores[task.metric], MappingProxyType(scores), task.chance, adapter.truncated, settings
-    )
+    found = (scores[task.metric], MappingProxyType(scores), task.chance, adapter.truncated, adapter.settings)
+    return TaskResult(task.name, task.metric, *found)
 
 
-def document_scores(task: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, tuple[bool, ...]]:
-    """Collect the 0/1 scores of documents by name; a task with several answer filters names them after a comma.
-
-    Args:
-        task: as `load_tasks` returned it.
-        samples: what lm_eval logged of each of its parts.
-
-    Returns:
-        Scores in the order of the parts and their documents.
-    """
+def _document_scores(task: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, tuple[bool, ...]]:
+    """Collect the 0/1 scores of documents by name; a task with several answer filters names them after a comma."""
     collected: dict[str, list[bool]] = {}
     for row in (row for name in task.parts for row in sorted(samples[name], key=lambda row: row["doc_id"])):
         for metric in (name for name in row["metrics"] if name in SCORES):

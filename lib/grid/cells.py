@@ -46,7 +46,7 @@ class Variant:
     Attributes:
         model: short name; what it is stands in `source`.
         source: checkpoint.
-        content: fingerprint of a local checkpoint; empty for one on the hub, which its revision names.
+        content: fingerprint of a local checkpoint and its tokenizer; empty for one on the hub, which its revision names.
         is_causal: an autoregressive reference.
         family: whose published settings its evaluation follows; `"llada-chat"` generates behind a chat template.
         method: name in `methods.METHODS` or `STRUCTURED`; `"dense"` is the model as it is.
@@ -162,8 +162,9 @@ def store_of(config: Config) -> Store:
 
 
 def code_version(root: Path) -> str:
-    """Hash the code of the modules that a cell's computation reaches, whatever folder the clone lies in."""
-    return provenance.code_hash(python_code.modules_reached("import lib.grid.work", root / "lib"), root)[:24]
+    """Hash what computes a cell, whatever folder the clone lies in: the modules that it reaches, torch and transformers."""
+    code = provenance.code_hash(python_code.modules_reached("import lib.grid.work", root / "lib"), root)
+    return _digest([code, *(metadata.version(name) for name in ("torch", "transformers"))])
 
 
 def _models(grid: Grid) -> Iterator[tuple[str, ModelSource, bool]]:
@@ -173,8 +174,11 @@ def _models(grid: Grid) -> Iterator[tuple[str, ModelSource, bool]]:
 
 
 def _content(source: ModelSource) -> str:
-    """Return the fingerprint of a local checkpoint; reading 16 GB takes some seconds."""
-    return checkpoints.fingerprint(checkpoints.local_path(source)) if checkpoints.is_local(source) else ""
+    """Return the fingerprint of a local checkpoint and its tokenizer; reading 16 GB takes some seconds."""
+    if not checkpoints.is_local(source):
+        return ""
+    folder = checkpoints.local_path(source)
+    return _digest([checkpoints.fingerprint(folder), checkpoints.text_fingerprint(folder)])
 
 
 def _variants(dense: Variant, grid: Grid, *, seed: int) -> Iterator[Variant]:

@@ -7,12 +7,13 @@ from lib.core import runtime
 from lib.core.config import ROOT, Config, output_root
 from lib.core.errors import InputError, require
 from lib.core.sections import Grid
-from lib.grid import cells, plan, sweep
+from lib.grid import cells, engine, plan
 from lib.grid.cells import Cell, Variant
-from lib.grid.sweep import Group, Summary
+from lib.grid.engine import Summary
+from lib.grid.group import Group
 
 Say = Callable[[str], None]
-WORK = "lib.grid.run.work:work"
+WORK = "lib.grid.work:work"
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Engine:
     """What runs the cells.
 
     Attributes:
-        jobs: processes at one time; None is one a GPU, or one on a CPU.
-        ray: address of a Ray cluster, `"auto"` for the one on this machine; None stays on this machine without Ray.
-        gpus_per_cell: GPUs of a process, which sees no others; without Ray a whole number. None is 1, or all of this machine for
+        jobs: groups of cells at one time; None for as many as get their GPUs, or one on CPUs: its cores then work together.
+        ray: address of a Ray cluster, `"auto"` for the one that this machine belongs to; None starts Ray on this machine alone.
+        gpus_per_cell: GPUs of a process, which sees no others; a part of one shares it. None is 1, or all of this machine for
             weights that are spread over them.
         retry: run again what has failed.
     """
@@ -33,12 +34,12 @@ class Engine:
     retry: bool = False
 
 
-def show(config: Config, engine: Engine | None = None, *, say: Say) -> None:
+def show(config: Config, chosen: Engine | None = None, *, say: Say) -> None:
     """Say what a run would compute and cost, and what is there already; downloads no weights and no data.
 
     Args:
         config: a profile with a grid.
-        engine: what would run the cells; the default one when None.
+        chosen: what would run the cells; the default one when None.
         say: takes each line.
 
     Raises:
@@ -46,17 +47,17 @@ def show(config: Config, engine: Engine | None = None, *, say: Say) -> None:
     """
     grid, device = settings(config), runtime.choose_device(config)
     made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
-    gpus = gpus_per_cell(config, engine or Engine())
+    gpus = gpus_per_cell(config, chosen or Engine())
     for line in plan.lines(made, grid, itemsize=device.dtype.itemsize, gpus=gpus):
         say(line)
 
 
-def run(config: Config, engine: Engine, *, say: Say) -> Summary:
+def run(config: Config, chosen: Engine, *, say: Say) -> Summary:
     """Compute every cell that the store lacks.
 
     Args:
         config: a profile with a grid.
-        engine: what runs the cells.
+        chosen: what runs the cells.
         say: takes lines of progress.
 
     Returns:
@@ -66,18 +67,16 @@ def run(config: Config, engine: Engine, *, say: Say) -> Summary:
         InputError: no grid, settings that cannot be used, or a damaged store.
     """
     grid, store = settings(config), cells.store_of(config)
-    gpus = gpus_per_cell(config, engine)
-    return sweep.run(
+    return engine.run(
         groups(config, grid),
         store=store,
         work=WORK,
-        jobs=engine.jobs or _jobs(gpus, with_ray=engine.ray is not None),
-        engine="loky" if engine.ray is None else "ray",
-        ray_address=engine.ray,
-        gpus_per_cell=gpus,
         batch_size=grid.batch_size,
-        keep_failed=not engine.retry,
         say=say,
+        jobs=chosen.jobs,
+        address=chosen.ray,
+        gpus_per_group=gpus_per_cell(config, chosen),
+        keep_failed=not chosen.retry,
     )
 
 
@@ -114,34 +113,25 @@ def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, 
     return Group(key=key, cells=specs, shared={"variant": cells.to_plain(variant), "place": place, "label": variant.label})
 
 
-def gpus_per_cell(config: Config, engine: Engine) -> float:
+def gpus_per_cell(config: Config, chosen: Engine) -> float:
     """Return how many GPUs a process gets; none when the profile computes on the CPU.
 
     Args:
         config: a profile with a grid.
-        engine: what runs the cells.
+        chosen: what runs the cells.
 
     Raises:
-        InputError: without Ray, a part of a GPU, or more than this machine has.
+        InputError: more than this machine has, where no cluster is named.
     """
-    asked, here = engine.gpus_per_cell, _gpus()
-    if engine.ray is None and asked is not None:
-        rule, remedy = "GPUs of a cell must be a whole number from 1 without Ray", "add --ray auto to share GPUs among cells"
-        require(asked >= 1 and float(asked).is_integer(), rule, f"{asked:g}", remedy)
-        rule, remedy = f"GPUs of a cell must be at most the {here} of this machine", "lower --gpus-per-cell, or use Ray"
+    asked, here = chosen.gpus_per_cell, _gpus()
+    if chosen.ray is None and asked is not None:
+        rule, remedy = f"GPUs of a cell must be at most the {here} of this machine", "lower --gpus-per-cell, or name a cluster"
         require(asked <= here, rule, f"{asked:g}", remedy)
     if runtime.choose_device(config).device.type != "cuda":
         return 0
     if asked is not None:
         return asked
-    return max(1, here) if settings(config).weights == "spread" and engine.ray is None else 1
-
-
-def _jobs(gpus: float, *, with_ray: bool) -> int:
-    """As many processes as have GPUs, or one on a CPU: its cores then work together. Ray knows of other machines' GPUs."""
-    if not gpus:
-        return 1
-    return max(1, _gpus() if with_ray else int(_gpus() // gpus))
+    return max(1, here) if settings(config).weights == "spread" and chosen.ray is None else 1
 
 
 def _gpus() -> int:

@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any, Literal
 
 from lib.core.errors import InputError, require
 from lib.core.provenance import PARTIAL, write_json
-from lib.grid import leases
 
 FORMAT = "cell of a pruning grid, version 1"
 STATUSES = ("done", "failed", "not tested")
 NAME = re.compile(r"[0-9a-f]{24}\.json")
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OLD_SECONDS = 86400.0
 FIELDS = {"settings": dict, "code": str, "data": str, "status": str, "result": dict | None, "reason": str}
 
 
@@ -65,7 +65,6 @@ class Store:
     """A folder of records that many processes, on one machine or on several that share the folder, read and write."""
 
     folder: Path
-    stale: float = leases.STALE_SECONDS  # seconds without a heartbeat: the claim of another machine may be taken over
 
     def read(self, cell: str) -> Record | None:
         """Read one record.
@@ -125,20 +124,14 @@ class Store:
         return self.folder / "logs" / f"{name}.txt"
 
     def ids(self) -> list[str]:
-        """List the cells that have a record.
+        """List the cells that have a record; files with other names, of whatever program, are not looked at.
 
         Returns:
             Sorted ids.
-
-        Raises:
-            InputError: a JSON file is not named like a record.
         """
         # A listing is asked of the server of a network file system, while the absence of one file is remembered for a time.
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        found = sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
-        for name in found:
-            require(bool(NAME.fullmatch(name)), "a store must hold records alone", str(self.folder / name), "move it elsewhere")
-        return [name.removesuffix(".json") for name in found]
+        return sorted(name.removesuffix(".json") for name in names if NAME.fullmatch(name))
 
     def missing(self, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick the cells that have no record.
@@ -152,67 +145,13 @@ class Store:
         finished = set(self.ids())
         return [cell for cell in cells if cell["id"] not in finished]
 
-    def claim(self, key: str, *, on_beat: Callable[[], None] = lambda: None) -> AbstractContextManager[bool]:
-        """Let one process of all that share the folder work on something: see `leases.hold`.
-
-        Args:
-            key: what is claimed: letters, digits, `.`, `_`, `-`.
-            on_beat: called at every heartbeat, in the heartbeat's thread.
-
-        Returns:
-            A context that gives True when the claim is ours until it ends, False when another process holds it.
-
-        Raises:
-            InputError: the key is no plain file name.
-        """
-        return leases.hold(self._claim(key), stale=self.stale, on_beat=on_beat)
-
-    def is_held(self, key: str) -> bool:
-        """Tell whether a living process holds a claim.
-
-        Args:
-            key: what is claimed.
-
-        Returns:
-            False also when nobody ever claimed it.
-        """
-        return leases.is_held(self._claim(key), stale=self.stale)
-
-    def stop(self, run: str) -> None:
-        """Ask all processes of one run, on whatever machine, to end at their next heartbeat.
-
-        Args:
-            run: name of the run.
-        """
-        (self.folder / f".stop-{run}").touch()
-
-    def is_stopped(self, run: str) -> bool:
-        """Tell whether the processes of one run were asked to end.
-
-        Args:
-            run: name of the run.
-
-        Returns:
-            True after `stop`.
-        """
-        return (self.folder / f".stop-{run}").exists()
-
     def tidy(self) -> None:
-        """Remove what killed processes left: dead claims, and parts of records that are finished by now or old."""
-        for left in (*self.folder.glob(f".*{PARTIAL}.json"), *self.folder.glob(".stop-*")):
+        """Remove parts of records that killed processes left: of records that are finished by now, or a day old."""
+        for left in self.folder.glob(f".*{PARTIAL}.json"):
             finished = (self.folder / f"{left.name[1:25]}.json").exists()
-            if finished or leases.age(left, beside=self.folder) > self.stale:
-                left.unlink(missing_ok=True)
-        claims = self.folder / "claims"
-        for claim in claims.glob("*/"):
-            with leases.hold(claim, stale=self.stale):  # a claim is put away by who holds it
-                pass
-        with suppress(OSError):  # others work in it, or there was none
-            claims.rmdir()
-
-    def _claim(self, key: str) -> Path:
-        require(bool(KEY.fullmatch(key)), "a claim must be named by letters, digits, . _ -", repr(key), "rename it")
-        return self.folder / "claims" / key
+            with suppress(FileNotFoundError):  # another driver tidies, too
+                if finished or time.time() - left.stat().st_mtime > OLD_SECONDS:
+                    left.unlink()
 
 
 def _parse(content: bytes, cell: str) -> Record:

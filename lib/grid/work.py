@@ -9,19 +9,21 @@ from typing import Any, Literal, cast
 import torch
 
 from lib.calibration import one_shot, sets
+from lib.calibration.hidden_states import States
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.core.provenance import write_json
 from lib.core.runtime import set_threads
 from lib.core.wheels import UnavailableError
-from lib.evaluation import batched, model_card, standins, tasks
+from lib.evaluation import model_card, standins, tasks
+from lib.evaluation.harness import BatchedHarness
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
 from lib.models import checkpoints, integrity, language_model, loading, streaming
 from lib.models.checkpoints import read_json
 from lib.models.language_model import LanguageModel
-from lib.pruning import lean, pruner, shrink
+from lib.pruning import pruner, shrink
 from lib.pruning.methods import Method, Target
 from lib.studies.variance.sink_effect import text_loss
 from lib.texts import corpora
@@ -50,7 +52,7 @@ class Place:
     dtype: torch.dtype
     kept: Path | None
     weights: Literal["memory", "spread", "streamed"]
-    states: lean.States
+    states: States
     rows: Path | None
 
 
@@ -151,11 +153,8 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
         windows = corpora.windows(cast(corpora.Corpus, text.corpus), tokenizer, **sizes, rows=place.rows)
     if variant.pattern != STRUCTURED_PATTERN:
         given: dict[str, Any] = {"windows": windows, "seed": variant.seed, "batch_size": batch_size}
-        target, in_memory = Target(variant.sparsity, variant.pattern), place.states == "device" and place.weights != "streamed"
-        if in_memory:
-            pruner.prune_(model, method, target, **given)
-        else:
-            lean.prune_(model, method, target, **given, states=place.states)
+        by_role = place.states != "device"  # memory is short then; `costs.memory_bytes` counts the Hessians so
+        pruner.prune_(model, method, Target(variant.sparsity, variant.pattern), **given, states=place.states, by_role=by_role)
         return model
     norms = None
     if windows is not None:
@@ -192,7 +191,8 @@ def accuracy(
         task = tasks.load_tasks([name], family=variant.published)[name]
     else:
         task = standins.load(name, place.rows, family=variant.published)
-    found = batched.evaluate(model, task, settings=known, chat_template=chat_template, limit=settings["limit"])
+    asking: dict[str, Any] = {"limit": settings["limit"], "chat_template": chat_template, "adapter": BatchedHarness}
+    found = tasks.evaluate(model, {name: task}, settings=known, **asking)[name]
     low, high = share_interval(sum(found.correct), len(found.correct))
     return {
         "metric": found.metric,

@@ -77,11 +77,11 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plan", action="store_true", help="say what the grid would cost and what is there already; runs nothing")
     group.add_argument("--grid-only", action="store_true", help="compute the cells, leave the notebooks")
     group.add_argument("--limit", metavar="N", help="only the first N documents of each task; intervals get as wide as they must")
-    group.add_argument("--jobs", metavar="N", help="cells at one time; default: as many as have GPUs, or one on a CPU")
+    group.add_argument("--jobs", metavar="N", help="models at one time; default: as many as have GPUs, or one on a CPU")
     group.add_argument("--retry-failed", action="store_true", help="compute failed cells again")
-    group.add_argument("--ray", metavar="ADDRESS", help="run the cells on a Ray cluster: auto, or host:port")
+    group.add_argument("--ray", metavar="ADDRESS", help="use this Ray cluster: auto, or host:port; default: this machine")
     group.add_argument(
-        "--gpus-per-cell", metavar="X", help="GPUs of a cell, with Ray also parts of one; default 1, all for spread weights"
+        "--gpus-per-cell", metavar="X", help="GPUs of a model, or a part of one; default 1, all for spread weights"
     )
 
 
@@ -99,19 +99,17 @@ def _check_grid(chosen: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be a whole number from 1, got {text!r}: give one such as --{name} 4")
         setattr(chosen, name, None if text is None else int(text))
     if chosen.gpus_per_cell is not None:
-        chosen.gpus_per_cell = _read_share(chosen.gpus_per_cell, with_ray=chosen.ray is not None)
+        chosen.gpus_per_cell = _read_share(chosen.gpus_per_cell)
 
 
-def _read_share(text: str, *, with_ray: bool) -> float:
-    """Read how many GPUs a cell gets; with Ray a part of one lets several cells share it."""
+def _read_share(text: str) -> float:
+    """Read how many GPUs a model gets; a part of one lets several share it."""
     try:
         share = float(text)
     except ValueError:
         share = -1.0
-    if not 0 <= share <= 1024:
-        raise UsageError(f"--gpus-per-cell must be a number from 0, got {text!r}: give one such as 1 or 0.5")
-    if not with_ray and not (share >= 1 and share.is_integer()):
-        raise UsageError(f"--gpus-per-cell must be a whole number from 1 without Ray, got {text!r}: add --ray auto to share GPUs")
+    if not 0 <= share <= 1024 or (share > 1 and not share.is_integer()):
+        raise UsageError(f"--gpus-per-cell must be a part of one or a whole number, got {text!r}: give one such as 0.5 or 2")
     return share
 
 
@@ -133,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = parse(words)
         if chosen.list and not _inside() and environment.ready() is None:
             return _list_names(chosen)
-        if chosen.ray:
-            os.environ["SINKS_GROUPS"] = "cluster"  # of requirements-cluster.lock
+        if _computes_grid(chosen):
+            os.environ["SINKS_GROUPS"] = "cluster"  # of requirements-cluster.lock, which has Ray
         _enter(words)
         return _carry_out(chosen)
     except (UsageError, environment.NoEnvironmentError) as error:
@@ -152,8 +150,10 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     try:
         if chosen.profile == "rehearsal":
             _make_rehearsal()
-        if chosen.profile in GRID_PROFILES and not chosen.list and not _run_grid(chosen):
-            return 0
+        if chosen.plan or _computes_grid(chosen):
+            _run_grid(chosen)
+            if chosen.plan or chosen.grid_only:
+                return 0
         jobs = batch.prepare(chosen.profile, notebooks=chosen.notebooks, seed=chosen.seed, overrides=chosen.overrides)
         if chosen.list:
             batch.show(jobs, say=_say)
@@ -178,20 +178,23 @@ def _make_rehearsal() -> None:
         )
 
 
-def _run_grid(chosen: argparse.Namespace) -> bool:
-    """Plan or compute the grid; tell whether the notebooks come next."""
+def _computes_grid(chosen: argparse.Namespace) -> bool:
+    """Tell whether cells are computed: not for a plan or a list, nor where notebooks alone are named."""
+    only_notebooks = chosen.notebooks_named and not chosen.grid_only
+    return chosen.profile in GRID_PROFILES and not (chosen.list or chosen.plan or only_notebooks)
+
+
+def _run_grid(chosen: argparse.Namespace) -> None:
+    """Plan or compute the grid."""
     from lib.core import config
     from lib.grid import run
 
-    if chosen.notebooks_named and not chosen.plan and not chosen.grid_only:
-        return True
     loaded = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
     engine = run.Engine(jobs=chosen.jobs, ray=chosen.ray, gpus_per_cell=chosen.gpus_per_cell, retry=chosen.retry_failed)
     if chosen.plan:
         run.show(loaded, engine, say=_say)
-        return False
-    run.run(loaded, engine, say=_say)
-    return not chosen.grid_only
+    else:
+        run.run(loaded, engine, say=_say)
 
 
 def _list_names(chosen: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.core import provenance
+from lib.core import outputs, provenance
 
 INJECTED = "injected-parameters"
 MARKER = "papermill-error-cell-tag"
@@ -122,7 +122,7 @@ def execute(job: Job) -> Outcome:
     Raises:
         NotebookError: a cell failed or the process died; the copy executed so far is kept as `NN_name.failed.ipynb`.
     """
-    started, before = time.monotonic(), _snapshot(job)
+    started = time.monotonic()
     partial, failed = (job.executed.with_suffix(f".{kind}.ipynb") for kind in ("partial", "failed"))
     job.executed.parent.mkdir(parents=True, exist_ok=True)
     sweep(job)
@@ -134,14 +134,10 @@ def execute(job: Job) -> Outcome:
             where = f"open {_relative(failed, job)}"
         message = f"notebook {job.number} ({job.name}) failed {problem}: {where}"
         raise NotebookError(message, is_input=any(f" with {name}: " in problem for name in REFUSALS))
-    for path, mark in _snapshot(job).items():
-        # A file of this notebook that it did not write again belongs to other settings.
-        if before.get(path) == mark:
-            path.unlink()
     failed.unlink(missing_ok=True)
     os.replace(partial, job.executed)
     seconds = time.monotonic() - started
-    files = {_relative(path, job): provenance.file_hash(path) for path in _snapshot(job)}
+    files = outputs.read(job.output, job.profile, job.notebook.stem)
     _record(job, files, seconds)
     return Outcome((*files, _relative(job.executed, job)), seconds)
 
@@ -239,13 +235,6 @@ def _position(notebook: Path, copy: Path, index: int) -> str:
 def _literal(path: Path) -> str:
     """Protect braces in a path: papermill fills parameters into it."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _snapshot(job: Job) -> dict[Path, tuple[int, int]]:
-    """List the notebook's figures and results with a mark that changes whenever a file is written again."""
-    folders = (job.output / kind / job.profile for kind in ("figures", "results"))
-    found = (path for folder in folders for path in folder.glob(f"{job.number}_*") if path.is_file())
-    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(found)}
 
 
 def _is_notebook(path: Path) -> bool:

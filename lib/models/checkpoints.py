@@ -24,6 +24,8 @@ WHEELS = {
     )
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Everything that decides which ids a text becomes, also through a chat template.
+TEXT_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "additional_chat_templates/*")
 LLADA_TYPES = ("llada", "mmada")
 MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
 
@@ -186,7 +188,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256 over config and weights (or the GGUF file) that names the checkpoint's content."""
     gguf = gguf_file(folder)
-    files: Iterable[Path] = [gguf] if gguf else [folder / "config.json", *weight_files(folder)]
+    return _hashed([gguf] if gguf else [folder / "config.json", *weight_files(folder)])
+
+
+def text_fingerprint(folder: Path) -> str:
+    """Return a SHA-256 over the names and contents of a checkpoint's tokenizer files, chat templates among them.
+
+    Args:
+        folder: of the checkpoint, or its GGUF file, which holds its tokenizer and is named by `fingerprint`.
+    """
+    files = {file for pattern in TEXT_FILES for file in folder.glob(pattern) if file.is_file()} if folder.is_dir() else set()
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
+    return hashlib.sha256(("\n".join(names) + _hashed(folder / name for name in names)).encode()).hexdigest()
+
+
+def _hashed(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -30,7 +30,7 @@ def check(folder: Path) -> None:
         InputError: as `check_index` and `check_hashes`.
     """
     check_index(folder)
-    _compare(folder, remembered=True)
+    check_hashes(folder, remembered=True)
 
 
 def check_index(folder: Path) -> None:
@@ -82,11 +82,12 @@ def known_hashes(folder: Path) -> dict[str, str]:
     return known
 
 
-def check_hashes(folder: Path) -> int:
+def check_hashes(folder: Path, *, remembered: bool = False) -> int:
     """Compare files with their known hashes; reads them whole (16 GB take about half a minute).
 
     Args:
         folder: a checkpoint folder.
+        remembered: do not read again what was hashed when it had this size and time of change.
 
     Returns:
         How many files had a known hash: 0 says that nothing was checked.
@@ -94,11 +95,6 @@ def check_hashes(folder: Path) -> int:
     Raises:
         InputError: a file is not what its hash says.
     """
-    return _compare(folder, remembered=False)
-
-
-def _compare(folder: Path, *, remembered: bool) -> int:
-    """Do what `check_hashes` says."""
     known = known_hashes(folder)
     for name, sha256 in sorted(known.items()):
         got = _remembered_hash(folder / name) if remembered else file_hash(folder / name)

@@ -183,12 +183,3 @@ def release_magnitude_mask(weight: Float[Tensor, "out in"], *, sparsity: float) 
 def prune(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """Return the weights with those outside the mask set to exactly 0."""
     return torch.where(mask, weight, torch.zeros_like(weight))
-
-
-def measured_sparsity(weight: Float[Tensor, "out in"]) -> float:
-    """Return the share of exact zeros.
-
-    >>> measured_sparsity(torch.tensor([[0.0, 1.0]]))
-    0.5
-    """
-    return float((weight == 0).double().mean())

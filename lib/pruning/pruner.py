@@ -1,7 +1,9 @@
 """Prune a model in place with a method: from clean windows, on a calibration set, or with statistics of the dense model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -9,14 +11,15 @@ from torch import Tensor
 
 from lib.calibration import measured_weights, one_shot, sets
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import CalibrationSet, InputStatistics, statistics_of
+from lib.calibration.hidden_states import HiddenStates, States, check_states, waiting
+from lib.calibration.statistics import READS, CalibrationSet, InputStatistics, statistics_of
 from lib.calibration.token_weights import CONTROLS
 from lib.core.errors import InputError
 from lib.core.runtime import generator as stream
 from lib.models.language_model import LanguageModel, LinearLayer, Role
 from lib.pruning import importances
 from lib.pruning.importances import UNSTRUCTURED
-from lib.pruning.methods import SINKS, Importance, Method, Target
+from lib.pruning.methods import SINKS, Method, Target
 from lib.pruning.sparsegpt import sparsegpt
 
 
@@ -29,39 +32,56 @@ def prune_(
     seed: int = 0,
     batch_size: int = 4,
     memory_budget: int = one_shot.MEMORY_BUDGET,
+    states: States = "device",
+    by_role: bool = False,
+    scratch: Path | str | None = None,
 ) -> None:
     """Prune every linear layer of a model in place, from clean calibration windows.
 
+    The defaults are the fastest where memory allows; `states` and `by_role` save memory, and give the same weights bit for bit.
+    Methods that read nothing, and those of one pass over the dense model, keep no states and no Hessian.
+
     Args:
-        model: the dense model; its weights change.
+        model: the dense model, streamed or not; its weights change.
         method: how.
         target: how much.
         windows: clean token windows, for Wanda and SparseGPT.
         seed: of noise, sampling and random choices.
         batch_size: samples at one time.
         memory_budget: bytes of layer inputs that one forward pass may keep, see `one_shot.one_shot_statistics`.
+        states: where hidden states wait between blocks; elsewhere than on the device, one batch of them is there at a time.
+        by_role: collect SparseGPT's Hessians one after another, each with a pass through the part of the block before it,
+            instead of a block's four together.
+        scratch: where to make a folder for states on disk, as many bytes as all of them and one batch (twice as many by role for
+            a method that is not sequential); that of the system when None. It is removed at the end, also after an error.
 
     Raises:
-        InputError: a target that does not fit, weights or activations that are not finite, or calibration missing or too short.
+        InputError: a target that does not fit, weights or activations that are not finite, calibration missing or too short,
+            another place for states, or a scratch folder that is not there.
     """
+    check_states(states)
     check(model, target)
     if not method.needs_calibration:
-        prune_layers_(model.layers, method, target, None, random=stream(seed, "pruning"))
+        random = stream(seed, "pruning")
+        for layer in model.layers:
+            _write_(layer, _pruned(layer, method, target, None, random=random))
         return
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
     sets.check_windows(model, windows)
-    if is_one_pass(method):
+    if _is_one_pass(method):
         ids = sets.read(model, windows, method.inputs, seed=seed).flatten(0, 1)
         weigh = measured_weights.weigher(method.weighting or SINKS)
         found = one_shot.one_shot_statistics(model, ids, weigh, batch_size=batch_size, memory_budget=memory_budget)
         prune_with_(model, method, target, found)
         return
-    built = sets.build(model, windows, inputs=method.inputs, weighting=method.weighting, seed=seed, batch_size=batch_size)
-    prune_on_(model, method, target, built, batch_size=batch_size)
+    given: dict[str, Any] = {"inputs": method.inputs, "weighting": method.weighting, "seed": seed, "batch_size": batch_size}
+    with waiting(states, model.device, scratch) as place:  # before hours of work, should it be impossible
+        built = sets.build(model, windows, **given)
+        prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role)
 
 
-def is_one_pass(method: Method) -> bool:
+def _is_one_pass(method: Method) -> bool:
     """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
     weighting = method.weighting
     if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
@@ -70,9 +90,25 @@ def is_one_pass(method: Method) -> bool:
 
 
 def prune_on_(
-    model: LanguageModel, method: Method, target: Target, calibration_set: CalibrationSet, *, batch_size: int = 4
+    model: LanguageModel,
+    method: Method,
+    target: Target,
+    calibration_set: CalibrationSet,
+    *,
+    batch_size: int = 4,
+    states: HiddenStates | None = None,
+    by_role: bool = False,
 ) -> None:
     """Prune in place with a calibration set that is already noised and weighted as the method says.
+
+    Args:
+        model: the dense model; its weights change.
+        method: how.
+        target: how much.
+        calibration_set: what is read, and the token weights.
+        batch_size: samples at one time.
+        states: where hidden states wait between blocks; on the device when None.
+        by_role: one Hessian at a time, see `prune_`.
 
     Raises:
         InputError: as `prune_`; or a set whose token weights contradict the method.
@@ -84,18 +120,15 @@ def prune_on_(
         raise InputError(
             f"the calibration set must have {wanted} token weights for this method, got {got}: build it for the method"
         )
-
-    def visit(block: int, found: dict[Role, InputStatistics]) -> None:
-        """Prune one block with its statistics."""
-        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, found)
-
     calibration.stream(
         model,
         calibration_set,
-        visit,
+        lambda block, found: prune_block_(model, block, method, target, found),
         hessian=method.importance == "sparsegpt",
         sequential=method.sequential,
         batch_size=batch_size,
+        states=states,
+        by_role=by_role,
     )
 
 
@@ -113,7 +146,7 @@ def prune_with_(model: LanguageModel, method: Method, target: Target, found: Seq
     if method.sequential:
         raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
     for block, statistics in enumerate(found):
-        prune_layers_([layer for layer in model.layers if layer.block == block], method, target, statistics)
+        prune_block_(model, block, method, target, statistics)
 
 
 def exact_target(model: LanguageModel, sparsity: float) -> Target:
@@ -166,31 +199,26 @@ def measured_sparsity(model: LanguageModel) -> float:
     return zeros / sum(layer.module.weight.numel() for layer in model.layers)
 
 
-def prune_layers_(
-    layers: Sequence[LinearLayer],
-    method: Method,
-    target: Target,
-    found: Mapping[Role, InputStatistics] | None,
-    *,
-    random: torch.Generator | None = None,
-) -> None:
-    """Prune some layers of one block in place, in the order given.
+def prune_block_(model: LanguageModel, block: int, method: Method, target: Target, found: Mapping[Role, InputStatistics]) -> None:
+    """Prune in place the layers of a block whose statistics are there: SparseGPT needs a Hessian, others norms.
 
     Args:
-        layers: of one block when there are statistics.
+        model: whose block.
+        block: its index.
         method: how.
         target: how much.
-        found: the block's statistics by reading role; None for a method that reads nothing.
-        random: generator of random choices.
+        found: the block's statistics by reading role, all or some of them.
 
     Raises:
-        InputError: inputs that are not finite, or what a method refuses.
+        InputError: inputs that are not finite, also of a layer that waits for its Hessian; or what a method refuses.
     """
+    layers = [layer for layer in model.layers if layer.block == block and READS[layer.role] in found]
     for layer in layers:
-        statistics = None if found is None else statistics_of(found, layer.role)
-        if statistics is not None:
-            importances.check_finite(statistics.squares, name=layer.name, what="inputs")
-        _write_(layer, _pruned(layer, method, target, statistics, random=random))
+        importances.check_finite(statistics_of(found, layer.role).squares, name=layer.name, what="inputs")
+    with_hessian = {role for role, each in found.items() if each.products is not None}
+    ready = with_hessian if method.importance == "sparsegpt" and with_hessian else found  # norms alone are refused by `hessian`
+    for layer in [layer for layer in layers if READS[layer.role] in ready]:
+        _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role)))
 
 
 def _pruned(
@@ -199,7 +227,7 @@ def _pruned(
     target: Target,
     statistics: InputStatistics | None,
     *,
-    random: torch.Generator | None,
+    random: torch.Generator | None = None,
 ) -> Tensor:
     """Return the new weights of one matrix."""
     weight = layer.module.weight.detach()
@@ -229,12 +257,11 @@ def importance(
     weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
 ) -> Tensor:
     """Return the importance of every weight of a matrix, for methods that do not update weights."""
-    rank: dict[Importance, Callable[[], Tensor]] = {
-        "random": lambda: importances.random_importance(weight, generator=random),  # type: ignore[arg-type]
-        "magnitude": lambda: importances.magnitude_importance(weight.float()),
-        "wanda": lambda: importances.wanda_importance(weight.float(), statistics.input_norm(method.aggregate)),  # type: ignore[union-attr]
-    }
-    return rank[method.importance]()
+    if method.importance == "random":
+        return importances.random_importance(weight, generator=cast(torch.Generator, random))
+    if method.importance == "magnitude":
+        return importances.magnitude_importance(weight.float())
+    return importances.wanda_importance(weight.float(), cast(InputStatistics, statistics).input_norm(method.aggregate))
 
 
 @torch.no_grad()

@@ -70,9 +70,13 @@ def kept_units(importance: Float[Tensor, "unit"], *, sparsity: float) -> Int[Ten
 
 def query_rows(groups: Int[Tensor, "kept"], *, shape: HeadShape) -> Int[Tensor, "row"]:
     """Return the rows of q (and columns of o) that belong to the kept key-value groups."""
-    return (groups[:, None] * shape.group_width + torch.arange(shape.group_width, device=groups.device)).flatten()
+    return _rows(groups, shape.group_width)
 
 
 def key_rows(groups: Int[Tensor, "kept"], *, shape: HeadShape) -> Int[Tensor, "row"]:
     """Return the rows of k and v that belong to the kept key-value groups."""
-    return (groups[:, None] * shape.width + torch.arange(shape.width, device=groups.device)).flatten()
+    return _rows(groups, shape.width)
+
+
+def _rows(groups: Int[Tensor, "kept"], width: int) -> Int[Tensor, "row"]:
+    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()

@@ -3,8 +3,7 @@
 import base64
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from lib.core import config, provenance, runtime
+from lib.core import config, outputs, provenance, runtime
 from lib.core.errors import InputError
 from lib.report import animation, canvas
 from lib.report.claims import Claim, bootstrap_mean, check_claim, claims_table, mean_verdict, verdict
-from lib.report.results import MODEL_FIELDS, SCHEMA_VERSION, notebook_title, remove_outdated
+from lib.report.results import MODEL_FIELDS, SCHEMA_VERSION, known_outputs, notebook_title
 from lib.report.tables import Table, csv_text, display_table, plain, text_columns
 
 __all__ = ["Claim", "Run", "bootstrap_mean", "mean_verdict", "start", "verdict"]
@@ -41,6 +40,10 @@ class Run:
         self._overrides = dict(overrides)
         self._title = notebook_title(notebook)
         self._fingerprint = provenance.fingerprint(notebook, config=config.to_dict(settings))
+        self._commit = provenance.commit()
+        self._result = config.output_root() / "results" / self.profile / f"{self.name}.json"
+        known = known_outputs(self._result)
+        self._outputs = outputs.begin(config.output_root(), self.profile, self.name, known=known)
         self._models: list[dict[str, Any]] = []
         self._tables: dict[str, dict[str, Any]] = {}
         self._figures: dict[str, dict[str, Any]] = {}
@@ -78,7 +81,7 @@ class Run:
         """
         path = self._path("results", name, ".csv", caption)
         shown = display_table(frame, caption=caption, digits=digits)
-        _write(path, csv_text(frame).encode())
+        self._write(path, csv_text(frame).encode())
         entry = {"file": self._relative(path), "columns": list(shown.columns), "text": text_columns(frame), "digits": digits}
         self._tables[name] = {"name": name, "caption": caption, **entry}
         return shown
@@ -98,8 +101,8 @@ class Run:
         """
         path = self._path("figures", name, ".png", caption)
         canvas.add_footer(fig, self._footer(models))
-        _write(path.with_suffix(".csv"), csv_text(data).encode())
-        _write(path, canvas.png_bytes(fig))
+        self._write(path.with_suffix(".csv"), csv_text(data).encode())
+        self._write(path, canvas.png_bytes(fig))
         inline = canvas.png_bytes(fig, dpi=canvas.INLINE_DPI)
         plt.close(fig)
         self._figures[name] = {
@@ -143,7 +146,7 @@ class Run:
         strip = None if masked is None else _array(masked).astype(bool)
         movie = animation.Movie(_array(frames), titles, x_label, y_label, value_label, strip, log)
         data = animation.gif_bytes(movie, footer=self._footer(models))
-        _write(path, data)
+        self._write(path, data)
         self._figures[name] = {
             "name": name, "kind": "animation", "caption": caption, "file": self._relative(path), "frames": len(movie.titles)
         }  # fmt: skip
@@ -194,31 +197,37 @@ class Run:
     def finish(self) -> Table:
         """Write `results/<profile>/NN_notebook.json` and return the claims as a table.
 
-        The file holds neither dates nor durations: two runs from the same inputs give the same bytes. Files that only an
-        earlier run of this notebook wrote are removed.
+        The file holds neither dates nor durations: two runs of one commit from the same inputs give the same bytes. Files that
+        only an earlier run of this notebook wrote are removed.
 
         Returns:
             One row a claim.
         """
-        root = config.output_root()
-        path = root / "results" / self.profile / f"{self.name}.json"
         record = self._record()
-        outputs = [entry[part] for entry in (*record["tables"], *record["figures"]) for part in ("file", "data") if part in entry]
-        record["outputs"] = {name: provenance.file_hash(root / name) for name in outputs}
-        remove_outdated(path, keep=set(outputs), root=root)
-        with _writing(path.parent):
-            provenance.write_json(path, plain(record))
+        names = [entry[part] for entry in (*record["tables"], *record["figures"]) for part in ("file", "data") if part in entry]
+        record["outputs"] = {name: provenance.file_hash(self._outputs.root / name) for name in names}
+        self._write(self._result, provenance.json_text(plain(record)).encode())
+        self._outputs.finish()
         return claims_table(self._claims.values())
 
     def _record(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION, "notebook": self.name, "number": self.number, "title": self._title,
             "profile": self.profile, "seed": self.seed, "overrides": self._overrides,
-            "config": config.to_dict(self.config), "fingerprint": self._fingerprint, "models": self._models,
+            "config": config.to_dict(self.config), "fingerprint": self._fingerprint, "commit": self._commit,
+            "models": self._models,
             "versions": provenance.versions(), "device": runtime.describe_device(runtime.choose_device(self.config)),
             "tables": list(self._tables.values()), "figures": list(self._figures.values()),
             "claims": [vars(claim) for claim in self._claims.values()],
         }  # fmt: skip
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file of this run; a refusal of the file system becomes a line for the user."""
+        try:
+            self._outputs.write(path, data)
+        except OSError as error:
+            rule = f"{path.parent} must be a folder to write to"
+            raise InputError(f"{rule}, got {error.strerror}: free space or rights") from error
 
     def _path(self, kind: str, name: str, suffix: str, caption: str) -> Path:
         if not NAME.fullmatch(name):
@@ -261,20 +270,6 @@ def start(name: str, *, profile: str = "quick", seed: int | None = None, overrid
     settings = config.load(profile, seed=seed, overrides=overrides)
     canvas.use_style()
     return Run(name, settings, overrides or {}, notebook)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into a line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{folder} must be a folder to write to, got {error.strerror}: free space or rights") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _writing(path.parent):
-        provenance.write_bytes(path, data)
 
 
 def _show(kind: str, data: bytes, text: str) -> None:

@@ -10,15 +10,12 @@ from lib.report.results import interval_text, load_results
 
 BEGIN = "<!-- verdicts:begin -->"
 END = "<!-- verdicts:end -->"
-# A later profile of this list replaces an earlier one, notebook by notebook.
-SHOWN_PROFILES = ("quick", "full")
-HEADER = ("claim", "source", "model", "estimate [95 % interval]", "n", "profile", "verdict")
+PROFILE = "full"  # the only profile with enough prompts, windows and calibrations for a verdict, and whose results git tracks
+HEADER = ("claim", "source", "model", "estimate [95 % interval]", "n", "verdict")
 
 
 def readme_block(*, root: Path | None = None) -> str:
-    """Write the verdict table and one line a notebook, from the `full` results where they exist, else from `quick`.
-
-    A quick run shows its estimate, never a verdict: it has too few prompts, windows and calibrations for one.
+    """Write the verdict table and one line a notebook, from the `full` results, with the commit that each notebook's are of.
 
     Args:
         root: folder that holds `results/`; the output folder when None.
@@ -29,13 +26,10 @@ def readme_block(*, root: Path | None = None) -> str:
     Raises:
         InputError: a result file is damaged.
     """
-    shown: dict[str, dict[str, Any]] = {}
-    for profile in SHOWN_PROFILES:
-        shown |= {result["notebook"]: result for result in load_results(profile, root=root)}
-    if not shown:
-        return "No results yet: `./run_all.sh` makes them."
-    results = [shown[name] for name in sorted(shown)]
-    rows = [_claim_row(claim, result["profile"]) for result in results for claim in result["claims"]]
+    results = load_results(PROFILE, root=root)
+    if not results:
+        return f"No results yet: `./run_all.sh {PROFILE}` makes them."
+    rows = [_claim_row(claim) for result in results for claim in result["claims"]]
     table = _markdown_table(rows) if rows else "No claim has been tested yet."
     return table + "\n\n" + "\n".join(_notebook_line(result) for result in results)
 
@@ -89,13 +83,11 @@ def _parts(path: Path) -> tuple[str, str, str]:
     return before, block, after
 
 
-def _claim_row(claim: dict[str, Any], profile: str) -> tuple[str, ...]:
+def _claim_row(claim: dict[str, Any]) -> tuple[str, ...]:
     estimate = interval_text(claim["estimate"], claim["interval"])
     unit = f" {claim['unit']}" if claim["unit"] and claim["estimate"] is not None else ""
     verdict = f"**{claim['verdict']}**" + (f" ({claim['note']})" if claim["verdict"] == "not tested" else "")
-    if profile == "quick" and claim["verdict"] != "not tested":
-        verdict = "needs `full`"
-    return claim["statement"], claim["source"], claim["model"], estimate + unit, str(claim["n"]), profile, verdict
+    return claim["statement"], claim["source"], claim["model"], estimate + unit, str(claim["n"]), verdict
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -104,9 +96,10 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _notebook_line(result: dict[str, Any]) -> str:
-    name, profile = result["notebook"], result["profile"]
+    name = result["notebook"]
     counts = ", ".join(
         f"{len(result[kind])} {kind if len(result[kind]) != 1 else kind[:-1]}" for kind in ("tables", "figures", "claims")
     )
-    links = f"[numbers](results/{profile}/{name}.json), [figures](figures/{profile})"
-    return f"- [Notebook {result['number']}](notebooks/{name}.ipynb), {result['title']} ({profile}: {counts}; {links})"
+    links = f"[numbers](results/{PROFILE}/{name}.json), [figures](figures/{PROFILE})"
+    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}"
+    return f"- [Notebook {result['number']}](notebooks/{name}.ipynb), {result['title']} ({made})"

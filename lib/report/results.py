@@ -2,11 +2,10 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.core import provenance
 from lib.core.config import output_root
 from lib.core.errors import InputError
 from lib.report.tables import significant
@@ -16,8 +15,8 @@ VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not tested")
 MODEL_FIELDS = ("name", "source", "revision", "fingerprint", "parameters", "dtype", "kind")
 REQUIRED: dict[str, type] = {
     "notebook": str, "number": str, "title": str, "profile": str, "seed": int, "overrides": dict, "config": dict,
-    "fingerprint": str, "models": list, "versions": dict, "device": str, "tables": list, "figures": list, "claims": list,
-    "outputs": dict,
+    "fingerprint": str, "commit": str, "models": list, "versions": dict, "device": str, "tables": list, "figures": list,
+    "claims": list, "outputs": dict,
 }  # fmt: skip
 REQUIRED_ENTRIES = {
     "tables": ("name", "file", "caption", "columns", "text"),
@@ -77,41 +76,20 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def outputs_whole(path: Path, *, root: Path | None = None) -> bool:
-    """Tell whether a result file is there, readable, and every file it names has the recorded content.
+def known_outputs(path: Path) -> dict[str, str]:
+    """Read which files an earlier result file, possibly of other code or damaged, says that its run wrote.
 
     Args:
-        path: `results/<profile>/NN_name.json`.
-        root: folder that the recorded names start from; the output folder when None.
+        path: `results/<profile>/NN_name.json`, which may be missing.
 
     Returns:
-        False when the notebook has to run again.
+        SHA-256 by name; empty when it cannot be read.
     """
     try:
-        outputs = read_result(path)["outputs"]
-    except InputError:
-        return False
-    files = {(root or output_root()) / name: digest for name, digest in outputs.items()}
-    return all(file.is_file() and provenance.file_hash(file) == digest for file, digest in files.items())
-
-
-def remove_outdated(path: Path, *, keep: Collection[str], root: Path) -> None:
-    """Remove the files that the result file now in place names and the next one does not.
-
-    Args:
-        path: `results/<profile>/NN_name.json`, which may be missing or damaged.
-        keep: names that the next result file records.
-        root: folder that the names start from.
-    """
-    try:
-        before = set(json.loads(path.read_text(encoding="utf-8"))["outputs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in before - set(keep):
-        file = root / name
-        # A damaged record must not be able to name files that this notebook and profile cannot have written.
-        if ".." not in file.parts and file.parent.name == path.parent.name and file.name.startswith(path.name[:3]):
-            file.unlink(missing_ok=True)
+        found = json.loads(path.read_text(encoding="utf-8"))["outputs"]
+        return {str(name): str(digest) for name, digest in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def notebook_title(path: Path) -> str:

@@ -1,14 +1,15 @@
 """Right and wrong answers by decoder: a generation task of lm_eval, each document paired with the plain sampler's answer."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
+import torch
 from jaxtyping import Int
-from lm_eval.evaluator import evaluate as run_harness
 from scipy.stats import norm
 from torch import Tensor
 
@@ -91,8 +92,6 @@ def accuracies(
 
     Raises:
         InputError: no plain sampler, guidance, a task without generation, or what a task or a decoder refuses.
-
-    Source: the loop of `tasks.evaluate` with another generator.
     """
     check_plain(plans)
     check_task(task)
@@ -150,13 +149,8 @@ def answers(
     """Return which documents of a generation task a decoder answers correctly."""
     if not isinstance(plan, DecodingPlan):
         return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit)[task.name].correct
-    adapter = _Decoder(model, settings=settings, plan=plan)
-    for part in task.parts.values():
-        part.set_fewshot_seed(tasks.FEWSHOT_SEED)  # every decoder must be shown the same examples
-    with tasks.quiet():
-        given = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
-        samples = cast(dict[str, Any], run_harness(adapter, {"tasks": dict(task.parts)}, **given))["samples"]
-    return tasks.document_scores(task, samples)[task.metric]
+    decoded = functools.partial(_Decoder, plan=plan)
+    return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit, adapter=decoded)[task.name].correct
 
 
 class _Decoder(HarnessModel):
@@ -166,8 +160,8 @@ class _Decoder(HarnessModel):
         super().__init__(model, settings=settings)
         self.plan = plan
 
-    def _generate(self, prompts: Int[Tensor, "batch prompt"], new: int) -> Int[Tensor, "batch new"]:
+    def _generate(self, prompts: Sequence[Sequence[int]], new: int) -> Int[Tensor, "batch new"]:
         length, _, block = denoising_plan(new, self.settings)
         sizes = {"new_tokens": length, "block_length": block, "batch_size": len(prompts)}
-        start = prompts.shape[1]
-        return run_decoder(self.model, prompts, self.plan, **sizes).ids[:, start : start + new]
+        start = len(prompts[0])
+        return run_decoder(self.model, torch.tensor(prompts), self.plan, **sizes).ids[:, start : start + new]

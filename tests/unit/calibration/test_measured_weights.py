@@ -92,7 +92,7 @@ def test_weights_of_one_pass_must_be_those_of_sinks(kind: Any) -> None:
 
 
 def noised(model: LanguageModel, levels: int = 4) -> Tensor:
-    return sets.noised_windows(model, windows(), seed=0, levels=levels)
+    return sets.noised_windows(model, windows(), sets.Inputs("noised", levels=levels), seed=0)
 
 
 def norms_by_hand(model: LanguageModel, ids: Tensor) -> Tensor:

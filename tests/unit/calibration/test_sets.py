@@ -26,10 +26,10 @@ WINDOWS = tiny.ids(3, 40)
 
 
 def test_masks_of_a_window_do_not_depend_on_the_others(model: LanguageModel) -> None:
-    noised = sets.noised_windows(model, WINDOWS, seed=3, levels=4)
+    noised = sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4), seed=3)
     assert noised.shape == (3, 4, 40)
-    assert torch.equal(noised[:2], sets.noised_windows(model, WINDOWS[:2], seed=3, levels=4))
-    assert not torch.equal(noised, sets.noised_windows(model, WINDOWS, seed=4, levels=4))
+    assert torch.equal(noised[:2], sets.noised_windows(model, WINDOWS[:2], sets.Inputs("noised", levels=4), seed=3))
+    assert not torch.equal(noised, sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4), seed=4))
     masked = noised == tiny.MASK
     assert torch.equal(noised[~masked], WINDOWS[:, None].expand(3, 4, 40)[~masked])
     assert masked[:, 3].all()  # the grid ends at t = 1
@@ -37,7 +37,7 @@ def test_masks_of_a_window_do_not_depend_on_the_others(model: LanguageModel) -> 
 
 
 def test_the_grid_below_one_never_masks_everything(model: LanguageModel) -> None:
-    noised = sets.noised_windows(model, WINDOWS, seed=0, levels=4, times="grid_below_one")
+    noised = sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4, times="grid_below_one"), seed=0)
     assert not (noised == tiny.MASK).all(-1).any()
 
 
@@ -48,7 +48,7 @@ def test_uniform_times_fall_into_every_part_and_differ_by_window() -> None:
 
 
 def test_dreams_schedule_keeps_both_ends(model: LanguageModel) -> None:
-    noised = sets.noised_windows(model, WINDOWS, seed=0, levels=2, schedule="dream")
+    noised = sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=2, schedule="dream"), seed=0)
     assert torch.equal(noised[..., [0, -1]], WINDOWS[:, None, [0, -1]].expand(3, 2, 2))
 
 
@@ -102,14 +102,18 @@ def test_settings_reach_what_makes_the_inputs(model: LanguageModel) -> None:
     assert torch.equal(got, sets.trajectory_states(model, WINDOWS, prompt_tokens=13, steps=27, at=at, seed=5))
     assert (got[:, 0] == tiny.MASK).sum(-1).tolist() == [27] * 3
     noised = sets.read(model, WINDOWS, READ["dream"], seed=5)
-    assert torch.equal(noised, sets.noised_windows(model, WINDOWS, seed=5, levels=4, schedule="dream"))
+    assert torch.equal(noised, sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4, schedule="dream"), seed=5))
 
 
 def test_uniform_times_decide_how_much_is_masked(model: LanguageModel) -> None:
     """Times come from their own stream, one draw a window, and the mask rate is that of the time."""
     windows = tiny.ids(20, 60)
     for seed in (0, 1):
-        rate = (sets.noised_windows(model, windows, seed=seed, times="uniform", levels=5) == tiny.MASK).double().mean(-1)
+        rate = (
+            (sets.noised_windows(model, windows, sets.Inputs("noised", times="uniform", levels=5), seed=seed) == tiny.MASK)
+            .double()
+            .mean(-1)
+        )
         times = torch.tensor([sets.noise_times("uniform", levels=5, seed=seed, window=window) for window in range(20)])
         assert (rate - times).abs().max() < 0.3 and abs(float((rate - times).mean())) < 0.03
     assert sets.noise_times("uniform", levels=5, seed=0, window=0) != sets.noise_times("uniform", levels=5, seed=1, window=0)
@@ -117,7 +121,7 @@ def test_uniform_times_decide_how_much_is_masked(model: LanguageModel) -> None:
 
 
 def test_masks_come_from_the_stream_of_their_window_and_level(model: LanguageModel) -> None:
-    noised = sets.noised_windows(model, WINDOWS, seed=3, levels=4)
+    noised = sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4), seed=3)
     stream = runtime.generator(3, "calibration", 1, 2)
     expected = likelihood.forward_noise(WINDOWS[1:2], mask_token_id=tiny.MASK, generator=stream, t=torch.tensor([0.75]))
     assert torch.equal(noised[1, 2], expected.input_ids[0])
@@ -227,7 +231,7 @@ def test_an_autoregressive_model_reads_clean_text_only(tmp_path: Path) -> None:
 
 def test_bad_requests_are_refused(model: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="noise levels must be at least 1, got 0"):
-        sets.noised_windows(model, WINDOWS, seed=0, levels=0)
+        sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=0), seed=0)
     with pytest.raises(InputError, match="noised calibration must use a diffusion model"):
         sets.noised_windows(tiny.model(tmp_path), WINDOWS, seed=0)
     with pytest.raises(InputError, match=r"fractions of a trajectory must be in \[0, 1\), got \[1.0\]"):

@@ -68,6 +68,17 @@ def test_overrides_do_not_leak_into_the_next_load() -> None:
         ("sink_traces.temperature", "0.5", 0.5),
         ("sink_traces.temperature", "1", 1.0),
         ("sink_traces.temperature", "1.0e-3", 1e-3),
+        ("sink_traces.temperature", "1e-3", 1e-3),
+        ("sink_traces.temperature", "1E+0", 1.0),
+        ("sink_traces.temperature", ".5", 0.5),
+        ("sink_traces.prompts", "010", 10),
+        ("sink_traces.prompts", "08", 8),
+        ("sink_traces.prompts", "+1_000", 1000),
+        (
+            "sink_traces.extra_models",
+            "[2:4, 1:30, yes, off, 2024-01-01, 0x10]",
+            ("2:4", "1:30", "yes", "off", "2024-01-01", "0x10"),
+        ),
         ("sink_traces.block_length", "null", None),
         ("sink_traces.block_length", "56", 56),
         ("sink_traces.extra_models", "[a, b/c@d]", ("a", "b/c@d")),
@@ -77,6 +88,26 @@ def test_an_override_may_be_text_from_the_command_line(key: str, text: str, valu
     got = getattr(config.load("quick", overrides={key: text}).sink_traces, key.split(".")[1])
     assert got == value
     assert type(got) is type(value)
+
+
+def test_a_file_is_read_as_people_mean_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    text = (ROOT / "configs" / "paper.yaml").read_text()
+    for plain, meant in {
+        "\nseed: 0 ": "\nseed: 010 ",
+        '["2:4", "4:8"]': "[2:4, 4:8]",
+        "other_sparsity: 0.5": "other_sparsity: 5e-1",
+    }.items():
+        assert plain in text
+        text = text.replace(plain, meant)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    (tmp_path / "configs" / "paper.yaml").write_text(text)
+    loaded = config.load("paper")
+    assert loaded.grid is not None and (loaded.seed, loaded.grid.other_sparsity) == (10, 0.5)
+    assert loaded.grid.patterns == loaded.pruning_baselines.patterns == ("2:4", "4:8")
+    (tmp_path / "configs" / "paper.yaml").write_text(text.replace("keep_weights: false", "keep_weights: no"))
+    with pytest.raises(InputError, match=r"grid\.keep_weights must be true or false, got 'no'"):
+        config.load("paper")
 
 
 def test_an_override_may_be_a_value() -> None:
@@ -108,7 +139,21 @@ def test_a_model_may_be_added_or_moved() -> None:
         ({"sink_traces.prompts": "true"}, ["whole number", "True"]),
         ({"sink_traces.prompts": None}, ["whole number", "None"]),
         ({"sink_traces.temperature": "hot"}, ["sink_traces.temperature must be a number", "'hot'"]),
-        ({"sink_traces.temperature": "1e-3"}, ["must be a number", "'1e-3'"]),
+        ({"sink_traces.temperature": "1e999"}, ["[0.0, 10.0]", "inf"]),
+        ({"sink_traces.temperature": ".nan"}, ["must be a number", "'.nan'"]),
+        ({"sink_traces.temperature": "1:30"}, ["must be a number", "'1:30'"]),
+        ({"sink_traces.prompts": "1:30"}, ["whole number", "'1:30'"]),
+        ({"sink_traces.prompts": "0x10"}, ["whole number", "'0x10'"]),
+        ({"sink_traces.prompts": "0o17"}, ["whole number", "'0o17'"]),
+        ({"sink_traces.prompts": "1e2"}, ["whole number", "100.0"]),
+        ({"sink_traces.prompts": "yes"}, ["whole number", "'yes'"]),
+        ({"sink_traces.prompts": "9" * 5000}, ["sink_traces.prompts must be YAML"]),
+        ({"pruning_baselines.patterns": "2:4"}, ["list or group", "'2:4'"]),
+        ({"models.dlm.revision": "0123456"}, ["models.dlm.revision must be text", "put it in quotes"]),
+        ({"models": "{1: {source: x}}"}, ["every name of models must be text, got 1", "put it in quotes"]),
+        ({"models": {"dlm": {"source": "x", "revison": "y"}}}, ["'models.dlm.revison'", "did you mean 'revision'"]),
+        ({"sink_traces.extra_models": ["a", 2]}, ["every value of sink_traces.extra_models must be text, got 2"]),
+        ({"sink_traces.extra_models": {"a": 1}}, ["list or group"]),
         ({"sink_traces.extra_models": "one"}, ["list or group", "'one'"]),
         ({"device": 3}, ["device must be text"]),
         ({"device": "tpu"}, ["device must be one of auto, cpu, cuda", "'tpu'"]),

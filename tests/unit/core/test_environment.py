@@ -115,7 +115,7 @@ def test_everything_imported_is_pinned_as_direct() -> None:
 def test_platform_markers_are_honoured(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.write_text(f'a==1  # who\nb==2 ; sys_platform == "{sys.platform}"\nc==3 ; sys_platform == "elsewhere"\n# d==4\n')
-    assert environment.read_pins(lock) == {"a": "1", "b": "2"}
+    assert environment.read_pins(lock) == ["a==1", "b==2"]
 
 
 def test_missing_pins_compare_without_local_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_cores_are_physical_and_at_least_one() -> None:
 def test_hyper_threads_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment.sys, "platform", "linux")
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(environment, "_core_of", lambda cpu: ("0", str(cpu // 2)))
+    monkeypatch.setattr(environment, "_core_of", lambda cpu: str(cpu // 2))
     monkeypatch.setattr(environment, "_processor_share", lambda: 64)
     assert environment.physical_cores() == 2
     monkeypatch.setattr(environment, "_processor_share", lambda: 1)
@@ -206,8 +206,8 @@ def test_group_is_added_once_to_our_own_environment(clone: Path, uv: Path) -> No
     assert "requirements-cluster.lock" not in (uv / "words").read_text()
     python = environment.ensure(root=clone, environ=asked)
     words = (uv / "words").read_text()
-    line = f"pip install --python {python} -r {clone}/requirements-cluster.lock -c {clone}/requirements.lock"
-    assert words.count(line) == 1, "the constraint keeps a group from moving the lock's pins"
+    line = f"pip install --python {python} -r {clone}/requirements.lock -r {clone}/requirements-cluster.lock"
+    assert words.count(line) == 1, "both in one command, so that a group cannot move the lock's pins"
     assert environment.ensure(root=clone, environ=asked) == environment.ensure(root=clone, environ={}) == python
     assert (uv / "words").read_text() == words, "neither run installs again"
 
@@ -219,9 +219,25 @@ def test_changed_lock_of_a_group_or_below_it_is_installed_again(clone: Path, uv:
         handle.write("new-package==1.0\n")
     (uv / "words").unlink()
     environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
-    words = (uv / "words").read_text()
-    assert f"-r {clone}/requirements-cluster.lock" in words
-    assert (f"-r {clone}/requirements.lock" in words) is (lock == "requirements.lock")
+    assert f"-r {clone}/requirements.lock -r {clone}/requirements-cluster.lock" in (uv / "words").read_text()
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-cluster.lock"])
+def test_changed_comment_of_a_lock_installs_nothing(clone: Path, uv: Path, lock: str) -> None:
+    python = environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"})
+    (clone / lock).write_text("# another first line\n" + (clone / lock).read_text().replace("  # ", "  # now "))
+    (uv / "words").unlink()
+    assert environment.ensure(root=clone, environ={"SINKS_GROUPS": "cluster"}) == python
+    assert environment.ready(root=clone, environ={}) == python
+    assert not (uv / "words").exists()
+
+
+def test_moved_repository_is_linked_again(clone: Path, uv: Path) -> None:
+    environment.ensure(root=clone, environ={})
+    moved = clone.rename(clone.with_name("moved"))
+    assert environment.ready(root=moved, environ={}) is None
+    environment.ensure(root=moved, environ={})
+    assert f"-e {moved}\n" in (uv / "words").read_text()
 
 
 def test_interrupted_installation_of_a_group_is_taken_up(clone: Path, uv: Path) -> None:
@@ -291,7 +307,7 @@ def test_missing_venv_module_gives_one_clear_line(clone: Path, monkeypatch: pyte
 
 def test_exports_can_be_evaluated_by_a_shell(clone: Path) -> None:
     code = (
-        "import sys; from lib import environment\n"
+        "import sys; from lib.core import environment\n"
         "environment.ensure = lambda: sys.executable\n"
         "environment.settings = lambda: {'PYTHONPATH': \"a b:it's\"}\n"
         "sys.exit(environment.main([]))"

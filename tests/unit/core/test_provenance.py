@@ -210,7 +210,7 @@ def test_kill_in_mid_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     provenance.write_text(path, "old")
     code = (
-        "import os, signal, sys; from lib import provenance\n"
+        "import os, signal, sys; from lib.core import provenance\n"
         "with provenance.replacing(sys.argv[1]) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -236,6 +236,22 @@ def test_json_is_stable_and_refuses_nan(tmp_path: Path) -> None:
 
 
 def test_versions_need_no_heavy_import() -> None:
-    code = "import sys; from lib import provenance; provenance.versions(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from lib.core import provenance; provenance.versions(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, check=True)
     assert {"python", "torch", "numpy", "transformers"} <= set(provenance.versions())
+
+
+def test_commit_names_what_the_code_is_of(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(tmp_path)]
+    for folder in ("lib", "results"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text("1")
+    assert provenance.commit(tmp_path) == "unknown"
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout[:12]
+    (tmp_path / "results" / "a").write_text("2")
+    assert provenance.commit(tmp_path) == head
+    (tmp_path / "lib" / "a").write_text("2")
+    assert provenance.commit(tmp_path) == f"{head}+"
+    assert provenance.commit(tmp_path / "lib") == "unknown"  # unpacked inside of somebody's other repository

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.diffusion import ragged
-from lib.evaluation import batched, harness, standins, tasks
-from lib.evaluation.batched import BatchedHarness, evaluate
-from lib.evaluation.harness import HarnessModel
+from lib.evaluation import harness, standins, tasks
+from lib.evaluation.harness import BatchedHarness, HarnessModel
 from lib.evaluation.scoring import EvaluationSettings
-from lib.evaluation.tasks import LoadedTask
+from lib.evaluation.tasks import LoadedTask, TaskResult
 from lib.models import loading
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.texts.encoding import encode
@@ -65,6 +64,11 @@ def gsm8k() -> LoadedTask:
         number = int(row["question"].split()[2])
         row["question"] += " Count slowly." * (number * 7 % 5)
     return standins.merged("gsm8k", made, family="llada")
+
+
+def evaluate(model: LanguageModel, task: LoadedTask, *, adapter: Any = BatchedHarness, **options: Any) -> TaskResult:
+    """Ask a task in full batches."""
+    return tasks.evaluate(model, {task.name: task}, settings=options.pop("settings", TASK), adapter=adapter, **options)[task.name]
 
 
 def requests(arguments: Sequence[tuple[str, Any]]) -> list[Instance]:
@@ -173,9 +177,6 @@ def test_likelihoods_are_the_plain_adapters(dlm: LanguageModel) -> None:
 # Chats
 
 
-watched_ones: list["Watched"] = []
-
-
 class Watched(BatchedHarness):
     """Keeps what lm_eval asks to be written, and the prompts that reach the model."""
 
@@ -183,7 +184,6 @@ class Watched(BatchedHarness):
         super().__init__(model, settings=settings)
         self.messages: list[list[dict[str, str]]] = []
         self.prompts: list[list[int]] = []
-        watched_ones.append(self)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         self.messages.append(chat_history)
@@ -195,21 +195,12 @@ class Watched(BatchedHarness):
         return found
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
-    watched_ones.clear()
-    monkeypatch.setattr(batched, "BatchedHarness", Watched)
-    return watched_ones
-
-
 @pytest.mark.parametrize("name", CHAT)
-def test_the_model_reads_what_the_template_makes_of_the_messages(
-    released: Callable[[str], LanguageModel], watched: list[Watched], name: str
-) -> None:
+def test_the_model_reads_what_the_template_makes_of_the_messages(released: Callable[[str], LanguageModel], name: str) -> None:
     model = released(name)
     tokenizer = tokenizer_of(model)
-    evaluate(model, gsm8k(), settings=TASK, chat_template=True, limit=4)
-    adapter = watched[0]
+    adapter = Watched(model, settings=TASK)
+    evaluate(model, gsm8k(), adapter=lambda *_, **__: adapter, chat_template=True, limit=4)
     assert len(adapter.prompts) == len(adapter.messages) == 4
     for messages, prompt in zip(adapter.messages, adapter.prompts, strict=True):
         assert [message["role"] for message in messages] == [*["user", "assistant"] * 5, "user"]
@@ -283,7 +274,7 @@ def test_the_tokenizer_has_a_name(released: Callable[[str], LanguageModel]) -> N
 @pytest.mark.parametrize("name", ["llada", "dream", "qwen2"])
 def test_a_chat_needs_a_template(released: Callable[[str], LanguageModel], name: str) -> None:
     with pytest.raises(InputError, match=f"whose tokenizer has a chat template, got none with {name}: use its instruction"):
-        evaluate(released(name), gsm8k(), settings=TASK, chat_template=True, limit=1)
+        evaluate(released(name), gsm8k(), chat_template=True, limit=1)
 
 
 # Whole tasks
@@ -297,16 +288,18 @@ def test_a_task_gets_the_answers_of_the_plain_evaluation(
     model, task = released(name), gsm8k()
     settings = dataclasses.replace(TASK, cfg_scale=0.0 if model.is_causal else 0.5)
     texts: list[list[str]] = []
-    for kind in (HarnessModel, BatchedHarness):
-        keep = kind.generate_until
+    kinds: list[type[HarnessModel]] = []
+    keep = HarnessModel.generate_until
 
-        def watch(self: HarnessModel, asked: list[Instance], keep: Any = keep) -> list[str]:
-            texts.append(keep(self, asked))
-            return texts[-1]
+    def watch(self: HarnessModel, asked: list[Instance]) -> list[str]:
+        kinds.append(type(self))
+        texts.append(keep(self, asked))
+        return texts[-1]
 
-        monkeypatch.setattr(kind, "generate_until", watch)
+    monkeypatch.setattr(HarnessModel, "generate_until", watch)
     expected = tasks.evaluate(model, {"gsm8k": task}, settings=settings, limit=limit)["gsm8k"]
     assert evaluate(model, task, settings=settings, limit=limit) == expected
+    assert kinds == [HarnessModel, BatchedHarness]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > len(texts[0]) // 2 > 2
 
@@ -324,7 +317,7 @@ def test_right_answers_count(released: Callable[[str], LanguageModel], monkeypat
 
     monkeypatch.setattr(BatchedHarness, "generate_until", answer)
     for chat in (False, True):
-        result = evaluate(model, gsm8k(), settings=TASK, chat_template=chat, limit=6)
+        result = evaluate(model, gsm8k(), chat_template=chat, limit=6)
         assert result.correct == (True, False) * 3
         assert (result.task, result.metric, result.settings) == ("gsm8k", "exact_match,strict-match", TASK)
     assert [text.startswith("<|startoftext|>") for text in asked] == [False] * 6 + [True] * 6

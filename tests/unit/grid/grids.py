@@ -16,15 +16,16 @@ from typing import Any
 import psutil
 
 from lib.core.config import ROOT
+from lib.grid.group import Group
 from lib.grid.store import Store, cell_id
-from lib.grid.sweep import Group
 
 WORK = "tests.unit.grid.cells_at_work:work"
 DRIVER = """
 import json, signal, sys
 from pathlib import Path
+from lib.grid.engine import run
+from lib.grid.group import Group
 from lib.grid.store import Store
-from lib.grid.sweep import Group, run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored where the tests run
 task = json.loads(sys.argv[1])
 groups = [Group(group["key"], tuple(group["cells"]), group["shared"]) for group in task.pop("groups")]
@@ -41,13 +42,12 @@ def cell(number: int, **settings: Any) -> dict[str, Any]:
 
 @dataclass
 class Place:
-    """A store in a folder of its own, with the notes of what was executed and the locks of its own machine."""
+    """A store in a folder of its own, with the notes of what was executed."""
 
     folder: Path
 
     def __post_init__(self) -> None:
-        for name in ("notes", "tmp"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "notes").mkdir(parents=True, exist_ok=True)
 
     @property
     def store(self) -> Store:
@@ -74,22 +74,17 @@ class Place:
         """All bytes of all records."""
         return {path.name: path.read_bytes() for path in self.store.folder.glob("*.json")}
 
-    def drive(self, groups: Sequence[Group], *, tmp: str = "", **options: Any) -> subprocess.Popen[str]:
-        """Start a driver in a process of its own; `tmp` is where its machine keeps the locks of devices."""
+    def left_over(self) -> list[str]:
+        """What lies in the store beside its records."""
+        return [path.name for path in self.store.folder.iterdir() if path.suffix != ".json" or path.name.startswith(".")]
+
+    def drive(self, groups: Sequence[Group], **options: Any) -> subprocess.Popen[str]:
+        """Start a driver in a process of its own."""
         plain = [{"key": group.key, "cells": group.cells, "shared": group.shared} for group in groups]
         task = {"groups": plain, "store": str(self.store.folder), "work": WORK, "jobs": 2, "batch_size": 8} | options
-        environ = dict(os.environ) | {"TMPDIR": tmp or str(self.folder / "tmp"), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", DRIVER, json.dumps(task)]
+        environ = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def children(self) -> list[Any]:
-        """Every process that computes for this store, with the one that waits for it."""
-        return [process for process in listed() if str(self.store.folder) in process.info["cmdline"]]
-
-    def computing(self) -> list[Any]:
-        """Those that compute: the younger ones of each pair."""
-        found = self.children()
-        return [process for process in found if process.info["ppid"] in {other.pid for other in found}]
 
 
 def listed() -> list[Any]:
@@ -98,19 +93,26 @@ def listed() -> list[Any]:
     return [process for process in found if process.info["cmdline"] and process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
-def workers(driver: subprocess.Popen[str]) -> list[Any]:
-    """The workers of joblib's pool."""
-    return [process for process in listed() if process.info["ppid"] == driver.pid and "--process-name" in process.info["cmdline"]]
+def of_ray(folder: Path) -> list[Any]:
+    """The processes of the Ray that keeps its files in a folder, and those that these started."""
+    found = listed()
+    own = [process for process in found if str(folder) in " ".join(process.info["cmdline"])]
+    return [*own, *(process for process in found if process.info["ppid"] in {other.pid for other in own})]
 
 
-def wait_for(holds: Callable[[], object], *, seconds: float = 40) -> None:
+def computing(folder: Path) -> list[Any]:
+    """Those of them that compute a group."""
+    return [process for process in of_ray(folder) if process.info["name"].startswith("ray::_compute")]
+
+
+def wait_for(holds: Callable[[], object], *, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
 
 
-def finish(driver: subprocess.Popen[str], *, seconds: float = 60) -> str:
+def finish(driver: subprocess.Popen[str], *, seconds: float = 90) -> str:
     """Wait for a driver that must succeed, and return what it said."""
     out, err = driver.communicate(timeout=seconds)
     assert driver.returncode == 0, f"{out}\n{err}"
@@ -121,24 +123,3 @@ def kill(*processes: psutil.Process | subprocess.Popen[str]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
-
-
-def clean_up(place: Place) -> None:
-    """Nothing may be left of a test: what has not ended by itself is ended, and counts as a failure."""
-    deadline = time.monotonic() + 10
-    while place.children() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    left = place.children()
-    kill(*left)
-    assert not left
-
-
-def undisturbed_run(folder: Path, *, seconds: float, **shape: int) -> dict[str, bytes]:
-    """The records of a run that nobody touched: `groups` groups of `cells` cells, each of which takes some seconds."""
-    calm, count = Place(folder), shape["groups"] * shape["cells"]
-    out = finish(calm.drive(calm.grid(**shape, seconds=seconds)))
-    assert f"Summary(cells={count}, computed={count}, failed=(), not_tested=())" in out
-    content = calm.content()
-    assert len(content) == count
-    clean_up(calm)
-    return content

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lib.core import config
-from lib.core.config import Config
+from lib.core.config import ROOT, Config
 from lib.core.errors import InputError
 from lib.grid import cells, costs
 from lib.grid.cells import DENSE, LOSS, STRUCTURED_PATTERN, Variant
@@ -134,6 +134,29 @@ def test_a_local_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
 def test_variants_go_through_json() -> None:
     for one in variants(paper()):
         assert cells.from_plain(json.loads(json.dumps(cells.to_plain(one))), source=one.source) == one
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt"],
+)
+def test_a_tokenizer_decides_a_cell_too(tmp_path: Path, name: str) -> None:
+    folder = tiny.folder(tmp_path / "model", causal=False)
+    loaded = paper(models={"mine": config.ModelSource(str(folder))}, references={}, families={})
+    seen = {frozenset(specs(loaded))}
+    for content in ("{}", '{"a": 1}'):
+        (folder / name).write_text(content)
+        seen.add(frozenset(specs(loaded)))
+    assert len(seen) == 3
+    (folder / "README.md").write_text("text for people")
+    assert frozenset(specs(loaded)) in seen
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers"])
+def test_versions_that_compute_a_cell_are_part_of_its_code(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    before, known = cells.code_version(ROOT), cells.metadata.version
+    monkeypatch.setattr(cells.metadata, "version", lambda name: "0.1" if name == package else known(name))
+    assert (cells.code_version(ROOT) != before) is (package != "tokenizers")
 
 
 def test_local_rows_count_by_their_content(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from lib.core.config import Config, ModelSource
 from lib.core.errors import InputError
 from lib.core.sections import CalibrationText
 from lib.core.wheels import UnavailableError
-from lib.evaluation import batched
+from lib.evaluation import tasks
+from lib.evaluation.harness import BatchedHarness
 from lib.grid import cells, costs, plan, run, work
 from lib.grid.availability import Found
 from lib.grid.cells import DENSE, LOSS
@@ -61,6 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.json"))}
 
 
+@pytest.mark.usefixtures("ray_folder")
 def test_a_grid_is_computed_once_and_again_byte_for_byte(files: Path, output: Path) -> None:
     loaded, said = tiny_grid(files), []
     done = run.run(loaded, run.Engine(jobs=2), say=said.append)
@@ -172,13 +174,14 @@ def test_chat_models_generate_through_their_template(files: Path, output: Path, 
     changes: dict[str, Any] = {"models": models_used, "families": {"chat": "llada-chat"}, "references": {}, "methods": ()}
     changes |= {"structured_methods": (), "task_names": ("gsm8k", "piqa"), "loss_windows": 0, "keep_weights": False}
     seen = []
-    real = batched.evaluate
+    real = tasks.evaluate
 
-    def watched(model: Any, task: Any, **given: Any) -> Any:
-        seen.append((model.name, task.name, given["chat_template"]))
-        return real(model, task, **given)
+    def watched(model: Any, asked: Any, **given: Any) -> Any:
+        assert given["adapter"] is BatchedHarness
+        seen.extend((model.name, name, given["chat_template"]) for name in asked)
+        return real(model, asked, **given)
 
-    monkeypatch.setattr(batched, "evaluate", watched)
+    monkeypatch.setattr(tasks, "evaluate", watched)
     records(files, **changes)
     assert sorted(seen) == [
         ("base", "gsm8k", False), ("base", "piqa", False), ("chat", "gsm8k", True), ("chat", "piqa", False)
@@ -239,6 +242,7 @@ def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypat
     assert not (output / "results").exists()
 
 
+@pytest.mark.usefixtures("ray_folder")
 def test_finished_cells_are_counted(files: Path, output: Path) -> None:
     loaded = tiny_grid(files, references={}, methods=(), structured_methods=())
     lines: list[str] = []
@@ -378,50 +382,42 @@ def test_a_profile_without_a_grid_is_refused() -> None:
 # GPUs
 
 
-def test_one_job_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpus_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = config.load("rehearsal", overrides={"device": "cpu"})
     monkeypatch.setattr(run, "_gpus", lambda: 4)
     assert run.gpus_per_cell(loaded, run.Engine()) == 0
-    assert run._jobs(0, with_ray=False) == 1
 
 
 @pytest.mark.parametrize(
-    ("weights", "asked", "ray", "gpus", "jobs"),
+    ("weights", "asked", "ray", "gpus"),
     [
-        ("memory", None, None, 1, 5),
-        ("memory", 2, None, 2, 2),
-        ("memory", 5, None, 5, 1),
-        ("spread", None, None, 5, 1),
-        ("spread", 2, None, 2, 2),
-        ("spread", None, "auto", 1, 5),
-        ("memory", 0.5, "auto", 0.5, 5),
-        ("memory", 8, "auto", 8, 5),  # of another machine
+        ("memory", None, None, 1),
+        ("memory", 2, None, 2),
+        ("memory", 0.5, None, 0.5),
+        ("memory", 5, None, 5),
+        ("spread", None, None, 5),
+        ("spread", 2, None, 2),
+        ("spread", None, "auto", 1),
+        ("memory", 0.5, "auto", 0.5),
+        ("memory", 8, "auto", 8),  # of another machine
     ],
 )
-def test_gpus_of_a_cell_and_cells_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, output: Path, weights: str, asked: float | None, ray: str | None, gpus: float, jobs: int
+def test_what_is_asked_for_reaches_the_engine(
+    monkeypatch: pytest.MonkeyPatch, output: Path, weights: str, asked: float | None, ray: str | None, gpus: float
 ) -> None:
     monkeypatch.setattr(run, "_gpus", lambda: 5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     loaded, given = config.load("paper", overrides={"grid.weights": weights}), {}
     nothing = run.Summary(0, 0, (), ())
-    monkeypatch.setattr(run.sweep, "run", lambda _, **options: given.update(options) or nothing)
+    monkeypatch.setattr(run.engine, "run", lambda _, **options: given.update(options) or nothing)
     monkeypatch.setattr(run, "groups", lambda *_: [])
     run.run(loaded, run.Engine(gpus_per_cell=asked, ray=ray), say=[].append)
-    assert (given["gpus_per_cell"], given["jobs"], given["engine"]) == (gpus, jobs, "ray" if ray else "loky")
-    run.run(loaded, run.Engine(gpus_per_cell=asked, ray=ray, jobs=3), say=[].append)
-    assert given["jobs"] == 3
+    assert (given["gpus_per_group"], given["jobs"], given["address"], given["keep_failed"]) == (gpus, None, ray, True)
+    run.run(loaded, run.Engine(gpus_per_cell=asked, ray=ray, jobs=3, retry=True), say=[].append)
+    assert (given["jobs"], given["keep_failed"]) == (3, False)
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (0.5, r"must be a whole number from 1 without Ray, got 0\.5: add --ray auto"),
-        (0, "must be a whole number from 1 without Ray, got 0"),
-        (6, "must be at most the 5 of this machine, got 6: lower --gpus-per-cell, or use Ray"),
-    ],
-)
-def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, asked: float, message: str) -> None:
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_gpus", lambda: 5)
-    with pytest.raises(InputError, match=message):
-        run.gpus_per_cell(config.load("paper"), run.Engine(gpus_per_cell=asked))
+    with pytest.raises(InputError, match="at most the 5 of this machine, got 6: lower --gpus-per-cell, or name a cluster"):
+        run.gpus_per_cell(config.load("paper"), run.Engine(gpus_per_cell=6))

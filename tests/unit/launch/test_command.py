@@ -19,7 +19,7 @@ from lib.launch import batch, execution
 from lib.launch import command as launcher
 
 REPORT = '''"""Stand-in for the report page."""
-from lib import config, provenance
+from lib.core import config, provenance
 def build(profile):
     path = config.output_root() / "results" / profile / "report.html"
     provenance.write_text(path, "page")
@@ -28,15 +28,17 @@ def build(profile):
 PARAMETERS = 'profile = "quick"\nseed = 0\noverrides = {}'
 WRITES = """
 import os, time
-from lib import config, provenance
+from lib.core import config, outputs
 out = config.output_root()
-provenance.write_text(out / "figures" / profile / "01_curve.png", f"figure {seed}")
+files = outputs.begin(out, profile, "01_toy")
+files.write(out / "figures" / profile / "01_curve.png", f"figure {seed}".encode())
+if seed == 5:
+    files.write(out / "results" / profile / "01_only_for_seed_5.csv", b"5")
 for step in range(3):
     while (out / "wait").exists() and step == 1:
         time.sleep(0.02)
-    provenance.write_text(out / "results" / profile / f"01_table{step}.csv", f"{seed} {step} {len(overrides)}")
-if seed == 5:
-    provenance.write_text(out / "results" / profile / "01_only_for_seed_5.csv", "5")
+    files.write(out / "results" / profile / f"01_table{step}.csv", f"{seed} {step} {len(overrides)}".encode())
+files.finish()
 """
 
 
@@ -52,7 +54,7 @@ def write_notebook(path: Path, *codes: str) -> None:
 
 def make_project(root: Path) -> Path:
     shutil.copytree(ROOT / "lib", root / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "lib" / "html_report.py").write_text(REPORT)
+    (root / "lib" / "report" / "page.py").write_text(REPORT)
     for folder in ("configs", "notebooks", "data"):
         (root / folder).mkdir()
     for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
@@ -123,7 +125,24 @@ def test_words_of_the_grid_are_read(project: Path) -> None:
     assert (chosen.ray, chosen.gpus_per_cell, chosen.grid_only, chosen.limit) == ("auto", 0.5, True, None)
     chosen = launcher.parse(["paper", "--gpus-per-cell", "2"], root=project)
     assert (chosen.ray, chosen.gpus_per_cell) == (None, 2.0)
+    assert launcher.parse(["paper", "--gpus-per-cell", "0.5"], root=project).gpus_per_cell == 0.5
     assert launcher.parse(["paper"], root=project).gpus_per_cell is None
+
+
+@pytest.mark.parametrize(
+    ("words", "computes"),
+    [
+        (["quick"], False),
+        (["paper"], True),
+        (["rehearsal", "--jobs", "2"], True),
+        (["paper", "--plan"], False),
+        (["paper", "--list"], False),
+        (["paper", "--notebooks", "01"], False),
+        (["paper", "--notebooks", "01", "--grid-only"], True),
+    ],
+)
+def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Sequence[str], computes: bool) -> None:
+    assert launcher._computes_grid(launcher.parse(words, root=project)) is computes
 
 
 @pytest.mark.parametrize(
@@ -141,14 +160,12 @@ def test_words_of_the_grid_are_read(project: Path) -> None:
         (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
         (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),
         (["paper", "--jobs", "two"], "--jobs must be a whole number from 1, got 'two'"),
+        (["paper", "--gpus-per-cell", "1.5"], "--gpus-per-cell must be a part of one or a whole number, got '1.5'"),
+        (["paper", "--gpus-per-cell", "two"], "--gpus-per-cell must be a part of one or a whole number, got 'two'"),
         (
-            ["paper", "--gpus-per-cell", "0.5"],
-            "must be a whole number from 1 without Ray, got '0.5': add --ray auto",
+            ["paper", "--ray", "auto", "--gpus-per-cell", "-1"],
+            "must be a part of one or a whole number, got '-1'",
         ),
-        (["paper", "--gpus-per-cell", "1.5"], "--gpus-per-cell must be a whole number from 1 without Ray, got '1.5'"),
-        (["paper", "--gpus-per-cell", "0"], "--gpus-per-cell must be a whole number from 1 without Ray, got '0'"),
-        (["paper", "--gpus-per-cell", "two"], "--gpus-per-cell must be a number from 0, got 'two'"),
-        (["paper", "--ray", "auto", "--gpus-per-cell", "-1"], "--gpus-per-cell must be a number from 0, got '-1'"),
         (["--frehs"], "unrecognized arguments: --frehs"),
         (["--set", "sink_traces.promts=4"], "did you mean 'prompts'?"),
         (["--set", "sink_traces.prompts=four"], "must be a whole number, got 'four'"),
@@ -242,10 +259,12 @@ def test_fresh_runs_again_and_drops_what_other_settings_wrote(project: Path, tmp
     place = {"SINKS_OUTPUT": str(tmp_path)}
     assert launch(project, "--notebooks", "01", "--seed", "5", **place).returncode == 0
     assert "results/quick/01_only_for_seed_5.csv" in contents(tmp_path)
-    (tmp_path / "results" / "quick" / "02_other.csv").write_text("of another notebook")
+    foreign = [tmp_path / name for name in ("results/quick/02_other.csv", "results/quick/01_notes.txt", "figures/quick/01_x.png")]
+    for path in foreign:
+        path.write_text("not written by a run")
     assert launch(project, "--notebooks", "01", "--seed", "4", **place).returncode == 0
     assert "results/quick/01_only_for_seed_5.csv" not in contents(tmp_path)
-    assert "results/quick/02_other.csv" in contents(tmp_path)
+    assert all(path.exists() for path in foreign)
     fresh = launch(project, "--notebooks", "01", "--seed", "4", "--fresh", **place)
     assert "wrote 5 files" in fresh.stdout
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from lib.core.config import ROOT
 from lib.core.errors import InputError
 from lib.models import containers, export, loading
 from lib.models.export import Kept, QuantizedWeight
@@ -337,12 +338,11 @@ def test_a_killed_export_leaves_no_checkpoint(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "dense", causal=False)
     script = f"""
 import os, pathlib
-from lib import export, models
+from lib.models import export, load
 pathlib.Path.rename = lambda *_: os._exit(9)
-export.save_plain(models.load('{tmp_path}/dense'), '{tmp_path}/out/x')
+export.save_plain(load('{tmp_path}/dense'), '{tmp_path}/out/x')
 """
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 9, run.stderr[-3000:]
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert len(left) == 1 and left[0].startswith(".x.") and left[0].endswith(".partial")

@@ -179,7 +179,7 @@ def test_every_method_keeps_n_of_m(model: LanguageModel, name: str, pattern: str
         assert (kept.view(len(weight), -1, m).sum(-1) == n).all()
         assert not (kept.view(-1, m, weight.shape[1]).sum(1) == n).all()  # not along the output features
         assert m == 4 or not (kept.view(len(weight), -1, 4).sum(-1) == 2).all()
-        assert pruning.measured_sparsity(weight) == 0.5
+        assert float((weight == 0).double().mean()) == 0.5
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -203,7 +203,7 @@ def test_a_bfloat16_model_stays_one() -> None:
     for name in ("wanda", "sparsegpt", "sink_wanda", "head_weights", "random"):
         for weight in pruned(model, ALL[name]).values():
             assert weight.dtype == torch.bfloat16
-            assert 0.45 < pruning.measured_sparsity(weight) < 0.55
+            assert 0.45 < float((weight == 0).double().mean()) < 0.55
 
 
 def test_the_measured_sparsity_is_that_of_all_matrices_together(diffusion: LanguageModel) -> None:
@@ -398,7 +398,7 @@ def test_an_autoregressive_model_runs_what_needs_no_noise(loaded_causal: Languag
     assert replace(method, inputs=METHODS[name].inputs, weighting=METHODS[name].weighting) == METHODS[name]
     assert (method.weighting is None) == (METHODS[name].weighting is None)
     for weight in pruned(loaded_causal, method).values():
-        assert pruning.measured_sparsity(weight) == 0.5
+        assert float((weight == 0).double().mean()) == 0.5
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), ("3:4", 0.25)])

@@ -48,8 +48,16 @@ def speed_up(baseline: Float[Tensor, "repeat"], other: Float[Tensor, "repeat"]) 
     >>> speed_up(torch.tensor([2.0, 4.0, 3.0]), torch.tensor([1.0, 1.0, 1.0]))
     (3.0, 2.5, 3.5)
     """
-    ratio = baseline.double() / other.double()
-    low, middle, high = torch.quantile(ratio, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return quartiles(baseline.double() / other.double())
+
+
+def quartiles(values: Float[Tensor, "repeat"]) -> tuple[float, float, float]:
+    """Return the median, then the first and the third quartile.
+
+    >>> quartiles(torch.tensor([1.0, 2.0, 3.0, 5.0, 4.0]))
+    (3.0, 2.0, 4.0)
+    """
+    low, middle, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
     return middle, low, high
 
 

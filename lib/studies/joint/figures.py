@@ -5,14 +5,12 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.models.language_model import ROLES
-from lib.report import figures
+from lib.report import figures, panels
 from lib.report.figures import METHODS, OTHER_COLORS, Style
 from lib.studies.joint.comparisons import SINK_AWARE, SPARSEGPT, WANDA
-from lib.studies.pruning import figures as pf
 
 FAMILY_STYLES: Mapping[str, Style] = MappingProxyType({
     "dense": METHODS["dense"], SPARSEGPT: METHODS["sparsegpt"], SINK_AWARE: METHODS["sink-aware"], WANDA: METHODS["wanda"],
@@ -37,24 +35,22 @@ def front(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: from `tables.front_table`.
     """
-    models = pf.unique(table, "model")
-    figure, axes = figures.subplots(1, len(models), height=4.4, sharey=True, squeeze=False)
-    for ax, model in zip(axes[0], models, strict=True):
-        rows = pf.select(table, model=model)
-        best = pf.select(rows, **{"on the front": True}).sort_values("MB")
+    models = panels.unique(table, "model")
+    figure, axes = panels.side_by_side(len(models), height=4.4, x_label=SIZE, y_label=panels.INCREASE)
+    for ax, model in zip(axes, models, strict=True):
+        rows = panels.select(table, model=model)
+        best = panels.select(rows, **{"on the front": True}).sort_values("MB")
         ax.plot(best["MB"], best["increase"], color="#999999", linewidth=1.0, zorder=1)
         for method, style in FAMILY_STYLES.items():
             for marked in (False, True):
-                some = pf.select(rows, method=method, **{"on the front": marked})
+                some = panels.select(rows, method=method, **{"on the front": marked})
                 face = style.color if marked else "white"
                 ax.plot(
                     some["MB"], some["increase"], style.marker, color=style.color, markerfacecolor=face,
-                    markersize=pf.marker_size(style, 6.0 if marked else 4.0), linestyle="none", zorder=3 if marked else 2,
+                    markersize=panels.marker_size(style, 6.0 if marked else 4.0), linestyle="none", zorder=3 if marked else 2,
                 )  # fmt: skip
         ax.set(title=model)
-    pf.loss_axis(axes[0, 0], pf.numbers(table, "increase"))
-    axes[0, 0].set_ylabel(pf.INCREASE)
-    figure.supxlabel(SIZE, fontsize="medium")
+    panels.loss_axis(axes[0], panels.numbers(table, "increase"))
     _legend(
         figure, {name: style for name, style in FAMILY_STYLES.items() if name in set(table["method"])}, "on the front: filled"
     )
@@ -63,7 +59,7 @@ def front(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 def _legend(figure: Figure, styles: Mapping[str, Style], title: str = "") -> None:
     """Explain markers above the panels."""
-    handles = [pf.legend_key(name, style) for name, style in styles.items()]
+    handles = [panels.legend_key(name, style) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), title=title or None)
 
 
@@ -74,25 +70,25 @@ def rounding(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: rows of a `tables.loss_table` with rounding alone.
     """
     table = table.assign(panel=[f"{m}, {_group(g)}" for m, g in zip(table["model"], table["group"], strict=True)])
-    panels, ways = pf.unique(table, "panel"), pf.unique(table, "method")
-    columns = len(panels) // len(pf.unique(table, "model")) or 1
+    names, ways = panels.unique(table, "panel"), panels.unique(table, "method")
+    columns = len(names) // len(panels.unique(table, "model")) or 1
     figure, axes = figures.subplots(
-        len(panels) // columns, columns, height=2.6 * (len(panels) // columns) + 0.8, sharey=True, sharex=True, squeeze=False
+        len(names) // columns, columns, height=2.6 * (len(names) // columns) + 0.8, sharey=True, sharex=True, squeeze=False
     )
     bits = sorted(set(table["bits"]), reverse=True)
-    for ax, panel in zip(axes.flat, panels, strict=True):
+    for ax, name in zip(axes.flat, names, strict=True):
         for way, style in zip(ways, SERIES, strict=False):
-            rows = pf.select(table, panel=panel, method=way)
+            rows = panels.select(table, panel=name, method=way)
             places = [bits.index(value) + 0.07 * (ways.index(way) - len(ways) / 2) for value in rows["bits"]]
             ax.plot(places, rows["increase"], color=style.color, linewidth=1.2)
-            pf.points(ax, rows, places, value="increase", style=style, horizontal=False)
-        ax.set_title(panel, fontsize=10)
+            panels.points(ax, rows, places, value="increase", style=style, horizontal=False)
+        ax.set_title(name, fontsize=10)
         ax.set_xticks(range(len(bits)), [f"{value:g}" for value in bits])
         ax.set_xlim(-0.5, len(bits) - 0.5)
         ax.axhline(0.0, color="black", linewidth=0.8)
-    pf.loss_axis(axes[0, 0], pf.numbers(table, "increase", "low", "high"))
+    panels.loss_axis(axes[0, 0], panels.numbers(table, "increase", "low", "high"))
     figure.supxlabel("bits of a weight", fontsize="medium")
-    figure.supylabel(pf.INCREASE.replace("\n", " "), fontsize="medium")
+    figure.supylabel(panels.INCREASE.replace("\n", " "), fontsize="medium")
     _legend(figure, dict(zip(ways, SERIES, strict=False)))
     return figure, table.drop(columns="panel")
 
@@ -112,20 +108,20 @@ def excess(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: one model of `tables.interactions`.
     """
-    methods = pf.unique(table, "method")
+    methods = panels.unique(table, "method")
     conditions = list(dict.fromkeys(zip(table["sparsity"], table["bits"], strict=True)))
     height = 0.34 * len(conditions) + 1.6
-    figure, axes = figures.subplots(1, len(methods), height=height, sharey=True, squeeze=False)
-    for ax, method in zip(axes[0], methods, strict=True):
-        ax.axvline(0.0, color="black", linewidth=0.8, zorder=1)
+    figure, axes = panels.side_by_side(
+        len(methods), height=height, x_label="cost of both minus the sum of the costs (nats per token)"
+    )
+    for ax, method in zip(axes, methods, strict=True):
+        panels.difference_axis(ax, numbers=4)
         for shift, (order, style) in zip((-0.22, 0.0, 0.22), ORDER_STYLES.items(), strict=True):
-            rows = pf.select(table, method=method, order=order)
+            rows = panels.select(table, method=method, order=order)
             places = [conditions.index(pair) + shift for pair in zip(rows["sparsity"], rows["bits"], strict=True)]
-            pf.points(ax, rows, places, value="excess", style=style)
-        pf.name_rows(ax, [f"{sparsity}, {bits} bits" for sparsity, bits in conditions])
+            panels.points(ax, rows, places, value="excess", style=style)
+        panels.name_rows(ax, [f"{sparsity}, {bits} bits" for sparsity, bits in conditions])
         ax.set_title(method, fontsize=10)
-        ax.locator_params(axis="x", nbins=4)
-    figure.supxlabel("cost of both minus the sum of the costs (nats per token)", fontsize="medium")
     _legend(figure, ORDER_STYLES)
     return figure, table
 
@@ -137,16 +133,16 @@ def by_noise(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: one model of `tables.noise_table`.
     """
     figure, ax = figures.subplots(height=4.0)
-    for name, style in zip(pf.unique(table, "recipe"), SERIES, strict=False):
-        rows = pf.select(table, recipe=name)
+    for name, style in zip(panels.unique(table, "recipe"), SERIES, strict=False):
+        rows = panels.select(table, recipe=name)
         ax.plot(rows["mask ratio"], rows["increase"], color=style.color, linewidth=1.2)
-        figures.errorbar_points(ax, rows["mask ratio"], rows["increase"], rows["low"], rows["high"], style=style, label=name)
+        panels.points(ax, rows, rows["mask ratio"].tolist(), value="increase", style=style, horizontal=False, label=name)
     ax.axhline(0.0, color="black", linewidth=0.8)
-    pf.loss_axis(ax, pf.numbers(table, "increase", "low", "high"))
+    panels.loss_axis(ax, panels.numbers(table, "increase", "low", "high"))
     figures.mask_ratio_axis(ax)
     ax.set_xlim(1.03, -0.03)  # room for markers at both ends
     ax.set_ylabel("increase of the loss\n(nats per masked token)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels.legend_beside(ax)
     return figure, table
 
 
@@ -156,12 +152,12 @@ def sensitivity(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: one model: columns layer (index of the block), role, format and increase (nats per token).
     """
-    names = pf.unique(table, "format")
+    names = panels.unique(table, "format")
     columns = min(3, len(names))
     rows_of = -(-len(names) // columns)
     figure, axes = figures.subplots(rows_of, columns, height=2.7 * rows_of + 0.4, squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
-        wide = pf.select(table, format=name).pivot_table(index="layer", columns="role", values="increase")
+        wide = panels.select(table, format=name).pivot_table(index="layer", columns="role", values="increase")
         roles = [role for role in (*ROLES, "attention", "MLP") if role in wide.columns]
         figures.heatmap(ax, wide[roles], label="increase (nats per token)", y_label="layer", title=name, difference=True)
         ax.set_xticks(range(len(roles)), roles, fontsize=7)
@@ -176,23 +172,18 @@ def allocations(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: one model of `tables.allocation_table`, only rows that were measured.
     """
-    budgets = pf.unique(table, "budget")
+    budgets = panels.unique(table, "budget")
     kinds = table["strategy"].str.replace(r" \d+$", "", regex=True)
     figure, axes = figures.subplots(1, 2, height=0.6 * len(budgets) + 2.0, sharey=True, sharex=True)
     for shift, (name, style) in zip((-0.27, -0.09, 0.09, 0.27), ALLOCATIONS.items(), strict=True):
         rows = table.take(np.flatnonzero(kinds == name).tolist())
         places = [budgets.index(str(value)) + shift for value in rows["budget"]]
-        axes[0].plot(rows["predicted"], places, style.marker, color=style.color, markersize=pf.marker_size(style))
-        pf.points(axes[1], rows, places, value="measured", style=style)
+        axes[0].plot(rows["predicted"], places, style.marker, color=style.color, markersize=panels.marker_size(style))
+        panels.points(axes[1], rows, places, value="measured", style=style)
     for ax, title in zip(axes, ("predicted: sum over units", "measured"), strict=True):
-        _zero_line(ax)
-        pf.name_rows(ax, budgets)
+        panels.difference_axis(ax)
+        panels.name_rows(ax, budgets)
         ax.set_title(title, fontsize=10)
     figure.supxlabel("increase of the loss (nats per token)", fontsize="medium")
     _legend(figure, ALLOCATIONS)
     return figure, table
-
-
-def _zero_line(ax: Axes) -> None:
-    ax.axvline(0.0, color="black", linewidth=0.8, zorder=1)
-    ax.locator_params(axis="x", nbins=5)

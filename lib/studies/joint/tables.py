@@ -282,8 +282,8 @@ def _row(tried: Tried) -> dict[str, object]:
     """Return one row; its keys are the same for all."""
     found, dense = tried.allocation, tried.dense
     seconds, size = (found.seconds, found.bytes) if found else (math.nan, math.nan)
-    low, middle, high = NOTHING if tried.forward is None else _quartiles(tried.forward)
-    base = math.nan if tried.dense_forward is None else _quartiles(tried.dense_forward)[1]
+    middle, low, high = NOTHING if tried.forward is None else clock.quartiles(tried.forward)
+    base = math.nan if tried.dense_forward is None else clock.quartiles(tried.dense_forward)[0]
     gain, slowest, fastest = NOTHING
     if tried.forward is not None and tried.dense_forward is not None:
         gain, slowest, fastest = clock.speed_up(tried.dense_forward, tried.forward)
@@ -300,8 +300,3 @@ def _row(tried: Tried) -> dict[str, object]:
         "speed-up": gain, "speed-up, first quartile": slowest, "speed-up, third quartile": fastest,
         "formats": ", ".join(f"{count} {name}" for name, count in counts.most_common()), "reason": tried.reason,
     }  # fmt: skip
-
-
-def _quartiles(seconds: Float[Tensor, "repeat"]) -> tuple[float, float, float]:
-    low, middle, high = torch.quantile(seconds, torch.tensor(QUARTILES, dtype=seconds.dtype)).tolist()
-    return low, middle, high

@@ -8,21 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib.core.errors import require
-from lib.report import figures
+from lib.report import figures, panels
 from lib.report.figures import METHODS, OTHER_COLORS, OTHER_MARKERS, Style
+from lib.report.panels import INCREASE, loss_axis, name_rows, numbers, points, select, unique
 
 DENSE = "dense"
 UNSTRUCTURED = "unstructured"
-INCREASE = "increase of the loss\n(nats per token)"
 VALUES = ("increase", "low", "high")
-LINEAR_BELOW = 0.01  # nats per token: smaller differences are drawn on a linear scale
-NEAREST_TICKS = 0.07  # of the axis: closer numbers would touch
 PATTERNS = ("unstructured 50 %", "4:8", "2:4", "structured 30 %", "structured 50 %")
 LEVELS: Mapping[str, Any] = MappingProxyType({"chance": (0, (5, 4)), DENSE: "-"})
 DODGE = 0.72  # of the room of a group that its methods share
@@ -79,127 +75,15 @@ def percent(share: float) -> str:
     return f"{round(100 * share, 1):g} %"
 
 
-def select(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
-    """Return the rows whose columns have the given values.
-
-    >>> select(pd.DataFrame({"model": ["a", "b"], "loss": [3.0, 4.0]}), model="b")["loss"].tolist()
-    [4.0]
-    """
-    keep = np.ones(len(table), dtype=bool)
-    for column, value in wanted.items():
-        keep &= np.asarray(table[column] == value)
-    return table.take(np.flatnonzero(keep).tolist())
-
-
-def numbers(table: pd.DataFrame, *columns: str) -> Float[np.ndarray, "row column"]:
-    """Return some columns as numbers."""
-    return np.asarray(table[list(columns)], dtype=np.float64)
-
-
-def unique(table: pd.DataFrame, column: str) -> list[str]:
-    """List the values of a column in their order of appearance.
-
-    Raises:
-        InputError: there is none.
-    """
-    values = [str(value) for value in table[column].unique()]
-    require(bool(values), f"a figure must have a {column} to draw", "a table without rows", "check what was measured")
-    return values
-
-
-def points(
-    ax: Axes,
-    rows: pd.DataFrame,
-    places: Sequence[float],
-    *,
-    value: str,
-    style: Style,
-    filled: bool = True,
-    horizontal: bool = True,
-) -> None:
-    """Draw estimates with their intervals, as open markers where asked.
-
-    Args:
-        ax: axes to draw on.
-        rows: with the column `value` and with `low` and `high`; an interval that is missing is not drawn.
-        places: row or column of each estimate.
-        value: column of the estimates.
-        style: colour and marker.
-        filled: False for open markers.
-        horizontal: True when estimates run along x.
-    """
-    figures.errorbar_points(ax, places, rows[value], rows["low"], rows["high"], style=style, horizontal=horizontal)
-    look: dict[str, Any] = {} if filled else {"markerfacecolor": "white", "markeredgewidth": 1.4}
-    ax.containers[-1].lines[0].set(markersize=marker_size(style), **look)  # type: ignore[attr-defined]
-
-
-def marker_size(style: Style, size: float = 6.0) -> float:
-    """Return the size of a marker in points: stars are drawn larger, or they would look smaller than the rest."""
-    return 1.6 * size if style.marker == "*" else size
-
-
-def name_rows(ax: Axes, labels: Sequence[str], *, size: float = 8.5) -> None:
-    """Name the rows of horizontal points, at 0, 1, 2, ... from the top down; the text has a size in points."""
-    ax.set_yticks(range(len(labels)), labels, fontsize=size)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="y", color="#EEEEEE", linewidth=0.8)
-    ax.set_axisbelow(True)
-
-
-def loss_axis(ax: Axes, values: Float[np.ndarray, "row column"]) -> None:
-    """Make a y axis of loss differences fit for 0.01 and 5 alike; call it when all panels are drawn.
-
-    The axis is logarithmic on both sides of a linear part around 0, with plain numbers; it stays linear when all is small.
-
-    Args:
-        ax: one of the axes that share it.
-        values: estimates and ends of intervals; those that are not finite do not count.
-    """
-    finite = np.append(values[np.isfinite(values)], 0.0)
-    low, high = float(finite.min()), float(finite.max())
-    if max(-low, high) <= 5 * LINEAR_BELOW:
-        return
-    ax.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
-    ends = (1.35 * low - 0.2 * LINEAR_BELOW, 1.35 * high + 0.2 * LINEAR_BELOW)
-    ticks = _readable_ticks(ax, ends)
-    ax.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
-    ax.minorticks_off()
-    ax.set_ylim(*ends)
-
-
-def _readable_ticks(ax: Axes, ends: tuple[float, float]) -> list[float]:
-    """Choose 0, then powers of ten, then fives and twos, as many as fit between the ends."""
-    decades = [10.0**power for power in range(-2, 4)]
-    wishes = [0.0, *(sign * lead * decade for lead in (1, 5, 2) for decade in decades for sign in (1, -1))]
-    transform = ax.yaxis.get_transform().transform
-    bottom, top = transform(np.asarray(ends))
-    chosen: list[float] = []
-    places: list[float] = []
-    for wish in wishes:
-        place = float(transform(np.asarray([wish]))[0])
-        apart = all(abs(place - other) >= NEAREST_TICKS * (top - bottom) for other in places)
-        if bottom <= place <= top and apart:
-            chosen.append(float(f"{wish:g}"))
-            places.append(place)
-    return sorted(chosen)
-
-
-def legend_key(label: str, style: Style, *, line: str = "none") -> Line2D:
-    """Make an entry of a legend: a marker alone unless dashes are given."""
-    look = {"marker": style.marker, "markersize": marker_size(style), "linestyle": line, "linewidth": 1.4}
-    return Line2D([], [], color=style.color, label=label, **look)  # type: ignore[arg-type]
-
-
 def method_legend(ax: Axes, names: Sequence[str], labels: Sequence[str]) -> None:
     """Explain methods outside a panel; `labels` are all methods of the figure, which fixes the looks of unknown ones."""
     handles = []
     for name in names:
         style = style_of(name, labels)
-        handles.append(legend_key(name, style, line=style.line))
+        handles.append(panels.legend_key(name, style, line=style.line))
         if name == DENSE:
             handles[-1].set(marker="", linewidth=0.8)
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.6)
+    panels.legend_beside(ax, handles, handlelength=2.6)
 
 
 def quality_curves(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -212,10 +96,10 @@ def quality_curves(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     shown = select(table, pattern=UNSTRUCTURED)
     models, methods = unique(shown, "model"), unique(shown, "method")
     width = min(figures.WIDTH, 3.4 * len(models) + 2.2)
-    figure, axes = figures.subplots(1, len(models), width=width, height=4.0, sharey=True, squeeze=False)
+    figure, axes = panels.side_by_side(len(models), width=width, height=4.0, x_label="weights removed (%)", y_label=INCREASE)
     pruned = shown.take(np.flatnonzero(shown["method"] != DENSE).tolist())
     ticks = np.unique(100 * numbers(pruned, "sparsity"))
-    for ax, model in zip(axes[0], models, strict=True):
+    for ax, model in zip(axes, models, strict=True):
         ax.axhline(0.0, color=STYLES[DENSE].color, linewidth=0.8)
         # From wide to thin: methods that remove nearly the same weights lie on one another, and all must stay visible.
         for method, wide in zip(methods, np.linspace(1.0, 0.0, len(methods)), strict=True):
@@ -224,10 +108,8 @@ def quality_curves(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 _curve(ax, rows.sort_values("sparsity"), style=style, wide=float(wide))
         ax.set(title=model, xticks=ticks)
         ax.xaxis.set_major_formatter("{x:g}")
-    loss_axis(axes[0, 0], numbers(pruned, *VALUES))
-    axes[0, 0].set_ylabel(INCREASE)
-    figure.supxlabel("weights removed (%)", fontsize="medium")
-    method_legend(axes[0, -1], [DENSE, *(name for name in methods if name != DENSE)], methods)
+    loss_axis(axes[0], numbers(pruned, *VALUES))
+    method_legend(axes[-1], [DENSE, *(name for name in methods if name != DENSE)], methods)
     return figure, shown
 
 
@@ -239,7 +121,7 @@ def _curve(ax: Axes, rows: pd.DataFrame, *, style: LineStyle, wide: float) -> No
     line.set(
         linestyle=style.line, linewidth=1.1 + 2.2 * wide, markeredgecolor=edge, markeredgewidth=1.4 if edge != "white" else 0.5
     )
-    line.set_markersize(marker_size(style, 4.5 + 4.0 * wide))
+    line.set_markersize(panels.marker_size(style, 4.5 + 4.0 * wide))
 
 
 def pattern_points(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

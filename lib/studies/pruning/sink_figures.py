@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from lib.models.language_model import ROLES
-from lib.report import figures
+from lib.report import figures, panels
 from lib.report.figures import METHODS, OTHER_MARKERS, Style
 from lib.studies.pruning import figures as pf
 
@@ -41,22 +41,16 @@ BINS = 12
 ROW = 0.25  # inches
 
 
-def _gain_axis(ax: Axes) -> None:
-    """Draw the line of no gain along x, and leave room between the numbers."""
-    ax.axvline(0.0, color="black", linewidth=0.8, zorder=1)
-    ax.locator_params(axis="x", nbins=5)
-
-
 def _stacked(table: pd.DataFrame, column: str, *, columns: int) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """Make a panel for each value of a column, all sharing x, each as high as its number of rows asks; one or two go below."""
-    parts = {name: pf.select(table, **{column: name}) for name in pf.unique(table, column)}
+    parts = {name: panels.select(table, **{column: name}) for name in panels.unique(table, column)}
     counts, columns = [len(rows) for rows in parts.values()], columns if len(parts) > 2 else 1
     ratios = [ROW * max(counts[at : at + columns]) + 0.1 for at in range(0, len(counts), columns)]
     height, grid = sum(ratios) + 0.45 * len(ratios) + 0.8, {"height_ratios": ratios}
     figure, axes = figures.subplots(len(ratios), columns, height=height, sharex=True, squeeze=False, gridspec_kw=grid)
     used = _used(axes, len(parts))
     for ax, name in zip(used, parts, strict=True):
-        _gain_axis(ax)
+        panels.difference_axis(ax)
         ax.set_title(name, loc="left", fontsize=10)
         if columns > 1:
             ax.tick_params(axis="x", labelsize=8)  # larger numbers touch in a narrow panel
@@ -75,7 +69,7 @@ def _used(axes: np.ndarray, count: int) -> list[Axes]:
 
 def _keys(figure: Figure, *, filled: str, opened: str) -> None:
     """Explain filled and open markers above the panels."""
-    handles = [pf.legend_key(filled, PLAIN), pf.legend_key(opened, PLAIN)]
+    handles = [panels.legend_key(filled, PLAIN), panels.legend_key(opened, PLAIN)]
     handles[1].set_markerfacecolor("white")
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
 
@@ -90,13 +84,13 @@ def attribution(effects: pd.DataFrame, total: Mapping[str, float]) -> tuple[Figu
     shown = pd.concat([pd.DataFrame([{"effect": "released change", "order": 0, **total}]), effects], ignore_index=True)
     figure, axes = figures.subplots(1, 2, height=4.6, sharex=True, gridspec_kw={"width_ratios": [1.2, 1]})
     for ax, rows, size in zip(axes, (shown[shown["order"] <= 1], shown[shown["order"] > 1]), (9.0, 7.0), strict=True):
-        _gain_axis(ax)
+        panels.difference_axis(ax)
         for place, (name, order, p_holm) in enumerate(zip(rows["effect"], rows["order"], rows["p_holm"], strict=True)):
             color = "#000000" if order == 0 else SINK_COLOR if SINK_EFFECT in name else METHODS["magnitude"].color
             style = Style(color, "D" if order == 0 else "*" if name == SINK_EFFECT else "o")
-            pf.points(ax, rows.iloc[[place]], [place], value="gain", style=style, filled=order == 0 or p_holm < SIGNIFICANT)
+            panels.points(ax, rows.iloc[[place]], [place], value="gain", style=style, filled=order == 0 or p_holm < SIGNIFICANT)
         pairs = zip(rows["effect"], rows["gain"] if ax is axes[0] else [None] * len(rows), strict=True)
-        pf.name_rows(ax, [_effect_label(name, gain) for name, gain in pairs], size=size)
+        panels.name_rows(ax, [_effect_label(name, gain) for name, gain in pairs], size=size)
     axes[0].axhline(0.5, color="#999999", linewidth=0.8)
     axes[0].set_title("whole change and main effects")
     axes[1].set_title("interactions")
@@ -123,17 +117,17 @@ def factorial_cells(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     found = set(table[["inputs", "order", "norm"]].itertuples(index=False, name=None))
     combinations = [key for key in product(("clean", "noised"), ("sequential", "one-shot"), ("RMS", "sum")) if key in found]
     for place, (inputs, order, norm) in enumerate(combinations):
-        rows = pf.select(table, inputs=inputs, order=order, norm=norm)
+        rows = panels.select(table, inputs=inputs, order=order, norm=norm)
         heights = [place + CELL_SHIFTS[weights] for weights in rows["weights"]]
         ax.plot(rows["loss"], heights, color="#999999", linewidth=1, zorder=1)
         for weights, style in CELL_STYLES.items():
-            cell, height = pf.select(rows, weights=weights), place + CELL_SHIFTS[weights]
-            pf.points(ax, cell, [height] * len(cell), value="loss", style=style)
+            cell, height = panels.select(rows, weights=weights), place + CELL_SHIFTS[weights]
+            panels.points(ax, cell, [height] * len(cell), value="loss", style=style)
             if len(cell) and (name := CORNERS.get((inputs, weights, order, norm))):
-                _name_corner(ax, name, (float(np.nanmax(pf.numbers(cell, "loss", "high"))), height), color=style.color)
-    pf.name_rows(ax, [", ".join(key) for key in combinations])
+                _name_corner(ax, name, (float(np.nanmax(panels.numbers(cell, "loss", "high"))), height), color=style.color)
+    panels.name_rows(ax, [", ".join(key) for key in combinations])
     ax.set(xlabel="loss after pruning (nats per token)", ylabel="inputs, order, norms")
-    handles = [pf.legend_key(f"sink weights {name}", style) for name, style in CELL_STYLES.items()]
+    handles = [panels.legend_key(f"sink weights {name}", style) for name, style in CELL_STYLES.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure, table
 
@@ -151,19 +145,17 @@ def controls(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: columns model, weighting, gain, low and high (decrease of the loss against no weights, nats per token).
     """
-    models, found = pf.unique(table, "model"), pf.unique(table, "weighting")
+    models, found = panels.unique(table, "model"), panels.unique(table, "weighting")
     order = [*(name for name in CONTROLS if name in found), *(name for name in found if name not in CONTROLS)]
     size = {"width": min(figures.WIDTH, 3.6 * len(models) + 1.8), "height": 0.34 * len(order) + 1.4}
-    figure, axes = figures.subplots(1, len(models), **size, sharex=True, sharey=True, squeeze=False)
-    for ax, model in zip(axes[0], models, strict=True):
-        _gain_axis(ax)
+    figure, axes = panels.side_by_side(len(models), x_label=GAIN, y_label="tokens weighed", **size, sharex=True)
+    for ax, model in zip(axes, models, strict=True):
+        panels.difference_axis(ax)
         for place, name in enumerate(order):
-            rows = pf.select(table, model=model, weighting=name)
-            pf.points(ax, rows, [place] * len(rows), value="gain", style=CONTROLS.get(name) or pf.style_of(name, order))
-        pf.name_rows(ax, order, size=9)
+            rows = panels.select(table, model=model, weighting=name)
+            panels.points(ax, rows, [place] * len(rows), value="gain", style=CONTROLS.get(name) or pf.style_of(name, order))
+        panels.name_rows(ax, order, size=9)
         ax.set(title=model)
-    axes[0, 0].set_ylabel("tokens weighed")
-    figure.supxlabel(GAIN, fontsize="medium")
     return figure, table
 
 
@@ -174,13 +166,13 @@ def dose(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: columns factor, setting (text), gain, low, high (decrease of the loss, nats per token), share (tokens taken out, in
             per cent) and released (True for the authors' value).
     """
-    figure, panels = _stacked(table, "factor", columns=2)
-    for ax, rows in panels:
+    figure, parts = _stacked(table, "factor", columns=2)
+    for ax, rows in parts:
         for place, released in enumerate(rows["released"]):
-            pf.points(ax, rows.iloc[[place]], [place], value="gain", style=Style(SINK_COLOR, "o"), filled=not released)
+            panels.points(ax, rows.iloc[[place]], [place], value="gain", style=Style(SINK_COLOR, "o"), filled=not released)
         taken = [f" ({pf.percent(share / 100)} out)" if np.isfinite(share) else "" for share in rows["share"]]
         ax.set_title(rows["factor"].iloc[0], loc="left", fontsize=10)
-        pf.name_rows(ax, [f"{name}{share}" for name, share in zip(rows["setting"], taken, strict=True)])
+        panels.name_rows(ax, [f"{name}{share}" for name, share in zip(rows["setting"], taken, strict=True)])
     figure.supxlabel(GAIN, fontsize="medium")
     _keys(figure, filled="other setting", opened="as released")
     return figure, table
@@ -193,7 +185,7 @@ def mask_overlap(table: pd.DataFrame, *, limits: tuple[float, float] | None = No
         table: columns layer (index from 0), role and jaccard.
         limits: ends of the colour scale; from the data when None.
     """
-    roles = sorted(pf.unique(table, "role"), key=ROLE_ORDER.index)
+    roles = sorted(panels.unique(table, "role"), key=ROLE_ORDER.index)
     wide = table.pivot_table(index="layer", columns="role", values="jaccard", dropna=False)[roles]
     figure, ax = figures.subplots(width=6.0, height=min(8.0, max(3.8, 0.3 * len(wide) + 1.8)))
     image = figures.heatmap(ax, wide, label="Jaccard overlap of removed weights", y_label="layer", limits=limits)
@@ -230,17 +222,17 @@ def channel_energy(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             logarithmic axis and are left out.
     """
     shown = table.take(np.flatnonzero(table["share"] > 0).tolist())
-    roles = sorted(pf.unique(shown, "role"), key=ROLE_ORDER.index)
+    roles = sorted(panels.unique(shown, "role"), key=ROLE_ORDER.index)
     columns, lines = min(4, len(roles)), -(-len(roles) // 4)
     size = {"width": min(figures.WIDTH, 2.0 * columns + 3.0), "height": 2.3 * lines + 1.2}
     figure, axes = figures.subplots(lines, columns, **size, sharex=True, sharey=True, squeeze=False)
     used = _used(axes, len(roles))
-    logs, nets = np.log10(pf.numbers(shown, "share")), pf.numbers(shown, "net")
+    logs, nets = np.log10(panels.numbers(shown, "share")), panels.numbers(shown, "net")
     # One grid for all panels, never of zero width, or its cells could not be compared.
     extent = (logs.min() - 0.05, logs.max() + 0.05, nets.min() - 0.05, nets.max() + 0.05)
     maps = []
     for ax, role in zip(used, roles, strict=True):
-        share, net = pf.numbers(pf.select(shown, role=role), "share", "net").T
+        share, net = panels.numbers(panels.select(shown, role=role), "share", "net").T
         maps.append(ax.hexbin(share, net, gridsize=28, xscale="log", extent=extent, mincnt=1, cmap="cividis", linewidths=0.1))
         ax.axhline(0.0, color="black", linewidth=0.8)
         ax.plot(*binned_mean(share, net), color=SINK_COLOR, marker="o", markersize=4, markeredgecolor="white")
@@ -253,7 +245,7 @@ def channel_energy(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     figure.supxlabel("share of the channel's energy on sink rows", fontsize="medium")
     for ax in axes[:, 0]:
         ax.set_ylabel("net removal by sink-aware\npruning (% of the channel)", fontsize=8.5)
-    mean = pf.legend_key("mean of equally many channels", Style(SINK_COLOR, "o"), line="-")
+    mean = panels.legend_key("mean of equally many channels", Style(SINK_COLOR, "o"), line="-")
     figure.legend(handles=[mean], loc="outside upper right")
     return figure, shown
 
@@ -264,10 +256,10 @@ def extensions(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: columns extension, variant, gain, low and high (decrease of the loss, nats per token).
     """
-    figure, panels = _stacked(table, "extension", columns=1)
-    for ax, rows in panels:
-        pf.points(ax, rows, list(range(len(rows))), value="gain", style=PLAIN)
-        pf.name_rows(ax, [textwrap.fill(str(variant), 44) for variant in rows["variant"]])
+    figure, parts = _stacked(table, "extension", columns=1)
+    for ax, rows in parts:
+        panels.points(ax, rows, list(range(len(rows))), value="gain", style=PLAIN)
+        panels.name_rows(ax, [textwrap.fill(str(variant), 44) for variant in rows["variant"]])
     figure.supxlabel("decrease of the loss against the baseline of equal sparsity (nats per token)", fontsize="medium")
     return figure, table
 
@@ -278,7 +270,7 @@ def gain_by_sparsity(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: columns pair ("method - baseline"), sparsity, gain, low and high (decrease of the loss, nats per token).
     """
-    pairs = pf.unique(table, "pair")
+    pairs = panels.unique(table, "pair")
     firsts = [pair.split(" - ")[0] for pair in pairs]
     # Each pair has the look of its first method, unless an earlier pair has that already.
     looks = [pair if first in firsts[:at] else first for at, (pair, first) in enumerate(zip(pairs, firsts, strict=True))]
@@ -288,14 +280,14 @@ def gain_by_sparsity(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     # Neighbours stand side by side, half a per cent apart: at one place their intervals would hide each other.
     shifts = 0.5 * (np.arange(len(pairs)) - (len(pairs) - 1) / 2)
     for shift, (pair, style) in zip(shifts, styles.items(), strict=True):
-        rows = pf.select(table, pair=pair).sort_values("sparsity")
-        places = 100 * pf.numbers(rows, "sparsity")[:, 0] + shift
+        rows = panels.select(table, pair=pair).sort_values("sparsity")
+        places = 100 * panels.numbers(rows, "sparsity")[:, 0] + shift
         ax.plot(places, rows["gain"], color=style.color, linestyle=style.line, linewidth=1.2)
-        pf.points(ax, rows, places.tolist(), value="gain", style=style, horizontal=False)
-    ax.set_xticks(np.unique(100 * pf.numbers(table, "sparsity")))
+        panels.points(ax, rows, places.tolist(), value="gain", style=style, horizontal=False)
+    ax.set_xticks(np.unique(100 * panels.numbers(table, "sparsity")))
     ax.xaxis.set_major_formatter("{x:g}")
-    pf.loss_axis(ax, pf.numbers(table, "gain", "low", "high"))
+    panels.loss_axis(ax, panels.numbers(table, "gain", "low", "high"))
     ax.set(xlabel="weights removed (%)", ylabel=GAIN)
-    handles = [pf.legend_key(pair.replace(" - ", " − "), style, line=style.line) for pair, style in styles.items()]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    handles = [panels.legend_key(pair.replace(" - ", " − "), style, line=style.line) for pair, style in styles.items()]
+    panels.legend_beside(ax, handles)
     return figure, table

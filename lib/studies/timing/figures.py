@@ -1,6 +1,7 @@
 """Figures of notebook 06: the roofline, speed-ups of layers and models, decoders against text quality, and their composition."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -9,9 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.report import figures
+from lib.report import figures, panels
 from lib.report.figures import Style
-from lib.studies.pruning import figures as pf
 from lib.timing.roofline import Peaks
 
 FORMAT_STYLES: Mapping[str, Style] = MappingProxyType({
@@ -38,7 +38,7 @@ def roofline(table: pd.DataFrame, peaks: Peaks, integers: Peaks | None) -> tuple
     rows = ran(table)
     rows = rows.assign(intensity=rows["operations"] / rows["bytes"], rate=rows["operations"] / rows["seconds"] / 1e9)
     figure, ax = figures.subplots(height=4.6)
-    intensity = pf.numbers(rows, "intensity")
+    intensity = panels.numbers(rows, "intensity")
     ends = float(intensity.min()) / 2, max(float(intensity.max()), 4 * peaks.ridge)
     for roof, line, label in ((peaks, "-", "roof, floating point"), (integers, "--", "roof, 8-bit integers")):
         if roof is not None:
@@ -46,11 +46,11 @@ def roofline(table: pd.DataFrame, peaks: Peaks, integers: Peaks | None) -> tuple
             y = np.minimum(roof.operations, roof.bandwidth * x) / 1e9
             ax.plot(x, y, color="#999999", linestyle=line, linewidth=1.2, label=label)
     for name, style in FORMAT_STYLES.items():
-        some = pf.select(rows, format=name)
+        some = panels.select(rows, format=name)
         if len(some):
             ax.plot(some["intensity"], some["rate"], style.marker, color=style.color, label=name, markersize=5, linestyle="none")
     ax.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="billions of operations a second")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels.legend_beside(ax)
     return figure, rows
 
 
@@ -66,12 +66,12 @@ def layers(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: of `latency.measure_layers`.
     """
     rows = ran(table)
-    names = pf.unique(rows, "layer")
-    figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
+    names = panels.unique(rows, "layer")
+    figure, axes = panels.side_by_side(len(names), height=3.8, x_label="tokens at once", y_label=SPEED_UP)
     counts = sorted(set(rows["rows"]))
-    for ax, name in zip(axes[0], names, strict=True):
+    for ax, name in zip(axes, names, strict=True):
         for form, style in FORMAT_STYLES.items():
-            some = pf.select(rows, layer=name, format=form)
+            some = panels.select(rows, layer=name, format=form)
             if form == "dense" or not len(some):
                 continue
             places = [counts.index(count) for count in some["rows"]]
@@ -80,13 +80,11 @@ def layers(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             figures.errorbar_points(ax, places, some["speed_up"], low, high, style=style, label=form)
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(counts)), [str(count) for count in counts])
-        shape = pf.select(rows, layer=name).iloc[0]
+        shape = panels.select(rows, layer=name).iloc[0]
         ax.set_title(f"{name}, {shape['in_features']:g} to {shape['out_features']:g}", fontsize="medium")
         ax.set_yscale("log")
         plain_ticks(ax, axis="y")
-    axes[0, 0].set_ylabel(SPEED_UP)
-    figure.supxlabel("tokens at once", fontsize="medium")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels.legend_beside(axes[-1])
     return figure, rows
 
 
@@ -114,7 +112,7 @@ def models(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ax.axvline(1.0, color="black", linewidth=0.8)
     for value in DIGEST:
         ax.axvline(value, color="#999999", linewidth=1.0, linestyle=":")
-    pf.name_rows(ax, [str(name) for name in rows["model"]])
+    panels.name_rows(ax, [str(name) for name in rows["model"]])
     ax.set_xlabel("speed-up of a forward pass over dense (times); dotted: the digest's 1.4 and 1.8")
     return figure, rows
 
@@ -126,7 +124,7 @@ def decoders(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: of `tables.table`, with a judge.
     """
     figure, ax = figures.subplots(height=4.6)
-    for (_, row), style in zip(table.iterrows(), _looks(len(table)), strict=True):
+    for (_, row), style in zip(table.iterrows(), cycle(SERIES), strict=False):
         x, y = [row["speed_up"]], [row["nats difference"]]
         ax.plot([row["speed_up_q1"], row["speed_up_q3"]], y * 2, color=style.color, linewidth=1.2)
         low, high = [row["nats difference low"]], [row["nats difference high"]]
@@ -136,13 +134,8 @@ def decoders(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ax.set(xscale="log", xlabel="speed-up over the plain sampler (times)")
     plain_ticks(ax, axis="x")
     ax.set_ylabel("nats per token under the judge,\nminus the plain sampler's")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels.legend_beside(ax)
     return figure, table
-
-
-def _looks(count: int) -> list[Style]:
-    """Return a look for each of some decoders, the first of them the plain sampler."""
-    return [SERIES[index % len(SERIES)] for index in range(count)]
 
 
 def composition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -152,20 +145,20 @@ def composition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         table: of `tables.composition`.
     """
     figure, ax = figures.subplots(width=7.5, height=4.6)
-    kinds, names = pf.unique(table, "format"), pf.unique(table, "decoder")
+    kinds, names = panels.unique(table, "format"), panels.unique(table, "decoder")
     for _, row in table.iterrows():
         color = FORMAT_STYLES.get(str(row["format"]), SERIES[kinds.index(str(row["format"])) % len(SERIES)]).color
         style = Style(color, "osDvPX<^>"[names.index(str(row["decoder"]))])
         low, high = [row["speed-up low"]], [row["speed-up high"]]
         figures.errorbar_points(ax, [row["predicted"]], [row["speed-up"]], low, high, style=style)
-    values = pf.numbers(table, "predicted", "speed-up")
+    values = panels.numbers(table, "predicted", "speed-up")
     ends = [0.9 * float(values.min()), 1.1 * float(values.max())]
     ax.plot(ends, ends, color="#999999", linewidth=1.0, zorder=1)
     ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     for axis in ("x", "y"):
         plain_ticks(ax, axis=axis)
     ax.set(xlabel="speed-up(format) x speed-up(decoder)", ylabel="measured speed-up (times)")
-    looks = [pf.legend_key(kind, Style(FORMAT_STYLES.get(kind, SERIES[at % 9]).color, "o")) for at, kind in enumerate(kinds)]
-    looks += [pf.legend_key(name, Style("#555555", "osDvPX<^>"[at])) for at, name in enumerate(names)]
-    ax.legend(handles=looks, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    looks = [panels.legend_key(kind, Style(FORMAT_STYLES.get(kind, SERIES[at % 9]).color, "o")) for at, kind in enumerate(kinds)]
+    looks += [panels.legend_key(name, Style("#555555", "osDvPX<^>"[at])) for at, name in enumerate(names)]
+    panels.legend_beside(ax, looks)
     return figure, table

@@ -14,9 +14,7 @@ from lib.evaluation import paired
 from lib.models.language_model import LanguageModel
 from lib.studies.timing.runs import PLAIN, DecoderRun
 from lib.timing.call_times import median_interval
-from lib.timing.clock import speed_up
-
-QUARTILES = (0.25, 0.5, 0.75)
+from lib.timing.clock import quartiles, speed_up
 
 
 def table(runs: Sequence[DecoderRun], *, seed: int) -> pd.DataFrame:
@@ -154,5 +152,4 @@ def _against(name: str, values: Tensor | None, baseline: Tensor | None, *, seed:
 
 
 def _with_quartiles(name: str, values: Float[Tensor, "repeat"]) -> dict[str, float]:
-    low, middle, high = torch.quantile(values, torch.tensor(QUARTILES, dtype=values.dtype)).tolist()
-    return {name: middle, f"{name} low": low, f"{name} high": high}
+    return dict(zip((name, f"{name} low", f"{name} high"), quartiles(values), strict=True))

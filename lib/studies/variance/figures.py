@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.diffusion.traces import SinkTrace
-from lib.report import figures
+from lib.report import figures, panels
 from lib.report.figures import Style
 from lib.studies.variance import statistics as ts
 from lib.studies.variance.sink_effect import NOTHING
@@ -65,10 +65,12 @@ def centroid_paths(traces: Sequence[SinkTrace], *, prompts: int) -> tuple[Figure
         traces: one per model.
         prompts: number of prompts; only the first seed of each is drawn.
     """
-    figure, axes = figures.subplots(1, len(traces), height=3.8, sharey=True, squeeze=False)
+    figure, axes = panels.side_by_side(
+        len(traces), height=3.8, x_label="share of the steps passed (%)", y_label="sink centroid (share of the length)"
+    )
     styles = figures.model_styles(trace.name for trace in traces)
     tables = []
-    for ax, trace in zip(axes[0], traces, strict=True):
+    for ax, trace in zip(axes, traces, strict=True):
         paths = (ts.centroids(trace)[:prompts] / trace.mass.shape[-1]).numpy()
         passed = np.linspace(0, 100, paths.shape[1])
         for path in paths[:SHOWN_PATHS]:
@@ -77,8 +79,6 @@ def centroid_paths(traces: Sequence[SinkTrace], *, prompts: int) -> tuple[Figure
         ax.set(title=trace.name, ylim=(-0.03, 1))
         wide = pd.DataFrame(paths.T, columns=[f"prompt {index + 1}" for index in range(len(paths))])
         tables.append(pd.concat([pd.DataFrame({"model": trace.name, "step": range(len(wide))}), wide], axis=1))
-    axes[0, 0].set_ylabel("sink centroid (share of the length)")
-    figure.supxlabel("share of the steps passed (%)", fontsize="medium")
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -117,7 +117,7 @@ def _legend_of_lines(ax: Axes, styles: Mapping[str, Style]) -> None:
         ax.plot([], [], color=style.color, marker=style.marker, markersize=4, label=name)
     for line, label in KINDS.values():
         ax.plot([], [], color="black", linestyle=line, label=label)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels.legend_beside(ax)
 
 
 def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -126,19 +126,19 @@ def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         points: from `tables.value_norm_points`, models joined.
     """
-    names = list(points["model"].unique())
-    figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        rows = points[points["model"] == name]
+    names = panels.unique(points, "model")
+    figure, axes = panels.side_by_side(
+        len(names), height=3.8, x_label="sink mass in the head (mean 1)", y_label="value norm / mean of the head"
+    )
+    for ax, name in zip(axes, names, strict=True):
+        rows = panels.select(points, model=name)
         for is_sink, color, label in ((False, "#999999", "other keys"), (True, "#D55E00", "sinks (Rulli)")):
             part = rows[rows["is a sink"] == is_sink]
             ax.scatter(part["sink mass"], part["relative value norm"], s=5, alpha=0.35, color=color, linewidth=0, label=label)
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set(xscale="log", title=name)
         ax.set_xlim(left=1e-2)
-    axes[0, 0].set_ylabel("value norm / mean of the head")
-    figure.supxlabel("sink mass in the head (mean 1)", fontsize="medium")
-    axes[0, -1].legend(markerscale=3)
+    axes[-1].legend(markerscale=3)
     return figure, points
 
 
@@ -170,24 +170,47 @@ def dose_response(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: from `tables.effects_table`. The dashed line is the border of "harmless" in the claims.
     """
-    names = list(table["model"].unique())
-    figure, axes = figures.subplots(1, len(names), height=3.8, sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        for blocked, style in BLOCKED.items():
-            rows = table[(table["model"] == name) & table["blocked"].isin([blocked, NOTHING])]
-            ax.plot(rows["keys asked"], rows["increase"], color=style.color, linewidth=1.2)
-            figures.errorbar_points(
-                ax, rows["keys asked"], rows["increase"], rows["low"], rows["high"], style=style, label=blocked
-            )
-        ax.axhline(0.0, color="black", linewidth=0.8)
-        ax.axhline(HARMLESS, color="black", linewidth=0.8, linestyle=(0, (5, 4)))
-        ax.set(title=name, xticks=sorted(table["keys asked"].unique()))
-    _loss_axis(axes[0, 0], table)
-    axes[0, 0].set_ylabel("increase of the loss (nats per token)")
-    figure.supxlabel("keys blocked in every head", fontsize="medium")
-    axes[0, -1].plot([], [], color="black", linewidth=0.8, linestyle=(0, (5, 4)), label="border of harmless")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure, axes = _increases(
+        table, BLOCKED, start=[NOTHING], amount="keys asked", height=3.8, x_label="keys blocked in every head"
+    )
+    look: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (5, 4))}
+    for ax in axes:
+        ax.axhline(HARMLESS, **look)
+    _loss_axis(axes[0], table)
+    axes[-1].plot([], [], label="border of harmless", **look)
+    panels.legend_beside(axes[-1])
     return figure, table
+
+
+def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw the increase of the loss against the threshold of the digest's rule, a panel a model.
+
+    Args:
+        table: from `tables.effects_table` with `amount_name="threshold"`.
+    """
+    figure, axes = _increases(table, READINGS, amount="threshold", height=3.6, x_label="blocked above this frequency variance")
+    for ax in axes:
+        ax.tick_params(axis="x", labelsize=7)
+    _loss_axis(axes[0], table)
+    panels.legend_beside(axes[-1])
+    return figure, table
+
+
+def _increases(
+    table: pd.DataFrame, looks: Mapping[str, Style], *, start: Sequence[str] = (), amount: str, height: float, x_label: str
+) -> tuple[Figure, list[Axes]]:
+    """Draw the increase of the loss against an amount, a line for each of what is blocked; lines begin at the `start` rows."""
+    names, label = panels.unique(table, "model"), "increase of the loss (nats per token)"
+    figure, axes = panels.side_by_side(len(names), height=height, x_label=x_label, y_label=label)
+    for ax, name in zip(axes, names, strict=True):
+        for blocked, style in looks.items():
+            rows = panels.select(table, model=name)
+            rows = rows.take(np.flatnonzero(rows["blocked"].isin([blocked, *start])).tolist())
+            ax.plot(rows[amount], rows["increase"], color=style.color, linewidth=1.2)
+            panels.points(ax, rows, rows[amount].tolist(), value="increase", style=style, horizontal=False, label=blocked)
+        ax.axhline(0.0, color="black", linewidth=0.8)
+        ax.set(title=name, xticks=sorted(table.loc[table["blocked"].isin([*looks, *start]), amount].unique()))
+    return figure, axes
 
 
 def _loss_axis(ax: Axes, table: pd.DataFrame) -> None:
@@ -198,29 +221,3 @@ def _loss_axis(ax: Axes, table: pd.DataFrame) -> None:
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_ylim(1.3 * float(table[["increase", "low"]].fillna(0.0).to_numpy().min()) - 0.005, top)
-
-
-def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Draw the increase of the loss against the threshold of the digest's rule, a panel a model.
-
-    Args:
-        table: from `tables.effects_table` with `amount_name="threshold"`.
-    """
-    names = list(table["model"].unique())
-    thresholds = sorted(table.loc[table["blocked"].isin(READINGS), "threshold"].unique())
-    figure, axes = figures.subplots(1, len(names), height=3.6, sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        for reading, style in READINGS.items():
-            rows = table[(table["model"] == name) & (table["blocked"] == reading)]
-            ax.plot(rows["threshold"], rows["increase"], color=style.color, linewidth=1.2)
-            figures.errorbar_points(
-                ax, rows["threshold"], rows["increase"], rows["low"], rows["high"], style=style, label=reading
-            )
-        ax.axhline(0.0, color="black", linewidth=0.8)
-        ax.set(title=name, xticks=thresholds)
-        ax.tick_params(axis="x", labelsize=7)
-    _loss_axis(axes[0, 0], table)
-    axes[0, 0].set_ylabel("increase of the loss (nats per token)")
-    figure.supxlabel("blocked above this frequency variance", fontsize="medium")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure, table

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from lib.core.errors import InputError
-from lib.report import canvas, figures
+from lib.report import canvas, figures, panels
 from lib.studies.pruning import figures as pruning_figures
 from lib.studies.pruning import sink_figures
 from lib.studies.pruning.figures import DENSE, STYLES, style_of
@@ -171,7 +171,7 @@ def test_quality_curves_of_an_empty_table_are_refused() -> None:
 def test_loss_axis_has_plain_numbers_apart_on_both_sides_of_0(low: float, high: float) -> None:
     figure, ax = figures.subplots(height=2.6)
     ax.plot([0, 1], [low, high])
-    pruning_figures.loss_axis(ax, np.array([[low, high], [nan, np.inf]]))
+    panels.loss_axis(ax, np.array([[low, high], [nan, np.inf]]))
     canvas.png_bytes(figure, dpi=50)
     ticks = [float(label.replace("−", "-")) for label in row_names(ax)]
     assert ax.get_yscale() == "symlog" and len(ticks) >= 4 and 0 in ticks
@@ -182,7 +182,7 @@ def test_loss_axis_has_plain_numbers_apart_on_both_sides_of_0(low: float, high: 
 
 def test_loss_axis_of_small_differences_stays_linear() -> None:
     _, ax = figures.subplots()
-    pruning_figures.loss_axis(ax, np.array([[-0.01, 0.02]]))
+    panels.loss_axis(ax, np.array([[-0.01, 0.02]]))
     assert ax.get_yscale() == "linear"
 
 
@@ -204,7 +204,7 @@ def test_pattern_points(models: list[str], bounded: bool, missing: int) -> None:
         assert len({mark[2] for mark in found}) == len(found)  # side by side
         for (place, (pattern, sparsity)), method in product(enumerate(groups.values()), METHODS):
             keys = {"model": name, "pattern": pattern, "sparsity": sparsity, "method": method}
-            (row,) = pruning_figures.select(table, **keys).to_dict("records")
+            (row,) = panels.select(table, **keys).to_dict("records")
             style = style_of(method)
             (mark,) = [m for m in found if m[:2] == (style.color, style.marker) and abs(m[2] - place) < 0.5]
             assert mark[3:6] == triple(row, "increase")
@@ -285,7 +285,7 @@ def test_factorial_cells(bounded: bool) -> None:
     joins = [set(line.get_xdata()) for line in ax.lines if line.get_color() == "#999999"]  # pyright: ignore
     assert len(joins) == 8
     for inputs, sequence, norm in product(("clean", "noised"), ("sequential", "one-shot"), ("RMS", "sum")):
-        assert set(pruning_figures.select(table, inputs=inputs, order=sequence, norm=norm)["loss"]) in joins
+        assert set(panels.select(table, inputs=inputs, order=sequence, norm=norm)["loss"]) in joins
     named = {note.get_text(): note.xy for note in ax.texts}  # type: ignore[attr-defined]
     end = 0.0045 if bounded else 0.0
     assert named["Wanda as released"] == pytest.approx((3.0 + end, 0 - 0.17))

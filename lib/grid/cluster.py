@@ -52,6 +52,9 @@ def connected(address: str | None, *, jobs: int | None, gpus_per_group: float) -
     if ours:
         _connect(ray, address, jobs)
     try:
+        most = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        rule = f"a process must find its GPUs on one machine, of which the largest has {most:g}"
+        require(gpus_per_group <= most, rule, f"{gpus_per_group:g} wanted", "lower --gpus-per-cell")
         yield Room(ray, *room(ray.cluster_resources(), jobs=jobs, gpus_per_group=gpus_per_group))
     finally:
         if ours:
@@ -103,7 +106,7 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
             # As many cores as the machine has, or as many as are wanted where these are more: each group then finds one.
             with _environ(variables()):  # inherited: processes then wait ready, which those of a runtime_env cannot
                 ray.init(num_cpus=max(environment.physical_cores(), jobs or 1), **LOCAL, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # also of a start that took too long, which has no type of its own
         got = " ".join(str(error.__cause__ or error).split())
         remedy = "start one with ray start --head, or set RAY_AUTH_MODE=token where it asks for a token"
         raise InputError(f"a Ray cluster must answer at {address or 'this machine'}, got {got}: {remedy}") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from lib.core import environment
-from lib.core.errors import require
+from lib.core.errors import InputError, require
 from lib.grid import cluster
 from lib.grid.group import Group, Order, compute, fail
 from lib.grid.store import Store, cell_id
@@ -136,11 +136,11 @@ def _drive(groups: Sequence[Group], order: Order, room: cluster.Room, gpus: floa
         while waiting or running:
             while waiting and len(running) < room.groups:
                 group = waiting.pop(0)
-                running[task.remote(group, order, str(environment.ROOT))] = group
+                running[task.remote(group, order, str(environment.ROOT))] = group, len(order.store.missing(group.cells))
             ready, _ = room.ray.wait(list(running), timeout=PROGRESS_SECONDS)
             for reference in ready:
-                group = running.pop(reference)
-                _settle(room.ray, reference, group, order)
+                group, before = running.pop(reference)
+                _settle(room.ray, reference, group, order, before=before)
                 if order.store.missing(group.cells):
                     waiting.insert(0, group)  # behind a cell that failed the others need a fresh process
             progress.show(final=False)
@@ -149,13 +149,22 @@ def _drive(groups: Sequence[Group], order: Order, room: cluster.Room, gpus: floa
             room.ray.cancel(reference, force=True)
 
 
-def _settle(ray: Any, reference: Any, group: Group, order: Order) -> None:
-    """Record the cell at which a group's processes died too often."""
+def _settle(ray: Any, reference: Any, group: Group, order: Order, *, before: int) -> None:
+    """Record the cell at which a group's processes died too often; `before` counts the cells that were to be computed."""
     try:
         ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # a full disk, say: whatever a cell raises is recorded by the task itself
+        cause = " ".join(str(error.cause).split())
+        raise InputError(
+            f"a process of the grid must be able to write its records, got {cause}: mend that and run again"
+        ) from error
+    except (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.RaySystemError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"Ray must be able to start processes, got {said}: mend that and run again") from error
     except ray.exceptions.RayError as error:
-        for cell in order.store.missing(group.cells)[:1]:  # cells are computed in their order
-            died = f"a process of its group died {order.attempts} time{'s' * (order.attempts > 1)}, at last while it was computed"
+        missing = order.store.missing(group.cells)
+        for cell in missing[:1] if len(missing) == before else []:  # else others died, and this one has its own attempts
+            died = f"its process died {order.attempts} time{'s' * (order.attempts > 1)}, at last while it was computed"
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             fail(order.store, cell, DiedError(f"{died}: {said}"))
 

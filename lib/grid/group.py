@@ -63,19 +63,22 @@ def compute(group: Group, order: Order, *, attempt: int = 0) -> None:
     is_last = 0 < attempt == order.attempts - 1
     size = 1 if is_last else max(1, order.batch_size >> attempt)
     while cells := order.store.missing(group.cells):
-        error = _error(cells, group, order, batch_size=size)
+        cell, error = _stopped_at(cells, group, order, batch_size=size)
         if error is None:
             return
         if not _is_memory(error) or size == 1:
             at = f"out of memory with a batch size of {size}: " if _is_memory(error) else ""
-            fail(order.store, order.store.missing(cells)[0], error, prefix=at)  # cells are computed in their order
+            fail(order.store, cell, error, prefix=at)
             return
         size //= 2
         _free(error)
 
 
-def _error(cells: Sequence[dict[str, Any]], group: Group, order: Order, *, batch_size: int) -> Exception | None:
-    """Compute cells one after another; return what was raised at one of them."""
+def _stopped_at(
+    cells: Sequence[dict[str, Any]], group: Group, order: Order, *, batch_size: int
+) -> tuple[dict[str, Any], Exception | None]:
+    """Compute cells one after another; return the one at which something was raised, and what."""
+    cell = cells[0]
     try:
         results = iter(_load(order.work)(group.shared, cells, batch_size=batch_size))
         for cell in cells:
@@ -85,12 +88,12 @@ def _error(cells: Sequence[dict[str, Any]], group: Group, order: Order, *, batch
             else:
                 order.store.write(Record(cell["settings"], cell["code"], cell["data"], "done", result))
     except Exception as error:
-        return error
-    return None
+        return cell, error
+    return cell, None
 
 
 def fail(store: Store, cell: Mapping[str, Any], error: Exception, *, prefix: str = "") -> None:
-    """Record why a cell has no result; what nobody foresaw leaves its traceback in the log.
+    """Record why a cell has no result, unless another driver has one; what nobody foresaw leaves its traceback in the log.
 
     Args:
         store: where the record goes.
@@ -98,6 +101,8 @@ def fail(store: Store, cell: Mapping[str, Any], error: Exception, *, prefix: str
         error: what happened.
         prefix: words before the error's own.
     """
+    if not store.missing([dict(cell)]):
+        return
     status = "not tested" if isinstance(error, UnavailableError) else "failed"
     message = " ".join(str(error).split())
     if not isinstance(error, InputError) or not message:

@@ -28,6 +28,8 @@ def work(shared: dict[str, Any], cells: Sequence[dict[str, Any]], *, batch_size:
         act = settings.get("act", "")
         if act == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if act == "kill once" and len(list(note.parent.glob(f"{settings['number']}.*"))) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if act == "crash":
             os.abort()
         if act == "leave":

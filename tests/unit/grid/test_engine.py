@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from lib.core.config import ROOT
 from lib.core.errors import InputError
 from lib.grid import cluster, engine
 from lib.grid.engine import Summary
-from lib.grid.group import Group
+from lib.grid.group import Group, Order, compute
 from lib.grid.store import Record, Store
-from tests.unit.grid import grids
+from tests.unit.grid import cells_at_work, grids
 from tests.unit.grid.grids import Place, cell
 
 
@@ -111,14 +112,40 @@ def test_a_cell_that_ends_its_process_is_tried_again_and_then_reported(
     place: Place, act: str, attempts: int, batches: list[int]
 ) -> None:
     cells = [cell(0), cell(1, act=act), cell(2)]
+    run(place, place.group("before", cells[0]))
     summary = run(place, place.group("group", *cells), attempts=attempts)
-    assert summary == Summary(3, 3, (cells[1]["id"],), ())
+    assert summary == Summary(3, 2, (cells[1]["id"],), ())
     times = f"{attempts} time{'s' * (attempts > 1)}"
-    assert f"a process of its group died {times}, at last while it was computed: " in record(place, cells[1]).reason
+    assert f"its process died {times}, at last while it was computed: " in record(place, cells[1]).reason
     assert [note[0] for note in place.notes(1)] == batches
     for number in (0, 2):
         assert record(place, cells[number]).result == {"square": number**2}
         assert [note[0] for note in place.notes(number)] == [8]
+
+
+def test_kills_are_counted_cell_by_cell(place: Place) -> None:
+    cells = [cell(number, act="kill once") for number in range(4)]
+    assert run(place, place.group("group", *cells), attempts=2) == Summary(4, 4, (), ())
+    assert place.executions() == dict.fromkeys(range(4), 2)
+
+
+def test_what_another_driver_recorded_stands(place: Place) -> None:
+    """It computed the cell that fails here, and the next one is nobody's fault."""
+    cells = [cell(0, act="bug"), cell(1)]
+    group = place.group("group", *cells)
+    order = Order(place.store, "tests.unit.grid.cells_at_work:work", batch_size=1, attempts=1, threads=1)
+    done = Record(cells[0]["settings"], "c", "d", "done", {"square": 0})
+
+    def recorded_meanwhile(shared: Any, cells: Any, *, batch_size: int) -> Any:
+        place.store.write(done)
+        return cells_at_work.work(shared, cells, batch_size=batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells_at_work, "recorded_meanwhile", recorded_meanwhile, raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        compute(group, replace(order, work="tests.unit.grid.cells_at_work:recorded_meanwhile"))
+    assert record(place, cells[0]) == done
+    assert place.store.missing(group.cells) == [cells[1]]
 
 
 @pytest.mark.parametrize("act", ["memory", "torch"])
@@ -167,7 +194,10 @@ def test_a_damaged_store_is_refused_before_anything_runs_and_foreign_files_are_l
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"work": "tests.unit.grid.cells_at_work"}, "work must be module:function, got 'tests.unit.grid.cells_at_work'"),
         ({"work": "lib.no_such_module:work"}, "work must be module:function, got 'lib.no_such_module:work'"),
-        ({"gpus_per_group": 8}, "must have room for one group of cells, got 2 cores and 5 GPUs with 8 GPUs wanted for each"),
+        (
+            {"gpus_per_group": 8},
+            "must find its GPUs on one machine, of which the largest has 5, got 8 wanted: lower",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(place: Place, options: dict[str, Any], message: str) -> None:

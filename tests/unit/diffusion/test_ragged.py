@@ -88,8 +88,8 @@ def test_padding_would_matter_and_its_content_does_not(
     for padding in (7, model.mask_token_id):
         monkeypatch.setattr(ragged, "PADDING", padding)
         assert ragged.denoise(model, texts, **options).tolist() == expected
-    keep = ragged.logits_at
-    monkeypatch.setattr(ragged, "logits_at", lambda model, ids, where, **_: keep(model, ids, where))
+    keep = sampler.logits_at
+    monkeypatch.setattr(sampler, "logits_at", lambda model, ids, where, **_: keep(model, ids, where))
     wrong = ragged.denoise(model, texts, **options).tolist()
     longest = LENGTHS.index(max(LENGTHS))
     assert wrong[longest] == expected[longest]
@@ -101,14 +101,14 @@ def test_the_unguided_half_sees_no_padding_either(made: Callable[[str], Language
     model = made("llada")
     texts, options = prompts(model), {"new_tokens": 8, "steps": 8, "cfg_scale": 2.0}
     expected = ragged.denoise(model, texts, **options).tolist()
-    keep = ragged.logits_at
+    keep = sampler.logits_at
 
     def half(model: LanguageModel, ids: Tensor, where: Tensor, *, attention_mask: Tensor) -> Tensor:
         spoiled = attention_mask.clone()
         spoiled[len(spoiled) // 2 :] = 1
         return keep(model, ids, where, attention_mask=spoiled)
 
-    monkeypatch.setattr(ragged, "logits_at", half)
+    monkeypatch.setattr(sampler, "logits_at", half)
     assert ragged.denoise(model, texts, **options).tolist() != expected
 
 

@@ -74,7 +74,9 @@ def answer_greedily(member: Member, model: LlamaForCausalLM, rows: Rows, *, mask
         inside = torch.zeros_like(rows.is_answer)
         inside[:, start : start + block] = rows.is_answer[:, start : start + block]
         while bool((left := (ids == mask_token_id) & inside).any()):
-            ids = _commit_best(_logits(member, model, ids, rows), ids, left)
+            logits = _logits(member, model, ids, rows)
+            logits[..., mask_token_id] = float("-inf")  # or a place might stay masked for ever
+            ids = _commit_best(logits, ids, left)
     return ids
 
 

@@ -72,7 +72,7 @@ class Place:
 
     def content(self) -> dict[str, bytes]:
         """All bytes of all records."""
-        return {path.name: path.read_bytes() for path in self.store.folder.glob("*.json")}
+        return {path.name: path.read_bytes() for path in self.store.folder.glob("[!.]*.json")}
 
     def left_over(self) -> list[str]:
         """What lies in the store beside its records."""

@@ -195,11 +195,11 @@ def test_texts_are_cleaned() -> None:
 def test_held_out_documents_are_in_no_training_window(tok: tokenizer.PreTrainedTokenizerFast) -> None:
     documents = {"one": [sources.Document(f"text {number}", f"{number:05} " * 3) for number in range(300)]}
     articles = [{"title": f"T{n}", "extract": f"E{n}.", "description": "d", "topic": "Arts"} for n in range(40)]
-    windows, distinct = batches.build(tok, documents, articles, length=16, windows=600, seed=0)
+    windows, distinct = batches.build(tok, documents, articles, length=16, windows=2000, seed=0)  # several rounds
     held_out = batches.held_out_windows(tok, documents, articles, length=16, windows=4)
-    assert windows.shape == (600, 16)
+    assert windows.shape == (2000, 16)
     assert set(distinct) == {"one", "encyclopaedia"}
-    text = tok.decode([token for row in windows.tolist() for token in row], skip_special_tokens=True)
+    text = "\n".join(tok.batch_decode(windows.tolist(), skip_special_tokens=True))
     assert any(sources.is_held_out(one.key) for one in documents["one"])
     for number, one in enumerate(documents["one"]):
         assert (f" {number:05} " in text) != sources.is_held_out(one.key)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.quantization.rounding import Grid, group_scales
-from tests.unit.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
+from tests.unit.quantization.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
 
 FOLDER = Path(__file__).parent
 

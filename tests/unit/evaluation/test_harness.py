@@ -36,16 +36,6 @@ LENGTH = 64  # of the tiny networks
 
 
 @pytest.fixture(scope="module")
-def causal(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tiny.tokenizer())
-
-
-@pytest.fixture(scope="module")
-def dlm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tiny.tokenizer())
-
-
-@pytest.fixture(scope="module")
 def reference_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ROOT / "models" / "reference" / "dlm")
 

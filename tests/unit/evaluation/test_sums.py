@@ -22,16 +22,6 @@ QUESTIONS = ["w1 w2 w3", "w4", "w5 w6 w7", "w8 w9", "w0", "w2 w2 w9"]  # three l
 ROWS = [{"question": question, "answer": ""} for question in QUESTIONS]
 
 
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tiny.tokenizer())
-
-
-@pytest.fixture(scope="module")
-def dlm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tiny.tokenizer())
-
-
 def logits(model: LanguageModel, ids: list[int]) -> Tensor:
     with torch.inference_mode():
         return model.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.quantization.rounding import SCALE_RULES, Grid, Quantized, group_scales, round_to_nearest, stored_bytes
-from tests.unit.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
+from tests.unit.quantization.matrices import CODED, GROUPS, KINDS, MAPPINGS, matrix, relative_error
 
 RECORDED = Path(__file__).parents[2] / "parity" / "torchao_records"
 ERRORS = json.loads((RECORDED / "errors.json").read_text(encoding="utf-8"))

@@ -30,16 +30,6 @@ TURN_ENDS = {"llada-1.5": ["<|eot_id|>"], "mmada": ["<|eot_id|>"], "llama": ["<|
 
 
 @pytest.fixture(scope="module")
-def causal(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("ar"), causal=True), tokenizer=tiny.tokenizer())
-
-
-@pytest.fixture(scope="module")
-def dlm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return dataclasses.replace(tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, seed=1), tokenizer=tiny.tokenizer())
-
-
-@pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LanguageModel]:
     """Stand-ins of the releases by name; Llama gets a template, since its tokenizer puts BOS before a text itself."""
     folder = tmp_path_factory.mktemp("released")

@@ -11,7 +11,6 @@ if [ "${1:-}" = "--help" ]; then sed -n 's/^# //p' "$0"; exit 0; fi
 exports="$(SINKS_GROUPS=cluster ./run_all.sh --environment)" || exit $?  # the group has Ray, which the tests of the grid start
 eval "$exports"
 export HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
-threads="$OMP_NUM_THREADS"
 
 # What the notebooks write while they are validated must not touch the committed figures and results.
 scratch="$(mktemp -d)"
@@ -31,12 +30,13 @@ check format "$SINKS_PYTHON" -m ruff format --check --quiet .
 check pyright "$SINKS_PYTHON" -m pyright --pythonpath "$SINKS_PYTHON" --warnings
 if [ -n "$quick" ]; then warn; fi
 # Two workers with one thread each are faster on small tensors than one with two.
-OMP_NUM_THREADS=1 check tests "$SINKS_PYTHON" -m pytest -q -n 2 --dist loadscope "$@"
+export OMP_NUM_THREADS=1
+check tests "$SINKS_PYTHON" -m pytest -q -n 2 --dist loadscope "$@"
 if [ -z "$quick" ]; then
     warn
-    export SINKS_OUTPUT="$scratch" OMP_NUM_THREADS="$threads"
-    check notebooks "$SINKS_PYTHON" -m pytest -q -p no:cacheprovider -p tests.notebooks.nbval_stderr --nbval-lax --nbval-current-env \
-        --nbval-sanitize-with tests/notebooks/sanitize.cfg notebooks
+    export SINKS_OUTPUT="$scratch"
+    check notebooks "$SINKS_PYTHON" -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -p tests.notebooks.nbval_stderr \
+        --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg notebooks
 fi
 
 [ -z "$failed" ]

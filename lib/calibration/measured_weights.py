@@ -1,23 +1,65 @@
 """How much calibration tokens count, measured on the dense model: by its sinks, by as many other tokens, or by instability."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.attention import masses as attention
-from lib.attention import sinks
 from lib.calibration import token_weights
 from lib.calibration.statistics import check_masses
-from lib.calibration.token_weights import CONTROLS, INSTABILITY, Weighting
+from lib.calibration.token_weights import CONTROLS, INSTABILITY, Level, Unit, Weighting
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, network_body
 
+SAMPLES: dict[Level, int] = {"aggregate": 0, "layer": 1, "head": 1}  # the dimension of samples in masses reduced to a level
 
-@torch.inference_mode()
+
+class Masses:
+    """The dense model's attention masses of some samples, reduced to what weightings compare; each reduction is measured once.
+
+    Attributes:
+        model: the dense model.
+        input_ids: clean or noised samples.
+        batch_size: samples at one time; does not change the result.
+    """
+
+    def __init__(self, model: LanguageModel, input_ids: Int[Tensor, "sample position"], *, batch_size: int = 4) -> None:
+        self.model, self.input_ids, self.batch_size = model, input_ids, batch_size
+        self._reduced: dict[tuple[Level, Unit], Tensor] = {}
+        self._norms: Tensor | None = None
+
+    def reduced(self, level: Level, unit: Unit) -> Tensor:
+        """Return the masses reduced to a level, see `token_weights.reduced`, on the CPU.
+
+        Raises:
+            InputError: activations that are not finite.
+        """
+        if (level, unit) not in self._reduced:
+            wanted = dict.fromkeys([*product([level], get_args(Unit)), *product(["aggregate"], get_args(Unit))])
+            parts: dict[tuple[Level, Unit], list[Tensor]] = {key: [] for key in wanted}
+            for batch in self._batches():
+                mass = attention.sink_mass(self.model, batch)
+                check_masses(self.model, mass)
+                for key, found in parts.items():
+                    found.append(token_weights.reduced(mass, level=key[0], unit=key[1]).cpu())
+            self._reduced |= {key: torch.cat(found, dim=SAMPLES[key[0]]) for key, found in parts.items()}
+        return self._reduced[level, unit]
+
+    def norms(self) -> Float[Tensor, "sample position"]:
+        """Return the activation norms, see `activation_norms`, on the CPU."""
+        if self._norms is None:
+            self._norms = torch.cat([activation_norms(self.model, batch).cpu() for batch in self._batches()])
+        return self._norms
+
+    def _batches(self) -> Iterator[Tensor]:
+        return (part.to(self.model.device) for part in self.input_ids.split(self.batch_size))
+
+
 def measure(
     model: LanguageModel, input_ids: Int[Tensor, "sample position"], weighting: Weighting, *, seed: int = 0, batch_size: int = 4
 ) -> Tensor:
@@ -36,24 +78,23 @@ def measure(
     Raises:
         InputError: activations that are not finite, or a kind of instability.
     """
+    return weights(Masses(model, input_ids, batch_size=batch_size), weighting, seed=seed)
+
+
+@torch.inference_mode()
+def weights(masses: Masses, weighting: Weighting, *, seed: int = 0) -> Tensor:
+    """Return the weight of each token, as `measure` does, from masses that other weightings share."""
     if weighting.kind in INSTABILITY:
         raise InputError(f"instability must be measured over noise levels, got {weighting.kind}: use measure_over_levels")
-    score, norms = [], []
-    for part in input_ids.split(batch_size):
-        batch = part.to(model.device)
-        mass = attention.sink_mass(model, batch)
-        check_masses(model, mass)
-        score.append(token_weights.sink_score(mass, weighting).cpu())
-        norms += [activation_norms(model, batch).cpu()] if weighting.kind == "norm" else []
-    scores = torch.cat(score, dim={"aggregate": 0, "layer": 1, "head": 1}[weighting.level])
+    scores = token_weights.score_of(masses.reduced(weighting.level, weighting.unit), weighting)
     if weighting.kind not in CONTROLS:
         return _weight(scores, weighting)
     return token_weights.control_down(
         scores,
         weighting.kind,
-        input_ids=input_ids.cpu(),
-        mask_token_id=model.mask_token_id,
-        activation_norm=torch.cat(norms) if norms else None,
+        input_ids=masses.input_ids.cpu(),
+        mask_token_id=masses.model.mask_token_id,
+        activation_norm=masses.norms() if weighting.kind == "norm" else None,
         generator=generator(seed, "control", weighting.kind),
     )
 
@@ -75,7 +116,6 @@ def _weight(score: Tensor, weighting: Weighting) -> Tensor:
     return token_weights.sinks_down(score)
 
 
-@torch.inference_mode()
 def measure_over_levels(
     model: LanguageModel,
     noised: Int[Tensor, "window level position"],
@@ -96,15 +136,18 @@ def measure_over_levels(
     Raises:
         InputError: a weighting by layer or head, or a single level for instability.
     """
+    masses = Masses(model, noised.flatten(0, 1), batch_size=batch_size)
+    return weights_over_levels(masses, weighting, levels=noised.shape[1], seed=seed)
+
+
+@torch.inference_mode()
+def weights_over_levels(masses: Masses, weighting: Weighting, *, levels: int, seed: int = 0) -> Float[Tensor, "window position"]:
+    """Return one weight a token of each window, as `measure_over_levels` does, from masses that other weightings share."""
     if weighting.level != "aggregate":
         raise InputError(f"weights over noise levels must be those of the aggregate, got level {weighting.level}: use aggregate")
-    samples = noised.flatten(0, 1)
     if weighting.averaged:
-        weight = measure(model, samples, weighting, seed=seed, batch_size=batch_size)
-        return token_weights.average_over_levels(weight.view(noised.shape))
-    masses = [attention.sink_mass(model, part.to(model.device)).cpu() for part in samples.split(batch_size)]
-    check_masses(model, torch.cat(masses, dim=1))
-    mass = sinks.aggregate(torch.cat(masses, dim=1)).view(noised.shape)
+        return token_weights.average_over_levels(weights(masses, weighting, seed=seed).unflatten(0, (-1, levels)))
+    mass = masses.reduced("aggregate", "mean_one").unflatten(0, (-1, levels))
     score = token_weights.instability_score(mass, kind=cast(Any, weighting.kind), margin=weighting.margin)
     return token_weights.sinks_down(score)
 

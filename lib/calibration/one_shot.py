@@ -15,8 +15,11 @@ from lib.calibration.statistics import (  # fmt: skip
     READS,
     CalibrationSet,
     InputStatistics,
+    Weights,
+    add_shared,
     add_weighted,
     check_masses,
+    check_weights,
     new_statistics,
     of_layer,
     reading,
@@ -65,6 +68,50 @@ def dense_statistics(
         given: dict[str, Any] = {"hessian": hessian, "sequential": False, "batch_size": batch_size, "states": place}
         stream(model, calibration, lambda _, found: collected.append(found), **given)
     return collected
+
+
+@torch.no_grad()
+def shared_statistics(
+    model: LanguageModel, input_ids: Int[Tensor, "sample position"], weights: Sequence[Weights | None], *, batch_size: int = 4
+) -> list[list[dict[Role, InputStatistics]]]:
+    """Collect the statistics of the dense model for several token weights on the same text, from one pass over it.
+
+    Args:
+        model: the dense model.
+        input_ids: calibration samples, clean or noised.
+        weights: as a `CalibrationSet` holds them; None counts all tokens alike.
+        batch_size: samples at one time.
+
+    Returns:
+        For each of the weights, norms by block and reading role, equal to those of `dense_statistics` but for rounding.
+
+    Raises:
+        InputError: weights of another model.
+    """
+    for weight in weights:
+        check_weights(model, weight)
+    blocks = range(1 + model.layers[-1].block)
+    is_by_head = [weight is not None and weight.dim() == 4 for weight in weights]
+    found = [[new_statistics(model, block, hessian=False, by_head=by_head) for block in blocks] for by_head in is_by_head]
+    for rows in torch.arange(len(input_ids)).split(batch_size):
+
+        def add(read: tuple[int, Role, Tensor], rows: Tensor = rows) -> None:
+            """Add what one layer read to the statistics of every weight."""
+            block, role, inputs = read
+            alike: list[tuple[InputStatistics, Tensor | None]] = []
+            for of_weight, weight, by_head in zip(found, weights, is_by_head, strict=True):
+                layer = of_layer(weight, block)
+                part = None if layer is None else layer[rows]
+                if by_head:
+                    add_weighted(of_weight[block], role, inputs, part)
+                elif role in of_weight[block]:
+                    alike.append((of_weight[block][role], part))
+            if alike:
+                add_shared([each for each, _ in alike], inputs, [part for _, part in alike])
+
+        with reading(model, blocks, add):
+            network_body(model)(input_ids=input_ids[rows].to(model.device), use_cache=False)
+    return found
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ much each token of it counts.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lib.calibration import measured_weights
+from lib.calibration.hidden_states import ReachedError
+from lib.calibration.measured_weights import Masses
 from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
@@ -112,21 +115,49 @@ def build(
     Raises:
         InputError: windows that are too short or too long, noise for an autoregressive model, or a weighting that needs it.
     """
-    check_windows(model, windows)
-    ids = read(model, windows, inputs, seed=seed)
-    samples = ids.flatten(0, 1)
-    if weighting is None:
-        return CalibrationSet(samples)
-    if not weighting.over_levels:
-        weight = measured_weights.measure(model, samples, weighting, seed=seed, batch_size=batch_size)
-        return CalibrationSet(samples, weight)
-    noised = (
-        ids
-        if inputs.kind == "noised"
-        else read(model, windows, replace(NOISED, schedule=inputs.schedule, levels=weighting.levels), seed=seed)
-    )
-    weight = measured_weights.measure_over_levels(model, noised, weighting, seed=seed, batch_size=batch_size)
-    return CalibrationSet(samples, weight[:, None].expand(ids.shape).flatten(0, 1))
+    return Reader(model, windows, seed=seed, batch_size=batch_size).build(inputs, weighting)
+
+
+class Reader:
+    """What calibrations of one dense model read: each kind of input is made once, and measured once, for all that weigh it.
+
+    Attributes:
+        model: the dense model; its weights must be those of the dense model whenever something is asked for the first time.
+        windows: clean token windows.
+        seed: of noise, sampling and random controls.
+        batch_size: samples at one time.
+
+    Raises:
+        InputError: windows that are too short or too long.
+    """
+
+    def __init__(self, model: LanguageModel, windows: Int[Tensor, "window position"], *, seed: int, batch_size: int = 4) -> None:
+        check_windows(model, windows)
+        self.model, self.windows, self.seed, self.batch_size = model, windows, seed, batch_size
+        self._masses: dict[Inputs, Masses] = {}
+        self._levels: dict[Inputs, int] = {}
+
+    def masses(self, inputs: Inputs) -> Masses:
+        """Return the samples of a kind of input, and where their masses are measured."""
+        if inputs not in self._masses:
+            ids = read(self.model, self.windows, inputs, seed=self.seed)
+            self._masses[inputs] = Masses(self.model, ids.flatten(0, 1), batch_size=self.batch_size)
+            self._levels[inputs] = ids.shape[1]
+        return self._masses[inputs]
+
+    def build(self, inputs: Inputs = CLEAN, weighting: Weighting | None = None) -> CalibrationSet:
+        """Make a calibration set, see `build`."""
+        masses = self.masses(inputs)
+        if weighting is None:
+            return CalibrationSet(masses.input_ids)
+        if not weighting.over_levels:
+            return CalibrationSet(masses.input_ids, measured_weights.weights(masses, weighting, seed=self.seed))
+        noised = inputs
+        if inputs.kind != "noised":
+            noised = replace(NOISED, schedule=inputs.schedule, levels=weighting.levels)
+        given = {"levels": noised.levels, "seed": self.seed}
+        weight = measured_weights.weights_over_levels(self.masses(noised), weighting, **given)
+        return CalibrationSet(masses.input_ids, weight.repeat_interleave(self._levels[inputs], dim=0))
 
 
 def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[float]:
@@ -218,14 +249,17 @@ def trajectory_states(
         """Keep the states that are wanted."""
         if step.step in wanted:
             kept[step.step] = step.input_ids.cpu()
+        if step.step == max(wanted):
+            raise ReachedError
 
-    sampler.sample(
-        model,
-        windows[:, :prompt_tokens],
-        new_tokens=windows.shape[1] - prompt_tokens,
-        steps=steps,
-        temperature=temperature,
-        generator=generator(seed, "calibration trajectory"),
-        on_step=on_step,
-    )
+    with suppress(ReachedError):
+        sampler.sample(
+            model,
+            windows[:, :prompt_tokens],
+            new_tokens=windows.shape[1] - prompt_tokens,
+            steps=steps,
+            temperature=temperature,
+            generator=generator(seed, "calibration trajectory"),
+            on_step=on_step,
+        )
     return torch.stack([kept[step] for step in wanted], 1)

@@ -3,7 +3,7 @@
 Only the statistics of one block exist at a time; between blocks there are the hidden states of the calibration samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +83,9 @@ class InputStatistics:
             weight: `[sample, position]`; or `[sample, head, position]`: by group its heads in equal parts, otherwise the heads
                 whose outputs the input features are.
         """
+        if self.products is None and (weight is None or weight.dim() == 2):
+            add_shared([self], inputs, [weight])
+            return
         self.samples += len(inputs)
         if weight is not None and weight.dim() == 3 and self.by_group:
             by_group = weight.unflatten(1, (len(self.squares), -1)).mean(2)
@@ -94,12 +97,14 @@ class InputStatistics:
             self._add(0, inputs.float() * spread(weight, inputs.shape[-1]).to(inputs.device))
 
     def _add(self, group: int, values: Tensor) -> None:
-        squares = (values * values).sum(1)
-        self.squares[group] += squares.sum(0)
-        self.norms[group] += squares.sqrt().sum(0)
+        self._add_squares(group, (values * values).sum(1))
         if self.products is not None:
             flat = values.flatten(0, 1)
-            self.products += flat.T @ flat
+            self.products.addmm_(flat.T, flat)
+
+    def _add_squares(self, group: int, squares: Float[Tensor, "sample feature"]) -> None:
+        self.squares[group] += squares.sum(0)
+        self.norms[group] += squares.sqrt().sum(0)
 
     def input_norm(self, aggregate: Aggregate) -> Float[Tensor, "group feature"]:
         """Return the norm of each feature: over all tokens (up to a common factor), or summed over samples.
@@ -139,6 +144,26 @@ class _OneHessian(InputStatistics):
         if not self._readers:
             self.products = None
         return found
+
+
+def add_shared(
+    statistics: Sequence[InputStatistics],
+    inputs: Float[Tensor, "sample position feature"],
+    weights: Sequence[Float[Tensor, "sample position"] | None],
+) -> None:
+    """Add a batch to the norms of several statistics that weigh its tokens differently, squaring it once.
+
+    Args:
+        statistics: without outer products and without groups.
+        inputs: what the layer read.
+        weights: of its tokens, one for each of the statistics.
+    """
+    ones = torch.ones(inputs.shape[:2], device=inputs.device)
+    of_each = [ones if weight is None else weight.to(inputs.device).float().square() for weight in weights]
+    squares = torch.stack(of_each, 1) @ inputs.float().square()
+    for number, found in enumerate(statistics):
+        found.samples += len(inputs)
+        found._add_squares(0, squares[:, number])
 
 
 def spread(weight: Tensor, features: int) -> Float[Tensor, "sample position feature_or_one"]:

@@ -89,8 +89,17 @@ def sink_score(mass: Float[Tensor, "layer sample head position"], weighting: Wei
 
     Source: paper, Eqs. 9 to 11; threshold and score of the authors' release.
     """
-    over = {"aggregate": (0, 2), "layer": (2,), "head": ()}[weighting.level]
-    values = mass if not over else mass.sum(over) if weighting.unit == "sum" else mass.mean(over)
+    return score_of(reduced(mass, level=weighting.level, unit=weighting.unit), weighting)
+
+
+def reduced(mass: Float[Tensor, "layer sample head position"], *, level: Level, unit: Unit) -> Tensor:
+    """Sum or average masses over what a level does not tell apart."""
+    over = {"aggregate": (0, 2), "layer": (2,), "head": ()}[level]
+    return mass if not over else mass.sum(over) if unit == "sum" else mass.mean(over)
+
+
+def score_of(values: Tensor, weighting: Weighting) -> Tensor:
+    """Return the sink scores of masses that are `reduced` already."""
     if weighting.rule == "mean_std":
         threshold = sinks.mean_std_threshold(values, num_std=weighting.margin)
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.core import processor
 from lib.core.config import Config
 from lib.core.errors import InputError
 
@@ -31,16 +32,27 @@ def choose_device(config: Config) -> Device:
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpu)
     if config.dtype == "auto":
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        reason = "bfloat16 halves the memory on a GPU" if on_gpu else "float32: most CPUs multiply bfloat16 slowly"
+        reason = "bfloat16 halves the memory on a GPU" if on_gpu else "float32 tells losses apart in the sixth digit"
     else:
         dtype, reason = getattr(torch, config.dtype), f"dtype: {config.dtype} in the settings"
     return Device(torch.device("cuda" if on_gpu else "cpu"), dtype, reason)
 
 
 def describe_device(choice: Device) -> str:
-    """Return one phrase for result files: the kind of device and the dtype (no model name of a CPU, no thread count)."""
-    name = torch.cuda.get_device_name(choice.device) if choice.device.type == "cuda" else "CPU"
-    return f"{name}, {str(choice.dtype).removeprefix('torch.')}"
+    """Return one phrase for result files: the kind of device, the dtype, and who multiplies on a CPU if it is not MKL.
+
+    Models of CPUs and numbers of threads are left out.
+    """
+    dtype = str(choice.dtype).removeprefix("torch.")
+    if choice.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(choice.device)}, {dtype}"
+    return f"CPU, {dtype}" if torch.get_float32_matmul_precision() == "highest" else f"CPU, {dtype} by oneDNN"
+
+
+def use_processor() -> processor.Products:
+    """Use the threads that OMP_NUM_THREADS asks for, and the fastest float32 products; return the latter."""
+    set_threads()
+    return processor.use_products()
 
 
 def set_threads() -> int:

@@ -185,20 +185,23 @@ def masked_log_likelihood(
 
 @torch.inference_mode()
 def masked_losses(
-    model: LanguageModel, input_ids: Int[Tensor, "position"], masks: Bool[Tensor, "draw position"], *, batch_size: int
+    model: LanguageModel,
+    input_ids: Int[Tensor, "position"] | Int[Tensor, "row position"],
+    masks: Bool[Tensor, "row position"],
+    *,
+    batch_size: int,
 ) -> Iterator[Float[Tensor, "batch position"]]:
     """Yield the cross-entropy of each masked token under each mask, 0 elsewhere, a batch of masks at a time.
 
     Args:
         model: a diffusion model.
-        input_ids: one sequence, clean.
+        input_ids: one sequence for all masks, or one for each; clean.
         masks: positions to hide, on the CPU.
         batch_size: masks of a forward pass.
     """
-    ids, mask_token_id = input_ids.to(model.device), cast(int, model.mask_token_id)
-    for part in masks.split(batch_size):
+    ids, mask_token_id = input_ids.to(model.device).expand(masks.shape), cast(int, model.mask_token_id)
+    for rows, part in zip(ids.split(batch_size), masks.split(batch_size), strict=True):
         where = part.to(model.device)
-        rows = ids.expand(len(part), -1)
         logits = logits_at(model, rows.masked_fill(where, mask_token_id), where)
         losses = torch.zeros(where.shape, device=model.device)
         losses[where] = F.cross_entropy(logits, rows[where], reduction="none")
@@ -215,20 +218,21 @@ def nelbo(
         windows: clean token windows of equal length.
         draws: masks per window, their counts stratified.
         seed: seed of the masking stream; the masks of a window depend on it and on the window's index alone.
-        batch_size: draws per forward pass.
+        batch_size: masks of any windows per forward pass; does not change the result.
 
     Returns:
         The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t.
 
     Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """
+    if model.mask_token_id is None:
+        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
     everything = torch.ones(windows.shape[1], dtype=torch.bool)
-    values = []
-    for index, ids in enumerate(windows):
-        stream = generator(seed, "nelbo", index)
-        estimates = masked_log_likelihood(model, ids, everything, draws=draws, generator=stream, batch_size=batch_size)
-        values.append(-float(estimates.mean()) / windows.shape[1])
-    return summarise(torch.tensor(values, dtype=torch.float64))
+    streams = [generator(seed, "nelbo", index) for index in range(len(windows))]
+    masks = torch.cat([exact_count_masks(everything, draws, generator=stream) for stream in streams])
+    rows = windows.repeat_interleave(draws, dim=0)
+    losses = torch.cat([part.sum(1).cpu() for part in masked_losses(model, rows, masks, batch_size=batch_size)])
+    return summarise((losses / masks.sum(1)).view(len(windows), draws).mean(1).double())
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from lib.calibration.hidden_states import States
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.core.provenance import write_json
-from lib.core.runtime import set_threads
+from lib.core.runtime import use_processor
 from lib.core.wheels import UnavailableError
 from lib.evaluation import model_card, standins, tasks
 from lib.evaluation.harness import BatchedHarness
@@ -70,7 +70,7 @@ def work(
         (cell id, result), as soon as each is known; an error in its place where a checkpoint or a data set cannot be fetched, or
         settings do not fit the model, so that the other cells go on.
     """
-    set_threads()
+    use_processor()
     place = _place(shared["place"])
     variant = from_plain(shared["variant"], source=place.source)
     try:

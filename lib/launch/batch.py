@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +9,9 @@ from pathlib import Path
 from lib.core import config, provenance
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
-from lib.launch import execution
+from lib.launch import execution, lanes
 from lib.launch.execution import Job, NotebookError
+from lib.launch.lanes import Peak
 from lib.models import checkpoints
 
 Say = Callable[[str], None]
@@ -56,30 +55,34 @@ def prepare(
     ]
 
 
-def run(jobs: Sequence[Job], *, say: Say, fresh: bool = False) -> None:
-    """Run the jobs that have to run, one line each, and build the report.
+def run(jobs: Sequence[Job], *, say: Say, fresh: bool = False, at_once: int | None = None) -> None:
+    """Run the jobs that have to run, one line each when it is finished, and build the report.
 
     Args:
         jobs: what `prepare` returned.
         say: takes each line.
         fresh: run also what is up to date.
+        at_once: notebooks at one time; see `lanes.lanes_for` when None.
 
     Raises:
-        NotebookError: a notebook or the report failed; what was finished before stays.
+        NotebookError: a notebook or the report failed; what was finished stays.
         InputError: another run writes to the same folder.
     """
-    started, written = time.monotonic(), 0
+    started, written, peak, threads = time.monotonic(), 0, Peak(), lanes.threads_given()
     with _only_run(jobs[0].executed.parent):
-        say(_header(jobs[0]))
+        due = [job for job in jobs if fresh or execution.why_run(job)]
+        count = at_once or lanes.lanes_for(len(due), threads=threads, has_gpu=len(due) > 1 and _has_gpu(jobs[0]))
+        say(_header(jobs[0], at_once=min(count, len(due)), threads=threads))
         for job in jobs:
-            if not fresh and not execution.why_run(job):
+            if job not in due:
                 say(f"{_title(job)}{_skipped(job)}")
-                continue
-            outcome = execution.execute(job)
+        for job, outcome in lanes.side_by_side(due, lanes=count, threads=threads, peak=peak):
             written += len(outcome.files)
             say(f"{_title(job)}{_duration(outcome.seconds):<13}{_wrote(outcome.files)}")
         say(f"report: {_build_report(jobs[0])}")
-    say(f"total {_duration(time.monotonic() - started)}, peak memory {_peak_memory()}, {written + 1} files written")
+    peak.look()
+    seconds, memory = _duration(time.monotonic() - started), f"{peak.bytes / 1e9:.2f} GB"
+    say(f"total {seconds}, peak memory {memory} of all processes together, {written + 1} files written")
 
 
 def show(jobs: Sequence[Job], *, say: Say) -> None:
@@ -151,11 +154,18 @@ def _shown(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def _header(job: Job) -> str:
-    found, threads = provenance.versions(), os.environ.get("OMP_NUM_THREADS", "?")
+def _has_gpu(job: Job) -> bool:
+    """Tell whether notebooks of a run compute on a GPU, whose memory two of them would share."""
+    from lib.core import runtime  # has torch, which is slow to import
+
+    return runtime.choose_device(config.load(job.profile, overrides=job.overrides)).device.type != "cpu"
+
+
+def _header(job: Job, *, at_once: int, threads: int) -> str:
+    found = provenance.versions()
     changed = "".join(f", {key}={value}" for key, value in job.overrides.items())
-    used = f"{threads} threads, Python {found['python']}, torch {found.get('torch', '?')}"
-    return f"profile {job.profile}, seed {job.seed}{changed}; {used}"
+    share = f"{threads} threads" if at_once < 2 else f"{at_once} notebooks at one time, {threads} threads together"
+    return f"profile {job.profile}, seed {job.seed}{changed}; {share}, Python {found['python']}, torch {found.get('torch', '?')}"
 
 
 def _title(job: Job) -> str:
@@ -175,9 +185,3 @@ def _wrote(files: Sequence[str]) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-
-
-def _peak_memory() -> str:
-    """Peak resident memory of the largest process of a notebook (the unit is bytes on macOS, kilobytes elsewhere)."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 1e9:.2f} GB"

@@ -55,6 +55,11 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace one setting; repeatable")
     parser.add_argument("--fresh", action="store_true", help="run also what is up to date")
     parser.add_argument("--list", action="store_true", help="show each notebook and whether it would run")
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        help="notebooks at one time; default: 2 on a CPU with two cores, else 1 (of a grid: models)",
+    )
     _add_grid(parser.add_argument_group("the experiment grid of the profiles paper and rehearsal"))
     chosen = parser.parse_args(arguments)
     if chosen.profile not in PROFILES:
@@ -77,7 +82,6 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plan", action="store_true", help="say what the grid would cost and what is there already; runs nothing")
     group.add_argument("--grid-only", action="store_true", help="compute the cells, leave the notebooks")
     group.add_argument("--limit", metavar="N", help="only the first N documents of each task; intervals get as wide as they must")
-    group.add_argument("--jobs", metavar="N", help="models at one time; default: as many as have GPUs, or one on a CPU")
     group.add_argument("--retry-failed", action="store_true", help="compute failed cells again")
     group.add_argument("--ray", metavar="ADDRESS", help="use this Ray cluster: auto, or host:port; default: this machine")
     group.add_argument(
@@ -87,9 +91,7 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
 
 def _check_grid(chosen: argparse.Namespace) -> None:
     """Check the words of the grid."""
-    given = [
-        name for name in ("plan", "grid_only", "limit", "jobs", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)
-    ]
+    given = [name for name in ("plan", "grid_only", "limit", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)]
     if given and chosen.profile not in GRID_PROFILES:
         flag = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use {' or '.join(GRID_PROFILES)}")
@@ -158,7 +160,8 @@ def _carry_out(chosen: argparse.Namespace) -> int:
         if chosen.list:
             batch.show(jobs, say=_say)
         else:
-            batch.run(jobs, say=_say, fresh=chosen.fresh)
+            at_once = None if chosen.profile in GRID_PROFILES else chosen.jobs  # there it counts models
+            batch.run(jobs, say=_say, fresh=chosen.fresh, at_once=at_once)
     except InputError as error:
         return _complain(error, 2)
     except NotebookError as error:

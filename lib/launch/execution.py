@@ -108,13 +108,42 @@ def why_run(job: Job) -> str:
     return "" if _is_notebook(job.executed) else f"{_relative(job.executed, job)} is missing or damaged"
 
 
-def execute(job: Job) -> Outcome:
-    """Run a notebook and record what it wrote.
+@dataclass(frozen=True)
+class Running:
+    """A notebook that runs in a process of its own: its memory is given back, and a crash cannot take the launcher along."""
 
-    The notebook runs in its own process, so that its memory is given back and a crash cannot take the launcher along.
+    job: Job
+    process: subprocess.Popen[str] = field(repr=False)
+    started: float
+    line: int = 0
+
+    @property
+    def partial(self) -> Path:
+        """The copy that is being executed."""
+        return self.job.executed.with_suffix(".partial.ipynb")
+
+
+def begin(job: Job, *, threads: int | None = None, line: int = 0) -> Running:
+    """Start a notebook.
 
     Args:
         job: the notebook.
+        threads: of its computations; as many as OMP_NUM_THREADS says when None.
+        line: of the terminal that its progress bar takes, counted from the cursor.
+    """
+    started = time.monotonic()
+    job.executed.parent.mkdir(parents=True, exist_ok=True)
+    sweep(job)
+    parameters = {"profile": job.profile, "seed": job.seed, "overrides": dict(job.overrides)}
+    copy = job.executed.with_suffix(".partial.ipynb")
+    order = {"notebook": str(job.notebook), "copy": str(copy), "parameters": parameters, "parent": os.getpid(), "line": line}
+    command = [sys.executable, "-m", "lib.launch.execution", json.dumps(order)]
+    environ = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return Running(job, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ), started, line)
+
+
+def finish(running: Running) -> Outcome:
+    """Wait for a notebook and record what it wrote.
 
     Returns:
         What it wrote.
@@ -122,24 +151,29 @@ def execute(job: Job) -> Outcome:
     Raises:
         NotebookError: a cell failed or the process died; the copy executed so far is kept as `NN_name.failed.ipynb`.
     """
-    started = time.monotonic()
-    partial, failed = (job.executed.with_suffix(f".{kind}.ipynb") for kind in ("partial", "failed"))
-    job.executed.parent.mkdir(parents=True, exist_ok=True)
-    sweep(job)
-    problem = _run_process(job, partial)
+    job, failed = running.job, running.job.executed.with_suffix(".failed.ipynb")
+    problem = _problem(running.process)
     if problem:
         where = "no executed copy was written"
-        if partial.exists():
-            os.replace(partial, failed)
+        if running.partial.exists():
+            os.replace(running.partial, failed)
             where = f"open {_relative(failed, job)}"
         message = f"notebook {job.number} ({job.name}) failed {problem}: {where}"
         raise NotebookError(message, is_input=any(f" with {name}: " in problem for name in REFUSALS))
     failed.unlink(missing_ok=True)
-    os.replace(partial, job.executed)
-    seconds = time.monotonic() - started
+    os.replace(running.partial, job.executed)
+    seconds = time.monotonic() - running.started
     files = outputs.read(job.output, job.profile, job.notebook.stem)
     _record(job, files, seconds)
     return Outcome((*files, _relative(job.executed, job)), seconds)
+
+
+def stop(running: Running) -> None:
+    """End a notebook that is not wanted any more: after an interrupt, which it received too, it may end its kernel itself."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        running.process.wait(10)
+    running.process.kill()
+    running.process.communicate()
 
 
 def sweep(job: Job) -> None:
@@ -168,26 +202,15 @@ def _record(job: Job, files: Mapping[str, str], seconds: float) -> None:
     provenance.write_json(job.status, record)
 
 
-def _run_process(job: Job, partial: Path) -> str:
-    """Run the notebook in a child process; return what went wrong, or nothing."""
-    parameters = {"profile": job.profile, "seed": job.seed, "overrides": dict(job.overrides)}
-    order = {"notebook": str(job.notebook), "copy": str(partial), "parameters": parameters, "parent": os.getpid()}
-    command = [sys.executable, "-m", "lib.launch.execution", json.dumps(order)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            said, _ = child.communicate()
-        except KeyboardInterrupt:
-            # The terminal sent the interrupt to the child as well: let it end its kernel.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(10)
-            child.kill()
-            raise
-    if child.returncode == 0:
+def _problem(process: subprocess.Popen[str]) -> str:
+    """Wait for a notebook's process; return what went wrong, or nothing."""
+    said, _ = process.communicate()
+    if process.returncode == 0:
         return ""
-    if child.returncode < 0:
-        return f"because its process was ended by signal {-child.returncode} (9 mostly means out of memory)"
+    if process.returncode < 0:
+        return f"because its process was ended by signal {-process.returncode} (9 mostly means out of memory)"
     lines = said.strip().splitlines()
-    return lines[-1] if lines else f"with exit code {child.returncode} of its process"
+    return lines[-1] if lines else f"with exit code {process.returncode} of its process"
 
 
 def _execute_here(order: Mapping[str, Any]) -> str:
@@ -207,7 +230,7 @@ def _execute_here(order: Mapping[str, Any]) -> str:
             cwd=str(notebook.parent),
             # Else every start warns about unencrypted loopback, and some failures tell of an interrupt; errors are in the outputs
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            progress_bar=_bar(notebook.stem) if sys.stderr.isatty() else False,
+            progress_bar=_bar(notebook.stem, order["line"]) if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:
         value = " ".join(str(error.evalue).split())
@@ -217,9 +240,9 @@ def _execute_here(order: Mapping[str, Any]) -> str:
     return ""
 
 
-def _bar(name: str) -> Any:
+def _bar(name: str, line: int) -> Any:
     """Describe the live bar over a notebook's cells (papermill takes tqdm's options); the finished notebook's line follows it."""
-    return {"desc": name, "unit": "cell", "leave": False, "dynamic_ncols": True}
+    return {"desc": name, "unit": "cell", "leave": False, "dynamic_ncols": True, "position": line}
 
 
 def _position(notebook: Path, copy: Path, index: int) -> str:

@@ -1,14 +1,26 @@
 """SparseGPT: remove weights and let the remaining ones of a row make up for it. Tensors in, tensors out."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib.core.errors import InputError
-from lib.pruning.importances import UNSTRUCTURED, check_removed, check_sparsity, parse_pattern, removed_count, smallest
+from lib.pruning.importances import (  # fmt: skip
+    UNSTRUCTURED,
+    check_removed,
+    check_sparsity,
+    kth_smallest,
+    parse_pattern,
+    removed_count,
+    smallest,
+)
 
 DAMPING = 0.01
 BLOCK = 128
+INNER = 16  # columns of a block whose errors reach the rest of it in one product
 
 
 def inverse_cholesky(
@@ -26,17 +38,20 @@ def inverse_cholesky(
 
     Source: SparseGPT (arXiv 2301.00774), section 3.3, as the authors' release does it.
     """
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    # H = U U^T with U upper triangular, from a factor of the matrix read backwards; then H^-1 = U^-T U^-1.
+    backwards = hessian.flip(0, 1)
+    backwards.diagonal().add_(damping * hessian.diagonal().mean())
+    backwards, failed = torch.linalg.cholesky_ex(backwards)
     if bool(failed):
         raise InputError(
             f"the Hessian of {name} must be positive definite after damping, got one that is not: raise damping above {damping}"
         )
-    inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if bool(failed):
-        raise InputError(
-            f"the inverse Hessian of {name} must be positive definite, got one that is not: raise damping above {damping}"
-        )
+    upper = backwards.flip(0, 1)
+    del backwards  # memory is short here: a layer's Hessian is the largest thing that there is
+    inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    if not bool(torch.isfinite(inverse).all()):
+        raise InputError(f"the inverse Hessian of {name} must be finite, got one that is not: raise damping above {damping}")
     return inverse
 
 
@@ -99,6 +114,7 @@ def sparsegpt(
     return torch.where(kept, work, 0.0).to(weight.dtype), kept
 
 
+@np.errstate(all="ignore")  # numbers that overflow are found and refused afterwards, with the layer's name
 def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] | None) -> Float[Tensor, "out column"]:
     """Prune a block column by column in place, moving each error to the columns that follow in it; return the errors.
 
@@ -107,16 +123,26 @@ def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] |
     work, keep = part.T.contiguous(), kept.T.contiguous()
     errors, diagonal = torch.zeros_like(work), local.diagonal()[:, None]
     share = torch.where(keep, 0.0, 1.0 / diagonal)  # of a weight in its error: 0 where it stays
-    for column, (values, error) in enumerate(zip(work.unbind(), errors.unbind(), strict=True)):
-        if groups and column % groups[1] == 0:
-            span = slice(column, column + groups[1])
-            keep[span] = _kept_of_group((work[span] / diagonal[span]) ** 2, groups)
-            share[span] = torch.where(keep[span], 0.0, 1.0 / diagonal[span])
-        torch.mul(values, share[column], out=error)
-        work[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+    step = INNER if not groups else max(INNER - INNER % groups[1], groups[1])
+    values, error, factor, part_of = (quick_rows(each) for each in (work, errors, local, share))
+    for first in range(0, len(work), step):
+        end = min(first + step, len(work))
+        for column in range(first, end):
+            if groups and column % groups[1] == 0:
+                span = slice(column, column + groups[1])
+                keep[span] = _kept_of_group((work[span] / diagonal[span]) ** 2, groups)
+                share[span] = torch.where(keep[span], 0.0, 1.0 / diagonal[span])
+            error[column] = values[column] * part_of[column]
+            values[column + 1 : end] -= factor[column, column + 1 : end, None] * error[column]
+        work[end:].addmm_(local[first:end, end:].T, errors[first:end], alpha=-1)
     part.copy_(torch.where(keep, work, 0.0).T)
     kept.copy_(keep.T)
     return errors.T
+
+
+def quick_rows(matrix: Tensor) -> Any:
+    """Return a view that is quick to take rows from: NumPy's on the CPU, where a torch operation costs microseconds to begin."""
+    return matrix.detach().numpy() if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64) else matrix
 
 
 def _share(total: int, start: int, stop: int, width: int) -> int:
@@ -128,12 +154,11 @@ def _removed(part: Tensor, local: Tensor, sparsity: float, *, count: int, inclus
     """Choose what goes from a block: the smallest w^2 / [H^-1]_jj over all rows together."""
     cost = part**2 / local.diagonal()[None] ** 2
     if inclusive:
-        return cost <= cost.flatten().sort().values[int(cost.numel() * sparsity)]
+        return cost <= kth_smallest(cost.reshape(1, -1), int(cost.numel() * sparsity) + 1)
     return smallest(cost.reshape(1, -1), count).view(cost.shape)
 
 
 def _kept_of_group(cost: Float[Tensor, "column out"], groups: tuple[int, int]) -> Bool[Tensor, "column out"]:
     """Choose what stays of a group of M columns, with the weights as they stand when the sweep reaches it."""
     n, m = groups
-    smallest = cost.argsort(dim=0, stable=True)[: m - n]
-    return torch.ones_like(cost, dtype=torch.bool).scatter(0, smallest, False)
+    return ~smallest(cost.T, m - n).T

@@ -6,6 +6,7 @@ Three orders can be compared: `joint` prunes and rounds in one sweep; `gptq` wit
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -20,7 +21,7 @@ from lib.pruning.importances import (
     removed_count,
     smallest,
 )
-from lib.pruning.sparsegpt import BLOCK, DAMPING, inverse_cholesky
+from lib.pruning.sparsegpt import BLOCK, DAMPING, INNER, inverse_cholesky, quick_rows
 from lib.quantization.rounding import Grid, Quantized, group_scales, nearest_codes
 
 
@@ -187,6 +188,7 @@ def _compress(work: Tensor, kept: Tensor, plan: _Plan, *, block: int, dtype: tor
     return Compressed(quantized.dequantize(dtype=dtype), kept, quantized)
 
 
+@np.errstate(all="ignore")  # numbers that overflow are found and refused afterwards, with the layer's name
 def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int) -> Float[Tensor, "out column"]:
     """Prune and round a block column by column in place, moving each error to the columns that follow in it; return the errors.
 
@@ -195,20 +197,24 @@ def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int)
     work, keep = part.T.contiguous(), kept.T.contiguous()
     local = plan.factor[start : start + len(work), start : start + len(work)]
     errors, share = torch.zeros_like(work), 1.0 / local.diagonal()[:, None]
-    for column, (values, error) in enumerate(zip(work.unbind(), errors.unbind(), strict=True)):
-        if plan.groups and column % plan.groups[1] == 0:
-            span = slice(column, column + plan.groups[1])
-            keep[span] = _kept_of_groups(work[span].T, plan, start + column).T
-        group, into = divmod(start + column, plan.columns)
-        if plan.grid.rounds and into == 0 and column + plan.columns <= len(work):
-            ahead, first = slice(column, column + plan.columns), start + column
-            stays = _kept_of_groups(work[ahead].T, plan, first) if plan.groups else keep[ahead].T
-            scales[group] = _scale(work[ahead].T, stays, plan, first)
-        end = nearest_codes(values, scales[group], plan.grid).mul_(scales[group]) if plan.grid.rounds else values
-        end = torch.where(keep[column], end, 0.0)
-        torch.sub(values, end, out=error).mul_(share[column])
-        work[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
-        values.copy_(end)
+    rows, error, factor = (quick_rows(each) for each in (work, errors, local))
+    for first, stop in _spans(len(work), INNER, plan):
+        for column in range(first, stop):
+            if plan.groups and column % plan.groups[1] == 0:
+                span = slice(column, column + plan.groups[1])
+                keep[span] = _kept_of_groups(work[span].T, plan, start + column).T
+            group, into = divmod(start + column, plan.columns)
+            if plan.grid.rounds and into == 0 and column + plan.columns <= len(work):
+                ahead, begin = slice(column, column + plan.columns), start + column
+                stays = _kept_of_groups(work[ahead].T, plan, begin) if plan.groups else keep[ahead].T
+                scales[group] = _scale(work[ahead].T, stays, plan, begin)
+            values = work[column]
+            end = nearest_codes(values, scales[group], plan.grid).mul_(scales[group]) if plan.grid.rounds else values
+            end = torch.where(keep[column], end, 0.0)
+            torch.sub(values, end, out=errors[column]).mul_(share[column])
+            values.copy_(end)
+            rows[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error[column]
+        work[stop:].addmm_(local[first:stop, stop:].T, errors[first:stop], alpha=-1)
     part.copy_(work.T)
     kept.copy_(keep.T)
     return errors.T
@@ -217,7 +223,7 @@ def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int)
 def _spans(width: int, block: int, plan: _Plan) -> list[tuple[int, int]]:
     """Divide the columns into blocks that cut no group of the pattern, and groups of a scale only where these are longer."""
     pattern = plan.groups[1] if plan.groups else 1
-    unit = plan.columns if plan.grid.rounds else pattern
+    unit = min(plan.columns, width) if plan.grid.rounds else pattern
     step = max(block - block % pattern, pattern)
     step, end = (step - step % unit, width) if unit <= step else (step, unit)
     return [

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lib.core.errors import InputError
 
@@ -110,4 +111,12 @@ def png_bytes(figure: Figure, *, dpi: int = FILE_DPI) -> bytes:
             figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
         except UserWarning as error:
             raise InputError(f"a figure must have room for its labels, got {error}: make it larger") from error
+    return buffer.getvalue()
+
+
+def inline(drawn: bytes) -> bytes:
+    """Make the smaller picture that a notebook shows out of the file's PNG, which is quicker than drawing it a second time."""
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(drawn)).convert("RGB")
+    picture.reduce(FILE_DPI // INLINE_DPI).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -19,7 +19,7 @@ from lib.core.errors import InputError
 from lib.report.canvas import FILE_DPI, INLINE_DPI, WIDTH, subplots, use_style
 
 __all__ = [
-    "FILE_DPI", "INLINE_DPI", "WIDTH", "subplots", "use_style", "METHODS", "MODELS", "Style", "model_styles", "method_style",
+    "FILE_DPI", "INLINE_DPI", "WIDTH", "subplots", "use_style", "METHODS", "MODELS", "Style", "model_styles",
     "heatmap", "color_norm", "shared_colorbar", "mask_ratio_axis", "mark_fractions", "errorbar_points", "band",
     "token_label",
 ]  # fmt: skip
@@ -67,23 +67,6 @@ def model_styles(names: Iterable[str]) -> dict[str, Style]:
             styles[name] = Style(OTHER_COLORS[others % len(OTHER_COLORS)], OTHER_MARKERS[others % len(OTHER_MARKERS)])
             others += 1
     return styles
-
-
-def method_style(name: str) -> Style:
-    """Return colour and marker of a pruning method.
-
-    Args:
-        name: one of the keys of `METHODS`.
-
-    Returns:
-        Its style.
-
-    Raises:
-        InputError: the method has no style.
-    """
-    if name not in METHODS:
-        raise InputError(f"a method must be one of {', '.join(METHODS)}, got {name!r}: add its style to lib/figures.py")
-    return METHODS[name]
 
 
 def heatmap(

@@ -102,14 +102,14 @@ class Run:
         path = self._path("figures", name, ".png", caption)
         canvas.add_footer(fig, self._footer(models))
         self._write(path.with_suffix(".csv"), csv_text(data).encode())
-        self._write(path, canvas.png_bytes(fig))
-        inline = canvas.png_bytes(fig, dpi=canvas.INLINE_DPI)
+        drawn = canvas.png_bytes(fig)
         plt.close(fig)
+        self._write(path, drawn)
         self._figures[name] = {
             "name": name, "kind": "figure", "caption": caption,
             "file": self._relative(path), "data": self._relative(path.with_suffix(".csv")),
         }  # fmt: skip
-        _show("image/png", inline, f"{self._relative(path)}: {caption}")
+        _show("image/png", canvas.inline(drawn), f"{self._relative(path)}: {caption}")
 
     def animation(
         self,

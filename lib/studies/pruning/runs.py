@@ -1,7 +1,7 @@
 """Prune, measure, restore: the loss of many compressed models on the same windows and the same masks."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -26,6 +26,7 @@ from lib.timing import clock
 DENSE, STRUCTURED = "dense", "structured"
 TIMED_WINDOWS = 4
 Measured = TypeVar("Measured")
+Read = tuple[Inputs, Weighting | None]  # what decides what a calibration reads and how its tokens count
 
 
 @dataclass(frozen=True)
@@ -96,30 +97,52 @@ def dense(bench: Bench) -> Outcome:
 
 
 class Calibrations:
-    """Calibration sets and dense statistics of one bench and one seed, made when first asked for and then shared."""
+    """Calibration sets and dense statistics of one bench and one seed, made when first asked for and then shared.
+
+    Attributes:
+        bench: whose model must be dense whenever something is asked for the first time.
+        seed: of the windows, of noise and of random choices.
+        windows: clean windows that this calibration reads.
+    """
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self.bench, self.seed = bench, seed
         self.windows = sets.draw_windows(bench.pool, count=bench.calibration_windows, seed=seed)
-        self._sets: dict[tuple[Inputs, Weighting | None], CalibrationSet] = {}
-        self._statistics: dict[tuple[Inputs, Weighting | None], list[dict[Role, InputStatistics]]] = {}
+        self._reader = sets.Reader(bench.model, self.windows, seed=seed, batch_size=bench.batch_size)
+        self._sets: dict[Read, CalibrationSet] = {}
+        self._statistics: dict[Read, list[dict[Role, InputStatistics]]] = {}
 
     def set_of(self, method: Method) -> CalibrationSet:
         """Return what a method reads, weighted as it says."""
         key = (method.inputs, method.weighting)
         if key not in self._sets:
-            options = {"seed": self.seed, "batch_size": self.bench.batch_size}
-            self._sets[key] = sets.build(self.bench.model, self.windows, inputs=key[0], weighting=key[1], **options)
+            self._sets[key] = self._reader.build(*key)
         return self._sets[key]
 
+    def prepare(self, chosen: Iterable[Method]) -> None:
+        """Collect the statistics of several methods together, of those that are one-shot: what reads one text shares the pass."""
+        self._collect([method for method in chosen if uses_dense_statistics(method)])
+
     def statistics_of(self, method: Method) -> list[dict[Role, InputStatistics]]:
-        """Return the norms that the dense model's layers read, for one-shot methods."""
-        key = (method.inputs, method.weighting)
-        if key not in self._statistics:
-            self._statistics[key] = one_shot.dense_statistics(
-                self.bench.model, self.set_of(method), batch_size=self.bench.batch_size
-            )
-        return self._statistics[key]
+        """Return the norms that the dense model's layers read of a method's text, weighted as it says."""
+        self._collect([method])
+        return self._statistics[method.inputs, method.weighting]
+
+    def _collect(self, chosen: Sequence[Method]) -> None:
+        missing: dict[Inputs, dict[Read, CalibrationSet]] = {}
+        for method in chosen:
+            key = (method.inputs, method.weighting)
+            if key not in self._statistics:
+                missing.setdefault(method.inputs, {})[key] = self.set_of(method)
+        for of_text in missing.values():
+            ids, weights = next(iter(of_text.values())).input_ids, [one.token_weight for one in of_text.values()]
+            found = one_shot.shared_statistics(self.bench.model, ids, weights, batch_size=self.bench.batch_size)
+            self._statistics |= dict(zip(of_text, found, strict=True))
+
+
+def uses_dense_statistics(method: Method) -> bool:
+    """Tell whether a method prunes with norms of the dense model alone."""
+    return method.importance == "wanda" and not method.sequential
 
 
 def prune_(found: Calibrations, method: Method, target: Target) -> None:
@@ -127,7 +150,7 @@ def prune_(found: Calibrations, method: Method, target: Target) -> None:
     model, batch = found.bench.model, found.bench.batch_size
     if not method.needs_calibration:
         pruner.prune_(model, method, target, seed=found.seed)
-    elif method.importance == "wanda" and not method.sequential:
+    elif uses_dense_statistics(method):
         pruner.prune_with_(model, method, target, found.statistics_of(method))
     else:
         pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
@@ -160,7 +183,10 @@ def compare(
     work = [(seed, name) for seed in seeds for name in chosen if seed in seeds_that_matter(chosen[name], seeds)]
     calibrations: dict[int, Calibrations] = {}
     for seed, name in tqdm(work, desc=bench.model.name, leave=False, disable=None):
-        found = calibrations.setdefault(seed, Calibrations(bench, seed))
+        if seed not in calibrations:
+            calibrations = {seed: Calibrations(bench, seed)}  # of one seed at a time
+            calibrations[seed].prepare(chosen.values())
+        found = calibrations[seed]
         for target in targets:
             outcomes.append(measured(found, name, chosen[name], target))
     return outcomes
@@ -198,6 +224,7 @@ def while_pruned(
         What was measured, by (name, sparsity).
     """
     found, results = Calibrations(bench, seed), {}
+    found.prepare(method for method in conditions.values() if method is not None)
     for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False, disable=None):
         with pruner.restored(bench.model):
             if method is not None:

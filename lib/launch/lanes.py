@@ -51,13 +51,11 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
     running: list[Running] = []
     failed: list[NotebookError] = []
     try:
-        while waiting or running:
+        while running or (waiting and not failed):
             while waiting and not failed and _may_begin(waiting[0], running, lanes):
                 job = waiting.pop(0)
                 own = threads if job.number in ALONE else max(1, threads // lanes)
                 running.append(execution.begin(job, threads=own, line=_free_line(running)))
-            if failed and not running:
-                raise failed[0]
             done = _first_done(running, peak)
             running.remove(done)
             try:
@@ -67,6 +65,8 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
     finally:
         for left in running:
             execution.stop(left)
+    if failed:
+        raise failed[0]
 
 
 def threads_given() -> int:

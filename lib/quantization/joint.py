@@ -5,6 +5,7 @@ Three orders can be compared: `joint` prunes and rounds in one sweep; `gptq` wit
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,8 +197,9 @@ def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int)
     """
     work, keep = part.T.contiguous(), kept.T.contiguous()
     local = plan.factor[start : start + len(work), start : start + len(work)]
-    errors, share = torch.zeros_like(work), 1.0 / local.diagonal()[:, None]
-    rows, error, factor = (quick_rows(each) for each in (work, errors, local))
+    errors, share = torch.zeros_like(work), (1.0 / local.diagonal()).tolist()
+    rows, error, factor, scale_of, stays_at = (quick_rows(each) for each in (work, errors, local, scales, keep))
+    library: Any = np if isinstance(rows, np.ndarray) else torch
     for first, stop in _spans(len(work), INNER, plan):
         for column in range(first, stop):
             if plan.groups and column % plan.groups[1] == 0:
@@ -208,11 +210,13 @@ def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int)
                 ahead, begin = slice(column, column + plan.columns), start + column
                 stays = _kept_of_groups(work[ahead].T, plan, begin) if plan.groups else keep[ahead].T
                 scales[group] = _scale(work[ahead].T, stays, plan, begin)
-            values = work[column]
-            end = nearest_codes(values, scales[group], plan.grid).mul_(scales[group]) if plan.grid.rounds else values
-            end = torch.where(keep[column], end, 0.0)
-            torch.sub(values, end, out=errors[column]).mul_(share[column])
-            values.copy_(end)
+            end = rows[column]
+            if plan.grid.rounds:
+                scale = scale_of[group]
+                end = (end / scale).round().clip(plan.grid.lowest, plan.grid.highest) * scale
+            end = library.where(stays_at[column], end, 0.0)
+            error[column] = (rows[column] - end) * share[column]
+            rows[column] = end
             rows[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error[column]
         work[stop:].addmm_(local[first:stop, stop:].T, errors[first:stop], alpha=-1)
     part.copy_(work.T)

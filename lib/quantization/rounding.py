@@ -21,6 +21,7 @@ DENSE_BITS = 16
 SCALE_BITS = 16
 # what the search multiplies the scale of absmax with: steps of 5 %, down to less than a third for groups with outliers
 CLIPPING = tuple(0.95**step for step in range(24))
+TRIED_AT_ONCE = 2**19  # numbers: a scale for each group and try, on all weights
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,15 @@ def _best(groups: Tensor, largest: Tensor, grid: Grid, importance: Tensor | None
     """
     tried = [largest * (factor / (grid.highest + 0.5)) for factor in CLIPPING]
     tried += [largest / grid.highest, largest / -grid.lowest, _unclipped(groups, grid)]
-    best, smallest = _stored(largest), torch.full_like(largest, torch.inf)
-    for scales in map(_stored, tried):
-        spread = scales.to(groups.dtype)[:, :, None].expand_as(groups)
-        errors = nearest_codes(groups, spread, grid).mul_(spread).sub_(groups).square_()
-        total = (errors if importance is None else errors * importance).sum(2)
-        best = torch.where(total < smallest, scales, best)
-        smallest = torch.minimum(total, smallest)
+    scales = _stored(torch.stack(tried))
+    best = torch.empty_like(scales[0])
+    rows = max(1, TRIED_AT_ONCE // (len(tried) * groups[0].numel()))
+    for part in torch.arange(len(groups)).split(rows):
+        values = groups[part].expand(len(tried), -1, -1, -1)
+        spread = scales[:, part, :, None].to(groups.dtype).expand_as(values)
+        errors = nearest_codes(values, spread, grid).mul_(spread).sub_(values).square_()
+        total = (errors if importance is None else errors * importance).sum(3)
+        best[part] = scales[:, part].gather(0, total.argmin(0, keepdim=True))[0]  # the first of equals
     return best
 
 
@@ -199,7 +202,7 @@ def _unclipped(groups: Tensor, grid: Grid) -> Float[Tensor, "out group"]:
     return torch.maximum(groups.amin(2) / grid.lowest, groups.amax(2) / grid.highest)
 
 
-def _stored(scales: Tensor) -> BFloat16[Tensor, "out group"]:
+def _stored(scales: Tensor) -> BFloat16[Tensor, "*tried out group"]:
     """Round scales as they are kept; where nothing is left of one, any will do."""
     rounded = scales.to(torch.bfloat16)
     return torch.where(rounded > 0, rounded, 1.0)

@@ -13,7 +13,7 @@ import pytest
 from lib.grid.store import Record
 from tests.unit.grid.grids import Place, computing, finish, kill, of_ray, wait_for
 
-SHAPE = {"groups": 4, "cells": 3}
+SHAPE = {"groups": 3, "cells": 4}
 CELLS = SHAPE["groups"] * SHAPE["cells"]
 SECONDS = 0.3  # of one cell
 # A dead machine is noticed within a second or two instead of half a minute.

@@ -1,6 +1,7 @@
 """Tables of the grid's store, from records written by hand."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,13 @@ def profile(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Con
     return dataclasses.replace(loaded, grid=dataclasses.replace(loaded.grid, **small))
 
 
+@functools.cache
+def code() -> str:
+    return cells.code_version(ROOT)
+
+
 def write(loaded: Config, cell: Cell, **fields: Any) -> None:
-    spec = cell.spec(code=cells.code_version(ROOT))
+    spec = cell.spec(code=code())
     cells.store_of(loaded).write(Record(spec["settings"], spec["code"], spec["data"], **fields))
 
 

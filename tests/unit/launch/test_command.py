@@ -373,6 +373,6 @@ def test_a_notebook_that_refuses_its_settings_is_bad_input(tmp_path: Path, monke
     )
     job = execution.Job("01", notebook, "quick", 0, {}, "print", tmp_path)
     with pytest.raises(execution.NotebookError, match="InputError: prompts must be few") as caught:
-        execution.execute(job)
+        execution.finish(execution.begin(job))
     assert caught.value.is_input
     assert not execution.NotebookError("anything else").is_input

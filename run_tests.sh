@@ -30,7 +30,7 @@ check format "$SINKS_PYTHON" -m ruff format --check --quiet .
 check pyright "$SINKS_PYTHON" -m pyright --pythonpath "$SINKS_PYTHON" --warnings
 if [ -n "$quick" ]; then warn; fi
 # Two workers with one thread each are faster on small tensors than one with two.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 check tests "$SINKS_PYTHON" -m pytest -q -n 2 --dist loadscope "$@"
 if [ -z "$quick" ]; then
     warn

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib.core import processor
 from lib.core.runtime import generator
 from lib.diffusion.likelihood import forward_noise
 from lib.texts import articles as data
@@ -117,8 +118,8 @@ def weighted_loss(
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 where the hardware multiplies it (GPU, or a CPU with AMX: 8x float32 there); float32 elsewhere, where it is slower."""
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """bf16 on a GPU and where this processor multiplies it faster than float32; float32 elsewhere."""
+    fast = device.type == "cuda" or processor.is_bfloat16_faster()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 

@@ -40,8 +40,9 @@ class Masses:
             InputError: activations that are not finite.
         """
         if (level, unit) not in self._reduced:
-            wanted = dict.fromkeys([*product([level], get_args(Unit)), *product(["aggregate"], get_args(Unit))])
-            parts: dict[tuple[Level, Unit], list[Tensor]] = {key: [] for key in wanted}
+            units: tuple[Unit, ...] = get_args(Unit)
+            levels: set[Level] = {level, "aggregate"}  # the latter is small, and wanted mostly
+            parts: dict[tuple[Level, Unit], list[Tensor]] = {key: [] for key in product(levels, units)}
             for batch in self._batches():
                 mass = attention.sink_mass(self.model, batch)
                 check_masses(self.model, mass)

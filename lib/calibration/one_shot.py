@@ -27,7 +27,7 @@ from lib.calibration.statistics import (  # fmt: skip
 )
 from lib.models.language_model import LanguageModel, Role, network_body
 
-MEMORY_BUDGET = 2**31  # bytes of kept inputs; 4 windows of 2048 tokens of LLaDA-8B in bfloat16 would take 6 times as much
+LEAST_BUDGET = 2**28  # bytes of kept inputs that are allowed beside the smallest model
 
 
 def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
@@ -121,19 +121,20 @@ def one_shot_statistics(
     weigh: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 4,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> list[dict[Role, InputStatistics]]:
     """Collect the statistics of every block of the dense model with token weights that its own attention masses decide.
 
     The weights of a batch are known only after its last layer, so what the linear layers read is kept until then: one forward
-    pass a batch. When that takes more memory than allowed, a second pass adds up the statistics; both give the same numbers.
+    pass a batch. Where that takes more memory than allowed, fewer samples go together; when even one is too much, a second pass
+    adds up the statistics. All give the same numbers.
 
     Args:
         model: the dense model.
         input_ids: calibration samples, clean or noised.
         weigh: masses `[layer, sample, head, position]` to token weights as a `CalibrationSet` holds them.
-        batch_size: samples at one time.
-        memory_budget: bytes that may be kept.
+        batch_size: most samples at one time.
+        memory_budget: bytes that may be kept; see `default_budget` when None.
 
     Returns:
         Statistics by block and reading role; norms only.
@@ -141,9 +142,10 @@ def one_shot_statistics(
     Source: the authors' release makes two passes for each (window, noise level).
     """
     blocks = range(1 + max(layer.block for layer in model.layers))
-    found: list[dict[Role, InputStatistics]] = []
-    for batch in input_ids.split(batch_size):
-        fits = input_bytes(model, samples=len(batch), positions=batch.shape[1]) <= memory_budget
+    budget = default_budget(model) if memory_budget is None else memory_budget
+    fitting = budget // input_bytes(model, samples=1, positions=input_ids.shape[1])
+    fits, found = fitting > 0, list[dict[Role, InputStatistics]]()
+    for batch in input_ids.split(min(batch_size, fitting) if fits else batch_size):
         kept: list[tuple[int, Role, Tensor]] = []
         with masses.record(model) as recorder, reading(model, blocks if fits else (), kept.append):
             network_body(model)(input_ids=batch.to(model.device), use_cache=False)
@@ -155,9 +157,16 @@ def one_shot_statistics(
         if not fits:
             with reading(model, blocks, add):
                 network_body(model)(input_ids=batch.to(model.device), use_cache=False)
-        for read in kept:
-            add(read)
+        kept.reverse()
+        while kept:  # each is forgotten when it was added
+            add(kept.pop())
     return found
+
+
+def default_budget(model: LanguageModel) -> int:
+    """Return how many bytes of kept inputs are small beside the model: half of what its linear layers take, if that is more."""
+    weights = sum(layer.module.weight.numel() * layer.module.weight.element_size() for layer in model.layers)
+    return max(LEAST_BUDGET, weights // 2)
 
 
 def _add_read(found: Sequence[dict[Role, InputStatistics]], weight: Tensor, read: tuple[int, Role, Tensor]) -> None:

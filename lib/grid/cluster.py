@@ -16,10 +16,8 @@ LOCAL: dict[str, Any] = {
     "object_store_memory": 80 * 2**20,
     "_system_config": {"memory_monitor_refresh_ms": 0, "worker_niceness": 0},
 }
-PASSIVE = {
-    "OMP_WAIT_POLICY": "passive",
-    "GOMP_SPINCOUNT": "0",
-}  # threads that spin while they wait starve those that share a core
+# Threads that spin while they wait starve those that share a core.
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,6 @@ def variables() -> dict[str, str]:
     """
     # Without a network every file and data set, cached ones too, would be asked for in vain for half a minute.
     offline = {"HF_HUB_OFFLINE": "1"} if hub.problem() else {}
-    wanted = environment.settings({}) | PASSIVE | {"PYTHONFAULTHANDLER": "1"}
+    wanted = environment.settings({}) | {"PYTHONFAULTHANDLER": "1"}
     chosen = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    return chosen | {"PYTHONPATH": environment.settings()["PYTHONPATH"]} | offline
+    return chosen | PASSIVE | {"PYTHONPATH": environment.settings()["PYTHONPATH"]} | offline

@@ -193,9 +193,10 @@ def _smallest_of_few(rows: Float[Tensor, "row column"], count: int) -> Bool[Tens
     columns = rows.unbind(1)
     marked = []
     for index, column in enumerate(columns):
-        before = sum((other <= column).int() for other in columns[:index])
-        after = sum((other < column).int() for other in columns[index + 1 :])
-        marked.append(before + after < count)
+        smaller = torch.zeros_like(column, dtype=torch.uint8)
+        for number, other in enumerate(columns):
+            smaller += other <= column if number < index else other < column
+        marked.append(smaller < count)
     return torch.stack(marked, 1)
 
 

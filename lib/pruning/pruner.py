@@ -31,7 +31,7 @@ def prune_(
     windows: Int[Tensor, "window position"] | None = None,
     seed: int = 0,
     batch_size: int = 4,
-    memory_budget: int = one_shot.MEMORY_BUDGET,
+    memory_budget: int | None = None,
     states: States = "device",
     by_role: bool = False,
     scratch: Path | str | None = None,

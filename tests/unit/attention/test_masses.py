@@ -131,6 +131,17 @@ def test_recording_leaves_the_output_unchanged(model: LanguageModel) -> None:
         plain = model.network(input_ids=ids).logits
         with masses.record(model):
             recorded = model.network(input_ids=ids).logits
+    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)  # the same sums in another order
+
+
+def test_recording_leaves_the_output_of_a_masked_pass_bit_for_bit(model: LanguageModel) -> None:
+    """With a mask the output is SDPA's own: a padding query, which sees nothing, must not become NaN."""
+    ids, real = tiny.ids(2, 16), torch.ones(2, 16, dtype=torch.long)
+    real[0, 10:] = 0
+    with torch.inference_mode():
+        plain = model.network(input_ids=ids, attention_mask=real).logits
+        with masses.record(model, attention_mask=real):
+            recorded = model.network(input_ids=ids, attention_mask=real).logits
     assert torch.equal(plain, recorded)
 
 

@@ -458,8 +458,8 @@ def test_weights_and_norms_of_one_pass_are_those_of_two(diffusion: LanguageModel
         for first, second in zip(streamed, found, strict=True):
             assert set(first) == set(second)
             for role, expected in first.items():
-                torch.testing.assert_close(second[role].squares, expected.squares, atol=0, rtol=1e-6)
-                torch.testing.assert_close(second[role].norms, expected.norms, atol=0, rtol=1e-6)
+                torch.testing.assert_close(second[role].squares, expected.squares, atol=0, rtol=1e-5)
+                torch.testing.assert_close(second[role].norms, expected.norms, atol=0, rtol=1e-5)
 
 
 # --- exact numbers -------------------------------------------------------------------------------------------------------

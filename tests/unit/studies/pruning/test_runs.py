@@ -1,7 +1,7 @@
 """Prune, measure, restore: common masks, shared calibrations against pruning from scratch, and nothing left behind."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.calibration import sets
+from lib.attention import masses as attention
+from lib.calibration import one_shot, sets
 from lib.calibration.sets import Inputs
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
@@ -225,13 +226,27 @@ def test_other_seeds_draw_other_windows_noise_and_random_numbers(noisy: Bench) -
 
 
 def test_calibrations_are_made_once(noisy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-    own = sets.build
-    monkeypatch.setattr(sets, "build", lambda *args, **named: built.append(named) or own(*args, **named))
+    made: list[Any] = []
+    read, collect, mass = sets.read, one_shot.shared_statistics, attention.sink_mass
+
+    def collected(model: LanguageModel, ids: Tensor, weights: Sequence[Any], **named: Any) -> Any:
+        made.append(("statistics", len(weights)))
+        return collect(model, ids, weights, **named)
+
+    def measured(model: LanguageModel, ids: Tensor) -> Tensor:
+        made.append(("masses", len(ids)))
+        return mass(model, ids)
+
+    monkeypatch.setattr(sets, "read", lambda *args, **named: made.append(("read", args[2])) or read(*args, **named))
+    monkeypatch.setattr(one_shot, "shared_statistics", collected)
+    monkeypatch.setattr(attention, "sink_mass", measured)
+    sharper = replace(SOFT, margin=2.0)
     chosen = {"a": PLAIN, "b": replace(PLAIN, aggregate="root_mean_square"), "c": MIXED["sink-aware"]}
+    chosen["d"] = replace(chosen["c"], weighting=sharper)
     runs.compare(noisy, chosen, [HALF, Target(0.25)], seeds=[3, 4])
-    keys = [(named["seed"], named["inputs"], named["weighting"]) for named in built]
-    assert keys == [(seed, FEW, weighting) for seed in (3, 4) for weighting in (None, SOFT)]
+    samples = noisy.calibration_windows * FEW.levels
+    assert samples <= noisy.batch_size
+    assert made == 2 * [("read", FEW), ("masses", samples), ("statistics", 3)]
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -8,15 +8,17 @@ bytes, so that a difference in a commit is a difference in results.
 
 import argparse
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from tqdm.auto import tqdm
 
 from lib.core import config, environment, provenance
+from lib.launch import lanes
 from lib.report import readme, results
 
 KEPT_METADATA = ("tags",)
@@ -118,6 +120,27 @@ def refresh(path: Path) -> bool:
     return after != before
 
 
+def refresh_each(numbers: list[str]) -> int:
+    """Refresh notebooks in processes of their own, as many at one time as the launcher runs, with as many threads each.
+
+    Returns:
+        Exit code, 0 when all succeeded.
+    """
+    threads = lanes.threads_given()
+    beside = [number for number in numbers if number not in lanes.ALONE]
+    at_once = lanes.lanes_for(len(beside), threads=threads, has_gpu=False)
+
+    def run(number: str) -> int:
+        own = threads if number in lanes.ALONE else threads // at_once
+        environ = {**os.environ, "OMP_NUM_THREADS": str(own)}
+        return subprocess.run([sys.executable, "-m", "recipes.refresh_notebooks", number], env=environ, check=False).returncode
+
+    with ThreadPoolExecutor(at_once) as pool:
+        failed = list(pool.map(run, beside))
+    failed += [run(number) for number in numbers if number in lanes.ALONE]
+    return int(any(failed))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Refresh the notebooks named on the command line, or all.
 
@@ -136,11 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"numbers must be among {', '.join(known)}, got {number!r}")
     # In force for the kernels, which inherit them.
     os.environ.update(environment.settings())
-    for number in tqdm(chosen, unit="notebook"):
-        changed = refresh(known[number])
-        tqdm.write(f"{known[number].name}: {'changed' if changed else 'unchanged'}", file=sys.stdout)
+    if len(chosen) > 1:
+        return refresh_each(chosen)
+    changed = refresh(known[chosen[0]])
+    sys.stdout.write(f"{known[chosen[0]].name}: {'changed' if changed else 'unchanged'}\n")
     if readme.update_readme(config.ROOT / "README.md"):
-        tqdm.write("README.md: verdicts changed", file=sys.stdout)
+        sys.stdout.write("README.md: verdicts changed\n")
     return 0
 
 

@@ -80,9 +80,6 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     wanted = {"OMP_NUM_THREADS": str(physical_cores()), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     # A kernel named python3 in the home folder may start another Python than the one in use.
     wanted["JUPYTER_PREFER_ENV_PATH"] = "1"
-    # A thread that waits spins for some milliseconds, which starves one that shares its core; at a hundredth of that, two threads
-    # alone are as fast, and beside other work a quarter faster.
-    wanted["GOMP_SPINCOUNT"] = "2000"
     # Warnings of torch's C++ parts, one of them at every measurement of memory, would stand between the lines of the launcher.
     wanted["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     if sys.platform.startswith("linux"):

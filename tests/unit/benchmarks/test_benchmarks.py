@@ -1,8 +1,10 @@
 """The benchmarks run at a toy size; what they measure is never asserted."""
 
 import pytest
+import torch
 
-from benchmarks import attention_recorder, pruning_methods, streaming
+from benchmarks import attention_recorder, pruning_methods, references, streaming
+from lib.diffusion import sampler
 
 
 @pytest.mark.parametrize("direction", [[], ["--causal"]])
@@ -17,20 +19,37 @@ def test_the_recorder_benchmark_prints_every_length_and_way(direction: list[str]
         assert all(float(value) >= 0 for value in line.split()[2:])
 
 
-def test_the_pruning_benchmark_prints_every_method_and_checks_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--layers", "1", "--width", "16", "--heads", "2", "--mlp", "16", "--repeats", "1", "--positions", "16"]
-    pruning_methods.main([*small, "--windows", "2", "--levels", "2", "--batch-size", "3"])
+METHODS = ("sink-aware (Wanda)", "Wanda", "SparseGPT", "sink-aware (SparseGPT)")
+SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--mlp", "16", "--positions", "16", "--windows", "2", "--levels", "2"]
+
+
+def test_the_pruning_benchmark_prints_every_call_and_checks_the_references(capsys: pytest.CaptureFixture[str]) -> None:
+    pruning_methods.main([*SMALL, "--batch-size", "3", "--prompt", "4", "--new-tokens", "8", "--block", "4", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:24].strip() for line in lines[1:-1]] == [
-        "reference, two passes",
-        "Wanda",
-        "SparseGPT",
-        "sink-aware (SparseGPT)",
-        "sink-aware (Wanda)",
-    ]
-    for line in lines[1:-1]:
-        assert all(float(value) >= 0 for value in line[24:].split())
-    assert lines[-1] == "reference and library remove the same weights: True"
+    pruned = [f"{prefix}{name}" for name in METHODS for prefix in ("reference: ", "")]
+    written = ["reference: generation", "generation", "generation, prefix cache", "generation, dual cache"]
+    assert [line[:36].strip() for line in lines[2:14]] == pruned + written
+    for line in lines[2:14]:
+        assert all(float(value) >= 0 for value in line[36:].split())
+    shares = {line.partition(":")[0]: float(line.partition(": ")[2].partition("%")[0]) for line in lines[14:]}
+    assert list(shares) == list(METHODS)
+    assert shares["sink-aware (Wanda)"] == shares["Wanda"] == 100
+    assert min(shares.values()) > 98  # SparseGPT's sweeps turn rounding into other masks
+
+
+def test_the_plain_generation_is_the_samplers() -> None:
+    model = attention_recorder.build(layers=2, width=16, heads=2, mlp=16, positions=16, causal=False, device="cpu")
+    prompt = torch.arange(5, 9)[None]
+    written = references.generate(model, prompt, new_tokens=8, steps=8)
+    assert torch.equal(written, sampler.sample(model, prompt, new_tokens=8, steps=8))
+
+
+def test_the_least_operations_are_those_of_the_products() -> None:
+    """Two for each weight and token, and for each query and key twice (scores and values) two for each feature."""
+    model = attention_recorder.build(layers=2, width=16, heads=2, mlp=24, positions=32, causal=False, device="cpu")
+    weights = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+    expected = 10 * 2 * weights + 10 * 32 * 2 * 2 * 16 * 2
+    assert pruning_methods.pass_operations(model, tokens=10, positions=32) == expected
 
 
 def test_the_streaming_benchmark_prints_both_paths(capsys: pytest.CaptureFixture[str]) -> None:

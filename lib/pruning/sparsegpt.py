@@ -142,7 +142,8 @@ def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] |
 
 def quick_rows(matrix: Tensor) -> Any:
     """Return a view that is quick to take rows from: NumPy's on the CPU, where a torch operation costs microseconds to begin."""
-    return matrix.detach().numpy() if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64) else matrix
+    known = (torch.float32, torch.float64, torch.bool)
+    return matrix.detach().numpy() if matrix.device.type == "cpu" and matrix.dtype in known else matrix
 
 
 def _share(total: int, start: int, stop: int, width: int) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lib.core.errors import require
 from lib.core.runtime import generator
+from lib.models import prefix
 from lib.studies.joint import configurations
 from lib.studies.joint.configurations import DENSE, Prepared
 from lib.studies.joint.search import Choice, Unit
@@ -68,9 +69,12 @@ def sensitivity(
     """
     bench = prepared.found.bench
     bench = replace(bench, windows=windows, seed=seed, draws=draws or bench.draws)
-    dense, results = runs.loss(bench), []
+    results, blocks = [], {layer.name: layer.block for layer in prepared.model.layers}
+    with prefix.recorded(prepared.model) as kept:
+        dense = runs.loss(bench)
     for layers, form in tqdm(prepared.offers(), desc=f"{prepared.model.name}, sensitivity", leave=False, disable=None):
-        own = dense if form == DENSE else loss_in(prepared, dict.fromkeys(layers, form), bench=bench)
+        with prefix.reused(prepared.model, kept, first=min(blocks[name] for name in layers)):
+            own = dense if form == DENSE else loss_in(prepared, dict.fromkeys(layers, form), bench=bench)
         results.append(Sensitivity(layers, form, own - dense))
     return results
 

@@ -86,7 +86,7 @@ def ways(model: LanguageModel, ids: Tensor, *, query_chunk: int) -> dict[str, Ca
     return {"plain": plain, "recorder": recorder, "output_attentions": output_attentions}
 
 
-def seconds(function: Callable[[], None], *, device: str) -> float:
+def seconds(function: Callable[[], object], *, device: str) -> float:
     """Time one call."""
     started = time.perf_counter()
     function()
@@ -95,7 +95,7 @@ def seconds(function: Callable[[], None], *, device: str) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(function: Callable[[], None], *, device: str) -> int:
+def peak_bytes(function: Callable[[], object], *, device: str) -> int:
     """Return the highest sum of live tensors during one call, above what was live before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,1 @@
+"""How the embedded family of reference models is made: texts, tasks, tokenizer, objectives, training."""

@@ -1,0 +1,109 @@
+"""Everything that decides the trained weights, the network, its optimizers and its state on disk."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lib.core.provenance import replacing
+from recipes.family.objectives import Member
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the trained weights; the members differ in their objective alone."""
+
+    steps: int = 3100
+    text_rows: int = 28
+    tasks_share: float = 1.0
+    length: int = 256
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 896
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    decay_fraction: float = 0.45
+    seed: int = 0
+    eval_windows: int = 16
+    eval_documents: int = 64
+
+
+def build_model(recipe: Recipe, tok: PreTrainedTokenizerFast, *, member: Member) -> LlamaForCausalLM:
+    """Make the Llama-type network with grouped-query attention; all members start from the same weights."""
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=recipe.length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=cast(int, tok.bos_token_id),
+        eos_token_id=cast(int, tok.eos_token_id),
+        pad_token_id=cast(int, tok.pad_token_id),
+    )
+    # Materialised attention: at these lengths its backward pass is faster than SDPA's on the CPU.
+    config._attn_implementation = "eager"
+    config.is_causal = member == "ar"
+    if member != "ar":
+        config.mask_token_id = tok.mask_token_id
+    torch.manual_seed(recipe.seed)  # transformers initialises from the global stream
+    return LlamaForCausalLM(config)
+
+
+def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms."""
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    outside = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
+    return [
+        torch.optim.Muon(inside, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outside, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Warm-up, plateau, linear decay to zero."""
+    decay_steps = max(1, math.ceil(recipe.steps * recipe.decay_fraction))
+    return recipe.learning_rate * min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / decay_steps, 1.0)
+
+
+def save_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    """Write weights, optimizer moments and progress to one safetensors file, in one step."""
+    tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).contiguous()
+    with replacing(path) as partial:
+        save_file(tensors, str(partial), metadata={"state": json.dumps(state)})
+
+
+def load_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Restore what `save_state` wrote; returns its `state`."""
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    for number, optimizer in enumerate(optimizers):
+        packed = optimizer.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                index, key = name.split(".")[2:]
+                packed["state"].setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict(packed)
+    return json.loads(metadata["state"])

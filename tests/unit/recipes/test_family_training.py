@@ -1,0 +1,297 @@
+"""The training of the family end to end at a toy size: five members, kills and resumes, masks and losses by brute force."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lib.core.runtime import generator
+from lib.models import load
+from recipes import tokenizer
+from recipes.family import batches, objectives, progress, recipe, sources, train
+from recipes.family.batches import Rows
+from recipes.family.objectives import MEMBERS, Member
+from recipes.family.recipe import Recipe
+from recipes.family.train import Pace
+
+TOY = Recipe(
+    steps=6,
+    text_rows=3,
+    tasks_share=0.02,
+    length=40,
+    vocab_size=600,
+    hidden_size=32,
+    intermediate_size=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    warmup_steps=2,
+    eval_windows=2,
+    eval_documents=2,
+)
+TEXT = "The river of number {0} is {0} km long and flows past the town of {0} to the sea. "
+PACE = Pace(measure_every=3)
+every_member = pytest.mark.parametrize("member", MEMBERS)
+
+
+@pytest.fixture(autouse=True)
+def small_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts by hand instead of published packages, few task documents for the tokenizer, float32 everywhere."""
+    found = {"rivers": [sources.Document(f"river {number}", TEXT.format(number) * 3) for number in range(80)]}
+    rows = [
+        {"title": f"River {n}", "extract": TEXT.format(n), "description": f"river {n}", "topic": "Geography"} for n in range(60)
+    ]
+    monkeypatch.setattr(sources, "documents", lambda folder: found)
+    monkeypatch.setattr(sources, "articles", lambda folder: rows)
+    monkeypatch.setattr(train, "TOKENIZER_TASKS", 30)
+    # A tokenizer of few words makes more tokens of a question than the family's own.
+    monkeypatch.setattr(batches, "WIDTHS", {task: max(64, width) for task, width in batches.WIDTHS.items()})
+    monkeypatch.setattr(train.processor, "is_bfloat16_faster", lambda: False)
+
+
+def run(member: Member, folder: Path, *, toy: Recipe = TOY, pace: Pace = PACE) -> Path:
+    """Train below `folder` and return the model folder."""
+    out = folder / "models" / member
+    train.train(member, toy, folder=folder / "work", out=out, pace=pace)
+    return out
+
+
+@every_member
+def test_a_stopped_run_goes_on_to_bit_identical_weights(member: Member, tmp_path: Path) -> None:
+    whole = run(member, tmp_path / "whole")
+    run(member, tmp_path / "cut", pace=Pace(measure_every=3, stop_after=2))
+    assert not (tmp_path / "cut" / "models").exists()
+    resumed = run(member, tmp_path / "cut")
+    states = [load_file(tmp_path / name / "work" / member / "state.safetensors") for name in ("whole", "cut")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # float32 weights and moments
+    logs = [json.loads((folder / "training_log.json").read_text()) for folder in (whole, resumed)]
+    for log in logs:
+        for line in log:
+            del line["seconds"]
+    assert [line["step"] for line in logs[0]] == [1, 3, 6]
+    assert logs[0] == logs[1]
+    assert set(logs[0][0]["held_out"]) == {"rivers", "encyclopaedia"}
+    assert logs[0][0]["sinks"]["clean_first_token"] == pytest.approx(1 / TOY.length, rel=5)
+
+
+def test_members_load_and_differ_in_mask_and_noise_alone(tmp_path: Path) -> None:
+    loaded = {member: load(run(member, tmp_path)) for member in ("ar", "dlm")}
+    assert (loaded["ar"].is_causal, loaded["dlm"].is_causal) == (True, False)
+    assert loaded["dlm"].tokenizer is not None
+    assert loaded["dlm"].mask_token_id == loaded["dlm"].tokenizer.mask_token_id
+    configs = [json.loads((tmp_path / "models" / name / "config.json").read_text()) for name in ("ar", "dlm")]
+    differing = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
+    assert differing == {"is_causal", "mask_token_id"}
+    assert configs[0]["num_key_value_heads"] < configs[0]["num_attention_heads"]
+
+
+def test_members_start_alike_and_read_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {member: [] for member in MEMBERS}
+    first: dict[str, dict[str, Tensor]] = {}
+    keep = objectives.row_losses
+
+    def watch(member, model, network, rows, *, generator):
+        first.setdefault(member, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+        seen[member].append(rows.ids.clone())
+        return keep(member, model, network, rows, generator=generator)
+
+    monkeypatch.setattr(train, "row_losses", watch)
+    for member in MEMBERS:
+        run(member, tmp_path, toy=dataclasses.replace(TOY, steps=2))
+    for member in MEMBERS[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(seen["ar"], seen[member], strict=True))
+        assert all(torch.equal(first["ar"][name], first[member][name]) for name in first["ar"])
+
+
+@every_member
+def test_training_lowers_the_loss(member: Member, tmp_path: Path) -> None:
+    toy = dataclasses.replace(TOY, steps=40, learning_rate=1e-2, tasks_share=0.01)
+    out = run(member, tmp_path, toy=toy, pace=Pace(measure_every=40))
+    log = json.loads((out / "training_log.json").read_text())
+    assert log[-1]["held_out"]["rivers"] < log[0]["held_out"]["rivers"] - 1.0
+
+
+# Masks
+
+
+def slow_two_copies(length: int, block: int) -> Tensor:
+    """Who sees whom, position by position: 0..length-1 is the noised copy, the rest the clean one."""
+    seen = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    for query in range(2 * length):
+        for key in range(2 * length):
+            own, other = query % length // block, key % length // block
+            if query < length:
+                seen[query, key] = own == other if key < length else other < own
+            else:
+                seen[query, key] = key >= length and other <= own
+    return seen
+
+
+@pytest.mark.parametrize(("length", "block"), [(1, 1), (7, 3), (8, 4), (16, 16), (20, 16)])
+def test_the_two_copy_mask_is_the_one_written_out(length: int, block: int) -> None:
+    assert torch.equal(objectives.two_copies_seen(length, block=block), slow_two_copies(length, block))
+
+
+def toy_rows(length: int = 36) -> Rows:
+    ids = torch.randint(4, TOY.vocab_size, (3, length), generator=generator(0))
+    is_real = torch.ones_like(ids, dtype=torch.bool)
+    is_real[1, 29:] = False
+    is_answer = is_real.clone()
+    is_answer[:2, :20] = False
+    return Rows(ids, is_answer, is_real)
+
+
+@pytest.fixture
+def tok() -> tokenizer.PreTrainedTokenizerFast:
+    made = tokenizer.train_tokenizer([TEXT.format(n) for n in range(99)], vocab_size=TOY.vocab_size)
+    made.add_tokens([f"<{n}>" for n in range(TOY.vocab_size - len(made))])
+    return made
+
+
+def built(tok: tokenizer.PreTrainedTokenizerFast, member: Member) -> recipe.LlamaForCausalLM:
+    model = recipe.build_model(TOY, tok, member=member)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # far from uniform, so that a wrong position or weight shows
+    return model
+
+
+def test_two_copies_in_one_pass_equal_one_pass_a_block(tok: tokenizer.PreTrainedTokenizerFast) -> None:
+    model, rows = built(tok, "bd"), toy_rows()
+    noised = rows.ids.masked_fill(torch.rand(rows.ids.shape, generator=generator(1)) < 0.5, 3)
+    with torch.no_grad():
+        got = objectives.hidden_states("bd", model.model, noised, rows)
+        for start in range(0, rows.ids.shape[1], objectives.BLOCK):
+            stop = min(start + objectives.BLOCK, rows.ids.shape[1])
+            ids = torch.cat([rows.ids[:, :start], noised[:, start:stop]], 1)
+            bias = objectives.attention_bias("bd", rows.is_real[:, :stop])
+            alone = model.model(input_ids=ids, attention_mask=bias).last_hidden_state[:, start:]
+            real = rows.is_real[:, start:stop]
+            assert torch.allclose(got[:, start:stop][real], alone[real], atol=2e-5)
+        full = model.model(input_ids=noised, attention_mask=None).last_hidden_state
+    assert not torch.allclose(got, full, atol=1e-2)
+
+
+@every_member
+def test_padding_changes_nothing_and_what_may_be_seen_is_seen(member: Member, tok: tokenizer.PreTrainedTokenizerFast) -> None:
+    model, rows = built(tok, member), toy_rows()
+    other = Rows(rows.ids.clone(), rows.is_answer, rows.is_real)
+    other.ids[1, 29:] = 7
+    changed = rows.ids.clone()
+    changed[0, -1] += 1
+    with torch.no_grad():
+        first, second, third = (
+            objectives.hidden_states(member, model.model, one.ids, one)
+            for one in (rows, other, Rows(changed, rows.is_answer, rows.is_real))
+        )
+    assert torch.allclose(first[rows.is_real], second[rows.is_real], atol=1e-5)
+    moved = (first[0] - third[0]).abs().amax(-1) > 1e-6
+    earliest = {"ar": 35, "bd": 32}.get(member, 0)
+    assert moved.nonzero().min() == earliest
+
+
+# Losses
+
+
+@every_member
+def test_the_loss_of_a_row_equals_a_slow_loop(member: Member, tok: tokenizer.PreTrainedTokenizerFast) -> None:
+    model, rows = built(tok, member), toy_rows()
+    mask = model.config.mask_token_id if member != "ar" else None
+    with torch.no_grad():
+        got = objectives.row_losses(member, model, model.model, rows, generator=generator(5))
+        if member == "ar":
+            logits = model.lm_head(objectives.hidden_states(member, model.model, rows.ids, rows))
+            for row in range(3):
+                places = [p for p in range(1, 36) if rows.is_answer[row, p]]
+                losses = [float(F.cross_entropy(logits[row, p - 1], rows.ids[row, p])) for p in places]
+                assert float(got[row]) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+            return
+        process = objectives.noise_of(member, vocab_size=cast(int, model.config.vocab_size), mask_token_id=cast(int, mask))
+        rng = generator(5)
+        t = objectives.times(member, rows, generator=rng)
+        noised = process.corrupt(rows.ids, t, generator=rng, may_change=rows.is_answer)
+        logits = model.lm_head(objectives.hidden_states(member, model.model, noised.input_ids, rows)).double()
+        for row in range(3):
+            total = 0.0
+            for p in rows.is_answer[row].nonzero()[:, 0].tolist():
+                z, x, at = int(noised.input_ids[row, p]), int(rows.ids[row, p]), noised.t[row, p : p + 1].double()
+                if member in ("dlm", "bd") and z != mask:
+                    continue
+                log_probs = logits[row, p : p + 1].log_softmax(-1)
+                total += float(process.loss(log_probs, torch.tensor([x]), torch.tensor([z]), at))
+            assert float(got[row]) == pytest.approx(total / int(rows.is_answer[row].sum()), rel=2e-3, abs=1e-4)
+
+
+def test_block_times_are_one_a_block_and_row_times_one_a_row() -> None:
+    rows = toy_rows()
+    cases: tuple[tuple[Member, list[int]], ...] = (("bd", [16, 16, 4]), ("dlm", [36]))
+    for member, parts in cases:
+        found = objectives.times(member, rows, generator=generator(0))
+        for part in found.split(parts, 1):
+            assert bool((part == part[:, :1]).all())
+        assert len(found.unique()) == 3 * len(parts)
+
+
+# Measurements
+
+
+@every_member
+def test_generation_keeps_prompts_and_fills_every_answer(member: Member, tok: tokenizer.PreTrainedTokenizerFast) -> None:
+    model, rows = built(tok, member), toy_rows()
+    with torch.no_grad():  # a head that likes the mask best must not keep places masked
+        model.lm_head.weight[3] = 0
+        model.lm_head.weight.mul_(1e-3)
+    got = progress.answer_greedily(member, progress.shadow(model), rows, mask_token_id=3, rng=generator(0))
+    assert torch.equal(got[~rows.is_answer], rows.ids[~rows.is_answer])
+    if member in ("dlm", "bd"):
+        assert not bool((got[rows.is_answer] == 3).any())
+
+
+def test_a_model_that_knows_the_answers_scores_one(
+    tok: tokenizer.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "WIDTHS", dict.fromkeys(batches.WIDTHS, 256))  # this tokenizer knows hardly a word
+    monkeypatch.setattr(progress, "answer_greedily", lambda member, model, rows, *, mask_token_id, rng: rows.ids)
+    model = recipe.build_model(dataclasses.replace(TOY, length=64), tok, member="dlm")
+    assert set(progress.accuracies("dlm", model, tok, count=2, seed=0).values()) == {1.0}
+    wrong = lambda member, model, rows, *, mask_token_id, rng: rows.ids + rows.is_answer  # noqa: E731
+    monkeypatch.setattr(progress, "answer_greedily", wrong)
+    assert set(progress.accuracies("dlm", model, tok, count=2, seed=0).values()) == {0.0}
+
+
+def test_sink_statistics_of_attention_that_is_even(tok: tokenizer.PreTrainedTokenizerFast) -> None:
+    model = recipe.build_model(TOY, tok, member="dlm")
+    with torch.no_grad():
+        for layer in cast(Any, model.model).layers:
+            layer.self_attn.q_proj.weight.zero_()
+    windows = torch.randint(4, 600, (2, 40), generator=generator(0))
+    found = progress.sink_statistics("dlm", progress.shadow(model), windows, seed=0)
+    assert found["clean_first_token"] == pytest.approx(1 / 40, abs=1e-4)
+    assert found["noised_top_share"] == pytest.approx(1 / 40, abs=1e-4)
+    causal = progress.sink_statistics("ar", progress.shadow(recipe.build_model(TOY, tok, member="ar")), windows, seed=0)
+    assert set(causal) == {key for key in found if key.startswith("clean")}
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_to_zero() -> None:
+    plan = Recipe(steps=100, warmup_steps=10, decay_fraction=0.4)
+    rates = [recipe.learning_rate(step, plan) / plan.learning_rate for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:60] == pytest.approx([1.0] * 50)
+    assert rates[61:] == pytest.approx([(100 - step) / 40 for step in range(61, 100)])
+
+
+def test_the_shipped_size_is_nine_million_weights_below_40_megabytes() -> None:
+    tok = tokenizer.train_tokenizer([TEXT.format(1)], vocab_size=300)
+    tok.add_tokens([f"<{n}>" for n in range(4096 - len(tok))])
+    model = recipe.build_model(Recipe(), tok, member="dlm")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert 8.5e6 < weights < 9.5e6
+    assert 2 * weights < 40e6
+    assert batches.COUNTS.keys() == batches.WIDTHS.keys()
+    assert max(batches.WIDTHS.values()) <= Recipe().length

@@ -67,6 +67,7 @@ def grids() -> tuple[str, ...]:
     rows = ["".join(row) for row in itertools.permutations("1234")]
 
     def fits(grid: Sequence[str]) -> bool:
+        """Tell whether no column and no box of the rows so far holds a digit twice."""
         columns = all(len(set(column)) == len(grid) for column in zip(*grid, strict=True))
         boxes = [
             {*grid[top][left : left + 2], *grid[top + 1][left : left + 2]}

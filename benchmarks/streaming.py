@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.calibration.hidden_states import States
+from lib.checkpoints import layouts
 from lib.core.provenance import write_json
 from lib.core.runtime import generator
-from lib.models import export, layouts, loading, streaming
+from lib.models import export, loading, streaming
 from lib.models.weight_store import StreamedLinear
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"core"},
-    {"models", "report"},
+    {"checkpoints", "report"},
+    {"models"},
     {"attention"},
     {"diffusion"},
     {"texts", "calibration", "decoding"},

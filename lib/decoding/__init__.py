@@ -1,4 +1,4 @@
-"""Fast decoding: caches, commit rules, late steps. Floor 4: stands on diffusion."""
+"""Fast decoding: caches, commit rules, late steps. Floor 5: stands on diffusion."""
 
 from lib.decoding.decoder import DecodingPlan, decode
 

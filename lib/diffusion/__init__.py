@@ -1,1 +1,1 @@
-"""Noise, the NELBO, samplers, and sinks traced along a generation. Floor 3: stands on attention."""
+"""Noise, the NELBO, samplers, and sinks traced along a generation. Floor 4: stands on attention."""

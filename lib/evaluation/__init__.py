@@ -1,1 +1,1 @@
-"""lm_eval adapter, tasks, likelihoods, paired statistics, model cards. Floor 6: stands on pruning and texts."""
+"""lm_eval adapter, tasks, likelihoods, paired statistics, model cards. Floor 7: stands on pruning and texts."""

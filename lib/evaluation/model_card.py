@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from lib.checkpoints import lookup
 from lib.core import provenance
 from lib.core.errors import require
 from lib.evaluation.tasks import TaskResult
-from lib.models import checkpoints
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Method, Target
@@ -142,7 +142,7 @@ def write(
         InputError: no checkpoint in the folder, no tokenizer, or a calibration that the method does not have (or lacks).
     """
     folder = Path(folder)
-    checkpoints.check_folder(folder)
+    lookup.check_folder(folder)
     tokenizer_of(model)
     rule = f"{method.importance} pruning must come {'with' if method.needs_calibration else 'without'} a calibration"
     require((reading is not None) == method.needs_calibration, rule, str(reading), "describe what was read, or leave it out")
@@ -166,7 +166,7 @@ def write(
 def _front_matter(model: LanguageModel, license_id: str) -> str:
     """Write what the hub reads; a base model is named where it has an id there."""
     source = model.source.source
-    on_hub = bool(checkpoints.HUB_ID.fullmatch(source)) and not checkpoints.is_local(model.source)
+    on_hub = bool(lookup.HUB_ID.fullmatch(source)) and not lookup.is_local(model.source)
     kind = "autoregressive" if model.is_causal else "masked-diffusion"
     return ModelCardData(
         base_model=source if on_hub else None,
@@ -180,14 +180,14 @@ def _front_matter(model: LanguageModel, license_id: str) -> str:
 def _base_name(model: LanguageModel) -> str:
     """Return the id of the base model, or the name of its folder (a path of this machine is nobody's business)."""
     source = model.source.source
-    return source.rstrip("/").rsplit("/", 1)[-1] if checkpoints.is_local(model.source) else source
+    return source.rstrip("/").rsplit("/", 1)[-1] if lookup.is_local(model.source) else source
 
 
 def _origin(model: LanguageModel, folder: Path) -> Iterator[tuple[str, str]]:
     yield "base checkpoint", f"`{_base_name(model)}`"
     yield "its revision", f"`{model.source.revision}`" if model.source.revision else "a local folder, no revision"
     yield "its fingerprint (SHA-256)", f"`{model.fingerprint}`" if model.fingerprint else "not recorded"
-    yield "this checkpoint's fingerprint", f"`{checkpoints.fingerprint(folder)}`"
+    yield "this checkpoint's fingerprint", f"`{lookup.fingerprint(folder)}`"
     yield "parameters, dtype", f"{model.num_parameters:,}, {str(model.network.dtype).removeprefix('torch.')}"
 
 

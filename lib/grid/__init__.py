@@ -1,1 +1,1 @@
-"""The experiment grid: cells, plan, records, and the engine. Floor 8: stands on studies."""
+"""The experiment grid: cells, plan, records, and the engine. Floor 9: stands on studies."""

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from huggingface_hub.errors import GatedRepoError
 
+from lib.checkpoints import lookup
 from lib.core import hub
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.evaluation import standins
-from lib.models import checkpoints
 from lib.texts import corpora
 
 State = Literal["here", "cached", "to be fetched", "cannot be had"]
-PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # what checkpoints.resolve fetches
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # what lookup.resolve fetches
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Found:
 
 def checkpoint(source: ModelSource) -> Found:
     """Look for a checkpoint: a folder, the hub's cache, the hub."""
-    if checkpoints.is_local(source):
-        return Found("here", size=_bytes(checkpoints.local_path(source)))
-    if source.source.startswith(checkpoints.WHEEL_PREFIX):
+    if lookup.is_local(source):
+        return Found("here", size=_bytes(lookup.local_path(source)))
+    if source.source.startswith(lookup.WHEEL_PREFIX):
         return Found("to be fetched")
     folder = _cached_snapshot(source)
     if folder is not None and _is_whole(folder):
@@ -104,7 +104,7 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        checkpoints.check_folder(folder)
+        lookup.check_folder(folder)
     except (InputError, OSError):
         return False
     return True

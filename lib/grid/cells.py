@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from lib.calibration.sets import Inputs
 from lib.calibration.token_weights import Weighting
+from lib.checkpoints import lookup
 from lib.core import provenance, python_code
 from lib.core.config import ROOT, Config, ModelSource, output_root
 from lib.core.errors import InputError, require
@@ -20,7 +21,6 @@ from lib.core.sections import CalibrationText, Grid
 from lib.evaluation import tasks
 from lib.evaluation.scoring import EvaluationSettings
 from lib.grid.store import Store, cell_id
-from lib.models import checkpoints
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import METHODS, RELEASE, Method, pattern_target, without_noise
 from lib.texts import corpora
@@ -175,10 +175,10 @@ def _models(grid: Grid) -> Iterator[tuple[str, ModelSource, bool]]:
 
 def _content(source: ModelSource) -> str:
     """Return the fingerprint of a local checkpoint and its tokenizer; reading 16 GB takes some seconds."""
-    if not checkpoints.is_local(source):
+    if not lookup.is_local(source):
         return ""
-    folder = checkpoints.local_path(source)
-    return _digest([checkpoints.fingerprint(folder), checkpoints.text_fingerprint(folder)])
+    folder = lookup.local_path(source)
+    return _digest([lookup.fingerprint(folder), lookup.text_fingerprint(folder)])
 
 
 def _variants(dense: Variant, grid: Grid, *, seed: int) -> Iterator[Variant]:

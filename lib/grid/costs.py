@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from lib.checkpoints import layouts, lookup
 from lib.core import hub
 from lib.core.config import ModelSource
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Cell, Variant
-from lib.models import checkpoints, layouts
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def shape_of(source: ModelSource) -> Shape | None:
     Raises:
         InputError: a local checkpoint of another layout.
     """
-    if checkpoints.is_local(source):
-        folder = checkpoints.local_path(source)
-        return _read_shape(layouts.configuration(checkpoints.read_json(folder / "config.json"), folder)[1])
+    if lookup.is_local(source):
+        folder = lookup.local_path(source)
+        return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), folder)[1])
     from huggingface_hub import hf_hub_download
 
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(hub.problem())}
@@ -116,7 +116,7 @@ def shape_of(source: ModelSource) -> Shape | None:
         path = Path(hf_hub_download(source.source, "config.json", **where))
     except hub.NETWORK_ERRORS:  # no network, no access, no such revision
         return SHAPES.get(source.source)
-    return _read_shape(layouts.configuration(checkpoints.read_json(path), path.parent)[1])
+    return _read_shape(layouts.configuration(lookup.read_json(path), path.parent)[1])
 
 
 def _read_shape(config: Any) -> Shape:

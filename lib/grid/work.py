@@ -10,6 +10,8 @@ import torch
 
 from lib.calibration import one_shot, sets
 from lib.calibration.hidden_states import States
+from lib.checkpoints import integrity, lookup
+from lib.checkpoints.lookup import read_json
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.core.provenance import write_json
@@ -20,8 +22,7 @@ from lib.evaluation.harness import BatchedHarness
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
-from lib.models import checkpoints, integrity, language_model, loading, streaming
-from lib.models.checkpoints import read_json
+from lib.models import language_model, loading, streaming
 from lib.models.language_model import LanguageModel
 from lib.pruning import pruner, shrink
 from lib.pruning.methods import Method, Target
@@ -112,7 +113,7 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
 
 def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageModel:
     """Load a checkpoint as the place says, its files checked against their index and hashes first."""
-    integrity.check(checkpoints.resolve(source))
+    integrity.check(lookup.resolve(source))
     given: dict[str, Any] = {"name": variant.model, "dtype": place.dtype}
     if place.weights == "spread":
         return loading.load(source, **given, device_map="auto")

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lib.checkpoints import lookup
 from lib.core import config, provenance
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.launch import execution, lanes
 from lib.launch.execution import Job, NotebookError
 from lib.launch.lanes import Peak
-from lib.models import checkpoints
 
 Say = Callable[[str], None]
 SHOWS_GRID = config.ROOT / "lib" / "grid" / "tables.py"  # a notebook that reaches it shows the records of the grid
@@ -112,10 +112,10 @@ def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, ob
 def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]) -> None:
     """Check that every checkpoint in the settings is named well and whole, from headers only."""
     sections = [section for section in plain.values() if isinstance(section, Mapping)]
-    extra = [checkpoints.parse(text) for section in sections for text in section.get("extra_models", ())]
+    extra = [lookup.parse(text) for section in sections for text in section.get("extra_models", ())]
     for source in (*models.values(), *extra):
-        checkpoints.check(source)
-        checkpoints.check_tokenizer(source)
+        lookup.check(source)
+        lookup.check_tokenizer(source)
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Load, check, stream, spread and write checkpoints. Floor 1: stands on core."""
+"""Load, stream, spread and write language models. Floor 2: stands on checkpoints."""
 
 from lib.models.loading import load
 

@@ -18,9 +18,9 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from lib.checkpoints.lookup import read_json
 from lib.core.errors import InputError
 from lib.core.provenance import PARTIAL, write_text
-from lib.models.checkpoints import read_json
 from lib.models.language_model import LanguageModel
 
 BITS = range(2, 9)  # what compressed-tensors packs, without the one bit that a symmetric code cannot use

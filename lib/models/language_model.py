@@ -13,7 +13,10 @@ from lib.core.config import ModelSource
 from lib.core.errors import InputError
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-
+# Who may look at whom: everybody at everybody; at the own and earlier blocks; causally, but for the open block, which sees itself
+# whole; at earlier positions only.
+Attention = Literal["full", "block-causal", "context-causal", "causal"]
+BlockOrigin = Literal["start", "prompt"]
 
 ROLES: dict[Role, str] = {
     "q": "self_attn.q_proj",
@@ -48,6 +51,11 @@ class LanguageModel:
         is_causal: whether attention looks at earlier positions only.
         layers: the prunable linear layers, block by block in the order q k v o gate up down.
         fingerprint: hash of config and weights.
+        attention: which keys a query may see.
+        block_length: positions of a block where attention goes by blocks, else None.
+        block_origin: whether blocks are counted from the first position or from the prompt's end.
+        stop_token_ids: tokens that end a text; empty when unknown.
+        family: name of the family in the registry.
     """
 
     name: str
@@ -59,6 +67,11 @@ class LanguageModel:
     is_causal: bool
     layers: tuple[LinearLayer, ...] = field(repr=False)
     fingerprint: str
+    attention: Attention = "full"
+    block_length: int | None = None
+    block_origin: BlockOrigin = "prompt"
+    stop_token_ids: tuple[int, ...] = ()
+    family: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lib.checkpoints import layouts, lookup
+from lib.checkpoints.lookup import LLADA_TYPES, gguf_file, read_json
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
-from lib.models import checkpoints, layouts, spread
-from lib.models.checkpoints import LLADA_TYPES, gguf_file, read_json
+from lib.models import spread
 from lib.models.language_model import LanguageModel, linear_layers
 
 
@@ -32,7 +33,7 @@ def load(
     its head return lies on the device of the embedding, where input goes. It cannot be copied or moved.
 
     Args:
-        source: a `ModelSource`, a folder, or text as `checkpoints.parse` reads it. A hub id needs a pinned revision.
+        source: a `ModelSource`, a folder, or text as `lookup.parse` reads it. A hub id needs a pinned revision.
         name: short name for tables and figures; the last part of the source when None.
         dtype: dtype of the weights.
         device: where they go when they are not spread.
@@ -55,8 +56,8 @@ def load(
     require(device_map is None or torch.device(device).type == "cpu", rule, str(device), "give one of them")
     spread.check_request(device_map, max_memory)
     if not isinstance(source, ModelSource):
-        source = checkpoints.parse(str(source))
-    folder = checkpoints.resolve(source)
+        source = lookup.parse(str(source))
+    folder = lookup.resolve(source)
     network, tokenizer, shift = _read(folder, dtype)
     network.eval().requires_grad_(False)
     if device_map is None:
@@ -98,7 +99,8 @@ def described(
         logit_shift=1 if is_causal else shift,
         is_causal=is_causal,
         layers=linear_layers(network),
-        fingerprint=checkpoints.fingerprint(folder),
+        fingerprint=lookup.fingerprint(folder),
+        attention="causal" if is_causal else "full",
     )
 
 
@@ -122,7 +124,7 @@ def load_available(
     for name, source in sources.items():
         try:
             loaded.append(load(source, name=name, dtype=dtype, device=device))
-        except checkpoints.UnavailableError as error:
+        except lookup.UnavailableError as error:
             missing[name] = str(error)
     return loaded, missing
 

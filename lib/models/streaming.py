@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lib.checkpoints import layouts, lookup
+from lib.checkpoints.lookup import LLADA_TYPES
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
-from lib.models import checkpoints, export, layouts, loading
-from lib.models.checkpoints import LLADA_TYPES
+from lib.models import export, loading
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, read
 
@@ -60,11 +61,11 @@ def load(
     """
     require(budget is None or budget >= 0, "budget must be a number of bytes from 0", str(budget), "leave it out for one block")
     if not isinstance(source, ModelSource):
-        source = checkpoints.parse(str(source))
-    folder = checkpoints.resolve(source)
-    gguf = checkpoints.gguf_file(folder)
+        source = lookup.parse(str(source))
+    folder = lookup.resolve(source)
+    gguf = lookup.gguf_file(folder)
     files = folder if gguf is None else layouts.converted_gguf(gguf)
-    raw = checkpoints.read_json(files / "config.json")
+    raw = lookup.read_json(files / "config.json")
     config = layouts.configuration(raw, files)[1]
     network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
     tokenizer, shift = layouts.tokenizer_and_shift(raw, files)
@@ -77,9 +78,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: a tensor has a name outside the layout.
     """
-    is_llada = checkpoints.read_json(folder / "config.json").get("model_type") in LLADA_TYPES
+    is_llada = lookup.read_json(folder / "config.json").get("model_type") in LLADA_TYPES
     found = {}
-    for path in checkpoints.weight_files(folder):
+    for path in lookup.weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 shape = tuple(file.get_slice(key).get_shape())

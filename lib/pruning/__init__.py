@@ -1,1 +1,1 @@
-"""Importances and masks (pure), methods by name, one pruner, smaller models. Floor 5: stands on calibration."""
+"""Importances and masks (pure), methods by name, one pruner, smaller models. Floor 6: stands on calibration."""

@@ -1,1 +1,1 @@
-"""Rounding, and pruning and rounding in one sweep (pure). Floor 6: stands on pruning."""
+"""Rounding, and pruning and rounding in one sweep (pure). Floor 7: stands on pruning."""

@@ -1,1 +1,1 @@
-"""Articles, corpora and how text becomes tokens. Floor 4: stands on models."""
+"""Articles, corpora and how text becomes tokens. Floor 5: stands on models."""

@@ -1,1 +1,1 @@
-"""Clocks, roofline, weight formats, times of layers and models. Floor 6: stands on pruning."""
+"""Clocks, roofline, weight formats, times of layers and models. Floor 7: stands on pruning."""

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lib.checkpoints import lookup
 from lib.core import provenance
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
@@ -24,7 +25,7 @@ from lib.evaluation.model_card import Measure, Reading
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.evaluation.tasks import TaskResult
-from lib.models import checkpoints, export, language_model, loading
+from lib.models import export, language_model, loading
 from lib.models.language_model import LanguageModel
 from lib.pruning import pruner, shrink
 from lib.pruning.methods import METHODS, Method, Target, without_noise
@@ -90,8 +91,8 @@ def test_facts_are_those_of_the_files(cards: dict[str, tuple[LanguageModel, Path
     model, folder = cards[name]
     found = facts(folder)
     assert found["base checkpoint"] == name
-    assert found["its fingerprint (SHA-256)"] == checkpoints.fingerprint(dense / name)
-    assert found["this checkpoint's fingerprint"] == checkpoints.fingerprint(folder)
+    assert found["its fingerprint (SHA-256)"] == lookup.fingerprint(dense / name)
+    assert found["this checkpoint's fingerprint"] == lookup.fingerprint(folder)
     weights = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
     blocks = [weights[layer.name] for layer in model.layers]
     assert len(blocks) == 14

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib.checkpoints import integrity
 from lib.core import config
 from lib.core.config import Config, ModelSource
 from lib.core.errors import InputError
@@ -19,7 +20,7 @@ from lib.evaluation.harness import BatchedHarness
 from lib.grid import cells, costs, plan, run, work
 from lib.grid.availability import Found
 from lib.grid.cells import DENSE, LOSS
-from lib.models import integrity, language_model, loading
+from lib.models import language_model, loading
 from lib.pruning import pruner
 from recipes import rehearsal
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
 
 from lib.attention.masses import sink_mass
+from lib.checkpoints import integrity, lookup
 from lib.core.errors import InputError
 from lib.evaluation import standins, tasks
 from lib.evaluation.scoring import EvaluationSettings
-from lib.models import checkpoints, export, integrity, language_model, loading
+from lib.models import export, language_model, loading
 from lib.models.language_model import LanguageModel
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target
@@ -315,7 +316,7 @@ def test_a_missing_shard_is_refused_by_name_before_anything_is_read(name: str, c
     folder = copied(name)
     lost = shards(folder)[1]
     lost.unlink()
-    assert lost.name in refusal(lambda: checkpoints.check(loading.ModelSource(str(folder))))
+    assert lost.name in refusal(lambda: lookup.check(loading.ModelSource(str(folder))))
     assert lost.name in refusal(lambda: loading.load(folder))
 
 
@@ -434,7 +435,7 @@ def test_bringing_your_own_diffusion_model(released: Path, tmp_path: Path, famil
     mask = len(language_model.tokenizer_of(loading.load(folder)))  # a row of the embedding that is no token yet
     model = loading.load(tiny.edit_config(folder, is_causal=False, mask_token_id=mask, logit_shift=1))
     assert (model.is_causal, model.mask_token_id, model.logit_shift) == (False, mask, 1)
-    checkpoints.check_tokenizer(loading.ModelSource(str(folder)))
+    lookup.check_tokenizer(loading.ModelSource(str(folder)))
     pruner.prune_(model, METHODS["sink-aware (Wanda)"], Target(0.5), windows=text_ids(2, 16))
     assert pruner.measured_sparsity(model) == 0.5
     settings = EvaluationSettings(draws=2, gen_length=4, steps=4, block_length=4, cfg_scale=0.5)

@@ -18,9 +18,10 @@ from torch import Tensor
 from lib.attention import masses
 from lib.calibration import sets
 from lib.calibration.token_weights import Weighting
+from lib.checkpoints import lookup
 from lib.core.errors import InputError
 from lib.diffusion import likelihood
-from lib.models import checkpoints, export, loading, streaming, weight_store
+from lib.models import export, loading, streaming, weight_store
 from lib.models.language_model import LanguageModel
 from lib.models.weight_store import StreamedLinear, WeightStore
 from lib.pruning import pruner
@@ -144,10 +145,10 @@ def test_a_gguf_file_is_streamed_from_its_conversion(tmp_path: Path, monkeypatch
     """The conversion itself is tested with `models.load`."""
     converted = tiny.folder(tmp_path / "model-float32")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(checkpoints, "check_folder", lambda folder: None)
+    monkeypatch.setattr(lookup, "check_folder", lambda folder: None)
     loaded = streaming.load(tmp_path / "model.gguf")
     assert torch.equal(logits(loaded), logits(loading.load(converted)))
-    assert loaded.fingerprint == checkpoints.fingerprint(tmp_path / "model.gguf")
+    assert loaded.fingerprint == lookup.fingerprint(tmp_path / "model.gguf")
 
 
 # --- the budget ----------------------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def test_it_is_the_checkpoint_that_is_written_in_memory(layout: str, shard: int,
     for number, model in enumerate((whole, streamed)):
         saved = streaming.save(model, tmp_path / f"saved-{number}", max_shard_bytes=shard)
         assert (saved / "config.json").read_bytes() == (plain / "config.json").read_bytes()
-        files = checkpoints.weight_files(saved)
+        files = lookup.weight_files(saved)
         found = {name: value for file in files for name, value in load_file(file).items()}
         expected = load_file(plain / "model.safetensors")
         assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())

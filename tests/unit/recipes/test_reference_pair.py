@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from lib.checkpoints import lookup
 from lib.core.config import ROOT
 from lib.evaluation import sums
-from lib.models import checkpoints, loading
+from lib.models import loading
 
 PAIR = [ROOT / "models" / "reference" / name for name in ("dlm", "ar")]
 each_model = pytest.mark.parametrize("folder", PAIR, ids=lambda folder: folder.name)
@@ -29,7 +30,7 @@ def test_the_twins_differ_in_direction_and_mask_token_alone():
 @each_model
 def test_the_evaluation_is_of_these_weights_and_the_card_is_of_the_evaluation(folder):
     measured = read(folder, "evaluation.json")
-    assert measured["fingerprint"] == checkpoints.fingerprint(folder)
+    assert measured["fingerprint"] == lookup.fingerprint(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"**{measured['held_out_nats_per_token']:.3f} ± {measured['held_out_standard_error']:.3f}**" in card
     assert f"**{measured['sums_correct']} of {measured['sums_total']}**" in card

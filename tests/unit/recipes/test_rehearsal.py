@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.checkpoints import lookup
 from lib.core import config
 from lib.core.config import ROOT, ModelSource
 from lib.core.errors import InputError
 from lib.evaluation import standins, tasks
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.tasks import OFFICIAL, Family, LoadedTask, TaskResult, published_settings
-from lib.models import checkpoints, loading
+from lib.models import loading
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target, without_noise
@@ -76,7 +77,7 @@ def test_everything_is_there_and_nothing_else(made: Path) -> None:
     assert not [path for path in made.parent.iterdir() if path != made], "a hidden folder was left behind"
     assert sum(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 3_000_000
     for name in FAMILY:
-        checkpoints.check(ModelSource(str(made / "models" / name)))
+        lookup.check(ModelSource(str(made / "models" / name)))
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:

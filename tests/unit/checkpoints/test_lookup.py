@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.checkpoints import lookup
+from lib.checkpoints.lookup import UnavailableError
 from lib.core.config import ROOT, ModelSource
 from lib.core.errors import InputError
-from lib.models import checkpoints, loading
-from lib.models.checkpoints import UnavailableError
+from lib.models import loading
 from tests import tiny
 
 
@@ -23,7 +24,7 @@ def refusal(source: str | Path | ModelSource) -> str:
     """Return the message with which a source is refused by the cheap check and by loading alike."""
     made = source if isinstance(source, ModelSource) else ModelSource(str(source))
     with pytest.raises(InputError) as checked:
-        checkpoints.check(made)
+        lookup.check(made)
     with pytest.raises(InputError) as loaded:
         loading.load(made)
     assert str(checked.value) == str(loaded.value)
@@ -36,12 +37,12 @@ def refusal(source: str | Path | ModelSource) -> str:
     [("some/folder", "some/folder", None), ("org/name@abc", "org/name", "abc"), ("wheel:x==1", "wheel:x==1", None)],
 )
 def test_parse(text: str, source: str, revision: str | None) -> None:
-    assert checkpoints.parse(text) == ModelSource(source, revision)
+    assert lookup.parse(text) == ModelSource(source, revision)
 
 
 def test_relative_folders_start_at_the_project() -> None:
-    assert checkpoints.local_path(ModelSource("tests/parity/llada_tiny")) == ROOT / "tests/parity/llada_tiny"
-    checkpoints.check(ModelSource("tests/parity/llada_tiny"))
+    assert lookup.local_path(ModelSource("tests/parity/llada_tiny")) == ROOT / "tests/parity/llada_tiny"
+    lookup.check(ModelSource("tests/parity/llada_tiny"))
 
 
 def test_a_folder_whose_path_holds_an_at_sign_can_be_loaded(tmp_path: Path) -> None:
@@ -52,8 +53,8 @@ def test_a_folder_whose_path_holds_an_at_sign_can_be_loaded(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("folder", [tiny.LLADA, tiny.DREAM])
 def test_a_whole_checkpoint_passes(folder: Path) -> None:
-    checkpoints.check(ModelSource(str(folder)))
-    assert checkpoints.resolve(ModelSource(str(folder))) == folder
+    lookup.check(ModelSource(str(folder)))
+    assert lookup.resolve(ModelSource(str(folder))) == folder
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_hub_id_needs_a_revision() -> None:
 
 def test_revision_main_is_accepted_by_name_and_offline_is_unavailable() -> None:
     source = ModelSource("no-such-organisation/no-such-model", "main")
-    checkpoints.check(source)
+    lookup.check(source)
     with pytest.raises(UnavailableError, match="no-such-organisation/no-such-model@main must be cached or reachable") as caught:
         loading.load(source)
     assert "\n" not in str(caught.value)
@@ -170,7 +171,7 @@ def test_a_cut_gguf_file_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused_before_a_notebook_starts(tmp_path: Path) -> None:
     folder = tiny.folder(tmp_path / "mute")
     with pytest.raises(InputError, match="must bring its tokenizer"):
-        checkpoints.check_tokenizer(ModelSource(str(folder)))
+        lookup.check_tokenizer(ModelSource(str(folder)))
     tiny.words().save_pretrained(folder)
-    checkpoints.check_tokenizer(ModelSource(str(folder)))
-    checkpoints.check_tokenizer(ModelSource("hub/model", "main"))
+    lookup.check_tokenizer(ModelSource(str(folder)))
+    lookup.check_tokenizer(ModelSource("hub/model", "main"))

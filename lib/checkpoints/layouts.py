@@ -25,8 +25,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from lib.checkpoints import lookup
 from lib.core.errors import InputError
-from lib.models import checkpoints
 
 Family = LlamaForCausalLM | Qwen2ForCausalLM
 # LLaDA's names inside a block -> Llama's. The block's ff_out and the head share a name and differ by prefix.
@@ -51,12 +51,12 @@ def configuration(raw: dict[str, Any], folder: Path) -> tuple[type[Family], Pret
         InputError: another `model_type`, an option that the class cannot express, or an incomplete or damaged configuration.
     """
     model_type = raw.get("model_type")
-    if model_type not in checkpoints.MODEL_TYPES:  # a GGUF file tells its architecture only after conversion
+    if model_type not in lookup.MODEL_TYPES:  # a GGUF file tells its architecture only after conversion
         raise InputError(
-            f"model_type must be one of {', '.join(checkpoints.MODEL_TYPES)}, got {model_type!r} in {folder}: use another"
+            f"model_type must be one of {', '.join(lookup.MODEL_TYPES)}, got {model_type!r} in {folder}: use another"
         )
     try:
-        if model_type in checkpoints.LLADA_TYPES:
+        if model_type in lookup.LLADA_TYPES:
             return LlamaForCausalLM, llada_config(raw)
         if model_type == "Dream":
             return Qwen2ForCausalLM, dream_config(raw)
@@ -126,7 +126,7 @@ def _bidirectional(config: PretrainedConfig, raw: dict[str, Any]) -> PretrainedC
 
 def all_weights(folder: Path) -> dict[str, Tensor]:
     """Read every tensor of a checkpoint folder under its own name."""
-    return {name: tensor for file in checkpoints.weight_files(folder) for name, tensor in load_file(file).items()}
+    return {name: tensor for file in lookup.weight_files(folder) for name, tensor in load_file(file).items()}
 
 
 def llada_weights(folder: Path) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def tokenizer_and_shift(raw: Mapping[str, Any], folder: Path) -> tuple[PreTraine
         raw: the checkpoint's config.json.
         folder: of the checkpoint.
     """
-    if raw["model_type"] in checkpoints.LLADA_TYPES:
+    if raw["model_type"] in lookup.LLADA_TYPES:
         return _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
     if raw["model_type"] == "Dream":
         return _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from lib.checkpoints.lookup import cache_folder, read_json, weight_files
 from lib.core.errors import InputError, require
 from lib.core.provenance import file_hash, write_json, write_text
-from lib.models.checkpoints import cache_folder, read_json, weight_files
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-from lib.core import config, environment, provenance
+from lib.core import config, provenance, variables
 from lib.launch import lanes
 from lib.report import readme, results
 
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         if number not in known:
             parser.error(f"numbers must be among {', '.join(known)}, got {number!r}")
     # In force for the kernels, which inherit them.
-    os.environ.update(environment.settings())
+    os.environ.update(variables.settings())
     if len(chosen) > 1:
         return refresh_each(chosen)
     changed = refresh(known[chosen[0]])

@@ -1,16 +1,14 @@
 """The Python environment of the two commands: use the active one when it satisfies the lock, else make `.venv`.
 
-Only the standard library is imported, because this runs before anything is installed.
+Only the standard library is imported, because this runs before anything is installed; pip, or uv, does the work.
 """
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,73 +18,11 @@ NEW_ENOUGH = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
 # Groups that only some runs need, by the name that stands in SINKS_GROUPS; each lock adds to requirements.lock.
 GROUPS = {"cluster": "requirements-cluster.lock"}
 STAMP = ".installed"
-PIN = re.compile(r"^([A-Za-z0-9._-]+==[^\s;#]+)(?:\s*;\s*sys_platform == \"(\w+)\")?")
 OFFLINE = re.compile(r"connection|resolve host|name resolution|network is unreachable|timed out|dns error", re.IGNORECASE)
-# glibc gives every large activation back to the kernel and faults it in again at the next step; with these values it keeps the
-# memory. A training step on two cores went from 9.2 s to 2.0 s. Other allocators do not read them.
-LINUX_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "34359738368",
-    "MALLOC_TRIM_THRESHOLD_": "34359738368",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 
 
 class NoEnvironmentError(RuntimeError):
     """No usable environment: the message says the rule, what was got, and the remedy."""
-
-
-def read_pins(lock: Path = LOCK) -> list[str]:
-    """Read the pins of a lock file that apply to this system.
-
-    Args:
-        lock: a file with one `name==version` a line, with comments and, where only one system needs it, a `sys_platform` marker.
-
-    Returns:
-        `name==version` of each.
-
-    >>> "papermill==2.7.0" in read_pins()
-    True
-    """
-    found = (PIN.match(line) for line in lock.read_text(encoding="utf-8").splitlines())
-    return [pin[1] for pin in found if pin and pin[2] in (None, sys.platform)]
-
-
-def missing_pins(lock: Path = LOCK) -> list[str]:
-    """List the pins that this interpreter lacks or has in another version; `2.13.0+cpu` counts as `2.13.0`."""
-    return [pin for pin in read_pins(lock) if not _has(*pin.split("=="))]
-
-
-def physical_cores() -> int:
-    """Count the physical cores that this process may use, at least 1.
-
-    Two threads on one core slow matrix products down, so hyper-threads do not count; a container's share of processors does.
-    """
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    if sys.platform == "darwin":
-        answer = subprocess.run(["sysctl", "-n", "hw.physicalcpu"], capture_output=True, text=True, check=False).stdout.strip()
-        return int(answer) if answer.isdigit() else len(usable)
-    return max(1, min(len({_core_of(cpu) for cpu in usable}), _processor_share()))
-
-
-def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that a run needs and the user has not set.
-
-    Args:
-        environ: the variables that are set already; they win, except that PYTHONPATH is put before what it holds.
-
-    Returns:
-        Value by name.
-    """
-    wanted = {"OMP_NUM_THREADS": str(physical_cores()), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    # A kernel named python3 in the home folder may start another Python than the one in use.
-    wanted["JUPYTER_PREFER_ENV_PATH"] = "1"
-    # Warnings of torch's C++ parts, one of them at every measurement of memory, would stand between the lines of the launcher.
-    wanted["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    if sys.platform.startswith("linux"):
-        wanted |= LINUX_ALLOCATOR
-    chosen = {name: value for name, value in wanted.items() if name not in environ}
-    others = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(ROOT)]
-    return chosen | {"PYTHONPATH": os.pathsep.join([str(ROOT), *others])}
 
 
 def ready(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -99,9 +35,9 @@ def ready(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path
     Returns:
         Path of the interpreter: of the active environment, else of a complete `.venv`; None when neither will do.
     """
-    locks = [root / LOCK.name]
+    lock = root / LOCK.name
     active = _active(root / ".venv", environ)
-    return active if active and not _lacks(active, locks[0]) else _complete(root, locks)
+    return active if active and not _lacks(active, lock) else _complete(root, [lock])
 
 
 def ensure(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path:
@@ -117,22 +53,16 @@ def ensure(*, root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Pat
     Raises:
         NoEnvironmentError: the environment cannot be made, mostly because there is no network, or the active one lacks a group.
     """
-    locks = [root / LOCK.name, *(root / name for name in _groups(environ))]
-    if active := _active(root / ".venv", environ):
-        lacks = _lacks(active, locks[0])
-        if not lacks:
-            _check_groups(active, locks[1:])
-            return active
-        _tell(f"the active environment {active.parent.parent} does not satisfy {LOCK.name} ({lacks}): using .venv instead")
-    return _complete(root, locks) or _own_environment(root, locks)
-
-
-def _groups(environ: Mapping[str, str]) -> list[str]:
-    """Name the lock files of the groups that are asked for."""
     asked = environ.get("SINKS_GROUPS", "").split()
     if not set(asked) <= set(GROUPS):
         raise NoEnvironmentError(f"SINKS_GROUPS must hold names of {', '.join(GROUPS)}, got {' '.join(asked)!r}: leave it out")
-    return [GROUPS[name] for name in asked]
+    first, *others = locks = [root / LOCK.name, *(root / GROUPS[name] for name in asked)]
+    if active := _active(root / ".venv", environ):
+        if not (lacks := _lacks(active, first)):
+            _check_groups(active, others)
+            return active
+        _tell(f"the active environment {active.parent.parent} does not satisfy {LOCK.name} ({lacks}): using .venv instead")
+    return _complete(root, locks) or _own_environment(root, locks)
 
 
 def _check_groups(active: Path, locks: list[Path]) -> None:
@@ -155,44 +85,50 @@ def _active(own: Path, environ: Mapping[str, str]) -> Path | None:
 
 
 def _lacks(python: Path, lock: Path) -> str:
-    """Ask another interpreter what it lacks of a lock; the answer is empty when nothing, else one short phrase."""
+    """Let pip say what an interpreter lacks of a lock; the answer is empty when nothing, else one short phrase."""
     if not _runs(python, NEW_ENOUGH):
         return f"its Python is older than {'.'.join(map(str, OLDEST_PYTHON))}"
-    command = [str(python), "-m", "lib.core.environment", "--missing", str(lock)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        return "its packages cannot be listed"
-    lacks = answer.stdout.split()
-    return f"{len(lacks)} of its pins missing, such as {lacks[0]}" if lacks else ""
+    # With no index nothing can be found but what is installed.
+    command = [*_pip(python), "--dry-run", "--no-index", "--no-deps", "-r", str(lock)]
+    answer = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    missing = re.findall(r"[\w.-]+==[\w.+]+", answer.stderr)
+    return "" if not answer.returncode else f"it lacks {missing[-1]}" if missing else _last_line(answer.stderr)
 
 
-def _wanted(root: Path, locks: list[Path]) -> list[str]:
+def _pip(python: Path, uv: str | None = None) -> list[str]:
+    """Begin the command that installs into an environment."""
+    if uv:
+        return [uv, "pip", "install", "--python", str(python)]
+    return [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+
+
+def _wanted(root: Path, locks: list[Path]) -> set[str]:
     """List what the stamp of a complete `.venv` holds: the repository's place, to which the package is linked, and every pin."""
-    return [str(root), *(pin for lock in locks for pin in read_pins(lock))]
+    lines = (line for lock in locks for line in lock.read_text(encoding="utf-8").splitlines())
+    return {str(root), *(line.partition("#")[0].strip() for line in lines)} - {""}
 
 
 def _complete(root: Path, locks: list[Path]) -> Path | None:
     """Return the interpreter of `.venv` when the installation of these locks was finished."""
     python, stamp = root / ".venv" / "bin" / "python", root / ".venv" / STAMP
-    whole = stamp.exists() and set(_wanted(root, locks)) <= set(stamp.read_text(encoding="utf-8").splitlines())
+    whole = stamp.exists() and _wanted(root, locks) <= set(stamp.read_text(encoding="utf-8").splitlines())
     return python if whole and _runs(python, NEW_ENOUGH) else None
 
 
 def _own_environment(root: Path, locks: list[Path]) -> Path:
     """Make or complete `.venv`; the stamp is written last, so an interrupted installation is taken up again."""
-    python, uv = root / ".venv" / "bin" / "python", shutil.which("uv")
+    own, uv, names = root / ".venv", shutil.which("uv"), " and ".join(lock.name for lock in locks)
+    python = own / "bin" / "python"
     # Models that lie in wheels are fetched by pip, so it has to be there even where uv installs.
     if not _runs(python, f"import pip; {NEW_ENOUGH}"):
         _tell("making .venv: once, some minutes and gigabytes")
-        _make(python.parent.parent, uv)
-    installer = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--no-input"]
-    names = " and ".join(lock.name for lock in locks)
+        _make(own, uv)
     _tell(f"installing {names} into .venv (what an earlier try finished is kept)")
-    _install([*installer, *(word for lock in locks for word in ("-r", str(lock)))], names)
-    _install([*installer, "--quiet", "--no-deps", "--no-build-isolation", "-e", str(root)], names)
-    partial = root / ".venv" / f"{STAMP}.partial"
+    _install([*_pip(python, uv), *(word for lock in locks for word in ("-r", str(lock)))], names)
+    _install([*_pip(python, uv), "--quiet", "--no-deps", "--no-build-isolation", "-e", str(root)], names)
+    partial = own / f"{STAMP}.partial"
     partial.write_text("\n".join(_wanted(root, locks)), encoding="utf-8")
-    os.replace(partial, root / ".venv" / STAMP)
+    os.replace(partial, own / STAMP)
     return python
 
 
@@ -230,30 +166,6 @@ def _runs(python: Path, code: str) -> bool:
         return False
 
 
-def _has(name: str, version: str) -> bool:
-    try:
-        return metadata.version(name).split("+")[0] == version
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def _core_of(cpu: int) -> str:
-    """Name the core of a logical processor by all that share it; without that knowledge each is its own core."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(cpu)
-
-
-def _processor_share() -> int:
-    """Return how many processors a container may use in full, or a large number without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return sys.maxsize
-    return sys.maxsize if quota == "max" else max(1, int(quota) // int(period))
-
-
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no message"
@@ -264,27 +176,19 @@ def _tell(message: str) -> None:
     sys.stderr.flush()
 
 
-def main(arguments: list[str]) -> int:
-    """Print the exports of a ready environment for `eval` in a shell, or with `--missing LOCK` what this interpreter lacks of it.
-
-    Args:
-        arguments: words after the program's name.
+def main() -> int:
+    """Print the exports of a ready environment for `eval` in a shell.
 
     Returns:
         Exit code: 0, or 2 when there is no usable environment.
     """
-    if arguments[:1] == ["--missing"]:
-        sys.stdout.write("".join(f"{pin}\n" for pin in missing_pins(Path(arguments[1]))))
-        return 0
     try:
-        python = ensure()
+        python = str(ensure())
     except NoEnvironmentError as error:
         _tell(f"error: {error}")
         return 2
-    exports = settings() | {"SINKS_PYTHON": str(python)}
-    sys.stdout.write("".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items()))
-    return 0
+    return subprocess.run([python, "-m", "lib.core.variables"], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

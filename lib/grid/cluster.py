@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lib.core import environment, hub
+from lib.core import hub
 from lib.core.errors import InputError, require
+from lib.core.variables import physical_cores, settings
 
 LOCK = "requirements-cluster.lock"
 # Nothing is sent through Ray's memory, and its watch over memory kills by guess what the system kills by need.
@@ -103,7 +104,7 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
         else:
             # As many cores as the machine has, or as many as are wanted where these are more: each group then finds one.
             with _environ(variables()):  # inherited: processes then wait ready, which those of a runtime_env cannot
-                ray.init(num_cpus=max(environment.physical_cores(), jobs or 1), **LOCAL, **quiet)
+                ray.init(num_cpus=max(physical_cores(), jobs or 1), **LOCAL, **quiet)
     except Exception as error:  # also of a start that took too long, which has no type of its own
         got = " ".join(str(error.__cause__ or error).split())
         remedy = "start one with ray start --head, or set RAY_AUTH_MODE=token where it asks for a token"
@@ -130,6 +131,6 @@ def variables() -> dict[str, str]:
     """
     # Without a network every file and data set, cached ones too, would be asked for in vain for half a minute.
     offline = {"HF_HUB_OFFLINE": "1"} if hub.problem() else {}
-    wanted = environment.settings({}) | {"PYTHONFAULTHANDLER": "1"}
+    wanted = settings({}) | {"PYTHONFAULTHANDLER": "1"}
     chosen = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    return chosen | PASSIVE | {"PYTHONPATH": environment.settings()["PYTHONPATH"]} | offline
+    return chosen | PASSIVE | {"PYTHONPATH": settings()["PYTHONPATH"]} | offline

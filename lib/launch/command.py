@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words == ["--environment"]:
-            return environment.main([])
+            return environment.main()
         if words[:1] == ["lab"]:
             _lab(words)
         chosen = parse(words)
@@ -214,8 +214,10 @@ def _inside() -> bool:
 
 def _enter(words: Sequence[str]) -> None:
     """Go on in an environment that satisfies the lock, with the variables that a run needs."""
-    os.environ.update(environment.settings())
     if _inside():
+        from lib.core import variables
+
+        os.environ.update(variables.settings())
         return
     python = str(environment.ensure())
     # The process keeps its number through exec: that tells the second pass that it is the second.

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -112,55 +113,6 @@ def test_everything_imported_is_pinned_as_direct() -> None:
                 assert normal(DISTRIBUTION.get(str(name), str(name))) in pinned, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_platform_markers_are_honoured(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    lock.write_text(f'a==1  # who\nb==2 ; sys_platform == "{sys.platform}"\nc==3 ; sys_platform == "elsewhere"\n# d==4\n')
-    assert environment.read_pins(lock) == ["a==1", "b==2"]
-
-
-def test_missing_pins_compare_without_local_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = tmp_path / "lock"
-    lock.write_text("torch==2.13.0\npytest==0.0.1\nno-such-package==1\n")
-    found = {"torch": "2.13.0+cpu", "pytest": "9.2.0"}
-
-    def version(name: str) -> str:
-        if name not in found:
-            raise environment.metadata.PackageNotFoundError
-        return found[name]
-
-    monkeypatch.setattr(environment.metadata, "version", version)
-    assert environment.missing_pins(lock) == ["pytest==0.0.1", "no-such-package==1"]
-
-
-def test_cores_are_physical_and_at_least_one() -> None:
-    assert 1 <= environment.physical_cores() <= (os.cpu_count() or 1)
-
-
-def test_hyper_threads_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.sys, "platform", "linux")
-    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(environment, "_core_of", lambda cpu: str(cpu // 2))
-    monkeypatch.setattr(environment, "_processor_share", lambda: 64)
-    assert environment.physical_cores() == 2
-    monkeypatch.setattr(environment, "_processor_share", lambda: 1)
-    assert environment.physical_cores() == 1
-
-
-def test_what_the_user_set_wins() -> None:
-    chosen = environment.settings({"OMP_NUM_THREADS": "7", "PYTHONPATH": "/mine"})
-    assert "OMP_NUM_THREADS" not in chosen
-    assert chosen["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
-    assert chosen["TORCH_CPP_LOG_LEVEL"] == "ERROR"
-    assert environment.settings(chosen)["PYTHONPATH"] == chosen["PYTHONPATH"], "set twice, it does not grow"
-
-
-@pytest.mark.parametrize(("platform", "expected"), [("linux", True), ("darwin", False)])
-def test_allocator_is_set_on_linux_only(monkeypatch: pytest.MonkeyPatch, platform: str, expected: bool) -> None:
-    monkeypatch.setattr(environment.sys, "platform", platform)
-    monkeypatch.setattr(environment, "physical_cores", lambda: 2)
-    assert ("MALLOC_TRIM_THRESHOLD_" in environment.settings({})) is expected
-
-
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_active_environment_that_satisfies_the_lock_is_used(clone: Path, tmp_path: Path, variable: str) -> None:
     python = script(tmp_path / "active" / "bin" / "python", "exit 0")
@@ -172,7 +124,8 @@ def test_active_environment_that_satisfies_the_lock_is_used(clone: Path, tmp_pat
 def test_active_environment_that_lacks_something_is_named_and_left_alone(
     clone: Path, tmp_path: Path, uv: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    script(tmp_path / "active" / "bin" / "python", 'if [ "$3" = --missing ]; then echo torch==2.13.0; fi')
+    said = 'if [ "$2" = pip ]; then echo "ERROR: No matching distribution found for torch==2.13.0" >&2; exit 1; fi'
+    script(tmp_path / "active" / "bin" / "python", said)
     python = environment.ensure(root=clone, environ={"VIRTUAL_ENV": str(tmp_path / "active")})
     assert python == clone / ".venv" / "bin" / "python"
     told = [line for line in capfd.readouterr().err.splitlines() if "does not satisfy" in line]
@@ -253,11 +206,11 @@ def test_interrupted_installation_of_a_group_is_taken_up(clone: Path, uv: Path) 
 
 
 def test_active_environment_without_a_group_is_told_how_to_get_it(clone: Path, tmp_path: Path) -> None:
-    lines = 'case "$4" in *cluster*) echo ray==2.60.0;; esac'
+    lines = 'case "$*" in *cluster*) echo "ERROR: No matching distribution found for ray==2.60.0" >&2; exit 1;; esac'
     python = script(tmp_path / "active" / "bin" / "python", lines)
     active = {"VIRTUAL_ENV": str(tmp_path / "active")}
     assert environment.ensure(root=clone, environ=active) == python
-    expected = f"got 1 of its pins missing, such as ray==2.60.0: {python} -m pip install -r requirements-cluster.lock"
+    expected = f"got it lacks ray==2.60.0: {python} -m pip install -r requirements-cluster.lock"
     with pytest.raises(environment.NoEnvironmentError, match=re.escape(expected)):
         environment.ensure(root=clone, environ=active | {"SINKS_GROUPS": "cluster"})
     assert not (clone / ".venv").exists()
@@ -305,13 +258,21 @@ def test_missing_venv_module_gives_one_clear_line(clone: Path, monkeypatch: pyte
     assert not (clone / ".venv").exists()
 
 
-def test_exports_can_be_evaluated_by_a_shell(clone: Path) -> None:
-    code = (
-        "import sys; from lib.core import environment\n"
-        "environment.ensure = lambda: sys.executable\n"
-        "environment.settings = lambda: {'PYTHONPATH': \"a b:it's\"}\n"
-        "sys.exit(environment.main([]))"
+def test_pip_tells_what_is_missing_by_version_and_system_and_takes_a_local_build(tmp_path: Path) -> None:
+    """The real pip on this interpreter: it stands for every rule of versions and markers that we would else write ourselves."""
+    lock = tmp_path / "lock"
+    torch = version("torch").partition("+")[0]
+    lock.write_text(f'# who\ntorch=={torch}  # a local build of it counts\nnope==1 ; sys_platform == "elsewhere"\n')
+    assert environment._lacks(Path(sys.executable), lock) == ""
+    lock.write_text(f"torch=={torch}\npytest==0.0.1\n")
+    assert environment._lacks(Path(sys.executable), lock) == "it lacks pytest==0.0.1"
+
+
+def test_exports_can_be_evaluated_by_a_shell() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": "a b:it's"}
+    command = [sys.executable, "-m", "lib.core.variables"]
+    shown = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
+    asked = subprocess.run(
+        ["sh", "-c", f'{shown}\nprintf "%s|%s" "$PYTHONPATH" "$SINKS_PYTHON"'], capture_output=True, text=True, check=True
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    asked = subprocess.run(["sh", "-c", f'{shown}\nprintf %s "$PYTHONPATH"'], capture_output=True, text=True, check=True)
-    assert asked.stdout == "a b:it's"
+    assert asked.stdout == f"{ROOT}:a b:it's|{sys.executable}"

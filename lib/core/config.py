@@ -30,7 +30,7 @@ from lib.core.sections import (
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
 
 ROOT = Path(__file__).resolve().parents[2]
-PROFILES = ("quick", "full", "paper", "rehearsal")
+PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
 KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -62,7 +62,7 @@ for _kind, _pattern, _read in (
 class Config(Section):
     """All settings of one run."""
 
-    profile: Literal["quick", "full", "paper", "rehearsal"]
+    profile: Literal["quick", "full", "laptop", "paper", "rehearsal"]
     seed: Annotated[StrictInt, between(0, 2**31 - 1)]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -96,7 +96,7 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
     """Read `configs/<profile>.yaml`, put the overrides in, and check every value.
 
     Args:
-        profile: `quick`, `full`, `paper` or `rehearsal`.
+        profile: one of PROFILES.
         seed: replaces the seed of the file.
         overrides: dotted key to value, such as `{"sink_traces.prompts": 4}`; a string is read as YAML, as on the command line.
 

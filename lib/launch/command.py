@@ -94,7 +94,7 @@ def _check_grid(chosen: argparse.Namespace) -> None:
     given = [name for name in ("plan", "grid_only", "limit", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)]
     if given and chosen.profile not in GRID_PROFILES:
         flag = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use {' or '.join(GRID_PROFILES)}")
+        raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use one of {', '.join(GRID_PROFILES)}")
     for name in ("limit", "jobs"):
         text = getattr(chosen, name)
         if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):

@@ -285,7 +285,7 @@ def test_no_more_calibrations_are_asked_for_than_there_are(section: str, name: s
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"quick, full, paper, rehearsal, got 'quik': did you mean 'quick'"):
+    with pytest.raises(InputError, match=r"quick, full, laptop, paper, rehearsal, got 'quik': did you mean 'quick'"):
         config.load("quik")
 
 

@@ -148,7 +148,7 @@ def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Seque
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["quik"], "profile must be one of quick, full, paper, rehearsal, got 'quik': did you mean 'quick'?"),
+        (["quik"], "profile must be one of quick, full, laptop, paper, rehearsal, got 'quik': did you mean 'quick'?"),
         (["--notebooks", "09"], "--notebooks must name numbers among 01, 02, got '09'"),
         (["--notebooks", ""], "--notebooks must name numbers"),
         (["--seed", "-1"], "--seed must be a whole number from 0, got '-1'"),
@@ -156,7 +156,7 @@ def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Seque
         (["--seed"], "argument --seed: expected one argument"),
         (["--set", "prompts"], "--set must be KEY=VALUE, got 'prompts'"),
         (["--set", "seed=3"], "use ./run_all.sh PROFILE --seed N"),
-        (["--plan"], "--plan must go with a profile that has a grid, got quick: use paper or rehearsal"),
+        (["--plan"], "--plan must go with a profile that has a grid, got quick: use one of laptop, paper, rehearsal"),
         (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
         (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),
         (["paper", "--jobs", "two"], "--jobs must be a whole number from 1, got 'two'"),

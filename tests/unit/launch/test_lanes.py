@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from lib.core.environment import ROOT
+from lib.core.errors import InputError
 from lib.launch import execution, lanes
 from lib.launch.execution import Job, NotebookError, Outcome, Running
 from lib.launch.lanes import Peak
@@ -24,8 +25,15 @@ SLEEP = "import sys, time; time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv
 class Fake:
     """Stands for notebooks: processes that sleep, and end with a code."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *, seconds: float = 0.3, failing: Sequence[str] = ()) -> None:
-        self.seconds, self.failing = seconds, failing
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        seconds: float = 0.3,
+        failing: Sequence[str] = (),
+        error: type[Exception] = NotebookError,
+    ) -> None:
+        self.seconds, self.failing, self.error = seconds, failing, error
         self.events: list[tuple[str, str, int]] = []  # what happened, to which notebook, threads or how many others ran
         self.running: list[Running] = []
         patch.setattr(execution, "begin", self.begin)
@@ -45,7 +53,7 @@ class Fake:
         self.running.remove(running)
         self.events.append(("ended", running.job.number, len(self.running)))
         if running.process.returncode:
-            raise NotebookError(f"{running.job.number} failed")
+            raise self.error(f"{running.job.number} failed")
         return Outcome((), 1.0)
 
 
@@ -79,9 +87,10 @@ def test_one_lane_is_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event[:2] for event in fake.events] == [("begun", "01"), ("ended", "01"), ("begun", "02"), ("ended", "02")]
 
 
-def test_a_failure_begins_no_other_and_waits_for_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, seen = Fake(monkeypatch, failing=["01"]), []
-    with pytest.raises(NotebookError, match="01 failed"):
+@pytest.mark.parametrize("error", [NotebookError, InputError, OSError])
+def test_a_failure_begins_no_other_and_waits_for_those_that_run(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, seen = Fake(monkeypatch, failing=["01"], error=error), []
+    with pytest.raises(error, match="01 failed"):
         for job, _ in lanes.side_by_side(jobs("01", "02", "03"), lanes=2, threads=2, peak=Peak()):
             seen.append(job.number)
     assert seen == ["02"] and not fake.running

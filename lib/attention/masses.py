@@ -44,13 +44,15 @@ def _recording_attention(
         plain = all(each.dtype == torch.float32 and not each.requires_grad for each in (query, key, value))
         once = plain and choose is None and attention_mask is None and query.device.type == "cpu"
         asked = {"scaling": scaling, "is_causal": is_causal, "value": value if once else None}
-        output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
+        with torch.autocast(query.device.type, enabled=False):  # sums of rounded probabilities are off by a thousandth
+            output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
         recorder.add_values(value.detach())
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
     if choose is not None:
         own = MassRecorder()
-        own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
+        with torch.autocast(query.device.type, enabled=False):
+            own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
         blocked = choose(int(module.layer_idx), own.pop()[0, :, :, 0])  # type: ignore[arg-type]
         if blocked is not None:
             attention_mask = allowed_keys(attention_mask, blocked, queries=query.shape[2], is_causal=is_causal)

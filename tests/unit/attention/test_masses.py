@@ -351,6 +351,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def test_autocast_does_not_round_masses(model: LanguageModel) -> None:
+    """Training is measured under it; each query still gives away exactly 1."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mass = masses.sink_mass(model, tiny.ids(2, 32))
+    torch.testing.assert_close(mass.sum(-1), torch.full(mass.shape[:-1], 32.0), atol=1e-4, rtol=0)
+
+
 def test_no_square_tensor_is_made_or_kept(tmp_path: Path) -> None:
     positions, chunk = 256, 8
     model = tiny.model(tmp_path, causal=False, max_position_embeddings=positions)

@@ -7,6 +7,8 @@ and every random draw is a function of (seed, stream, step).
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,24 @@ def tokenizer_texts(documents: dict[str, list[sources.Document]], articles: list
     return texts
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the context."""
+    import fcntl  # absent on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "prepare.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def prepare(folder: Path, recipe: Recipe) -> Corpus:
-    """Return all that training reads, made in `folder` by the first call; members started later read the same files."""
+    """Return all that training reads, made in `folder` by the first call; members started beside it read the same files."""
+    with _alone(folder):
+        return _prepared(folder, recipe)
+
+
+def _prepared(folder: Path, recipe: Recipe) -> Corpus:
     made = folder / f"windows-{recipe.vocab_size}-{recipe.length}-{recipe.steps * recipe.text_rows}.npy"
     held_out_file, articles_file, tok_folder = folder / "held_out.npz", folder / "articles.json", folder / "tokenizer"
     if not made.exists():

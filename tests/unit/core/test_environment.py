@@ -106,6 +106,14 @@ def test_all_files_ask_for_the_same_python() -> None:
     assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
 
 
+def test_caches_of_continuous_integration_are_named_after_files_that_exist() -> None:
+    """The hash of no file is empty: its cache would be kept when what it depends on changes."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    patterns = [pattern for words in re.findall(r"hashFiles\((.*?)\)", workflow) for pattern in re.findall(r"'(.*?)'", words)]
+    assert len(patterns) >= 3
+    assert [pattern for pattern in patterns if not list(ROOT.glob(pattern))] == []
+
+
 def test_everything_imported_is_pinned_as_direct() -> None:
     pinned = {normal(name) for name in direct_pins()}
     for path in (path for folder in OURS for path in (ROOT / folder).rglob("*.py")):

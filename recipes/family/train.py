@@ -26,7 +26,7 @@ from recipes import tokenizer
 from recipes.family import batches, progress, sources, tasks
 from recipes.family.batches import Corpus
 from recipes.family.objectives import MEMBERS, Member, row_losses
-from recipes.family.recipe import Recipe, build_model, learning_rate, load_state, make_optimizers, save_state
+from recipes.family.recipe import Recipe, build_model, learning_rate, load_state, make_optimizers, save_state, update_
 
 TOKENIZER_TASKS = 4000  # documents of each task that the tokenizer is trained on, beside all text
 SAVE_SECONDS = 200.0
@@ -154,12 +154,7 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
     for step in tqdm(range(first, last), initial=first, total=recipe.steps, desc=member, mininterval=60):
         started = time.process_time()  # of the processor: a run beside other work, or halted, takes no longer
         text, task, tokens = step_loss(member, model, network, corpus, step, recipe, bf16=bf16)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
+        update_(model, optimizers, rate=learning_rate(step, recipe))
         state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
         state["seconds"] += time.process_time() - started
         done = step + 1 == last

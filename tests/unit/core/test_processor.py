@@ -94,5 +94,7 @@ def test_bfloat16_is_measured(half: float, single: float, faster: bool, monkeypa
     seconds = iter([single, half])
     monkeypatch.setattr(processor, "_seconds", lambda call: next(seconds))
     processor.is_bfloat16_faster.cache_clear()
+    before = torch.get_rng_state()
     assert processor.is_bfloat16_faster() is faster
+    assert torch.equal(torch.get_rng_state(), before), "a measurement moves no draws of its caller"
     processor.is_bfloat16_faster.cache_clear()

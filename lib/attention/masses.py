@@ -39,16 +39,20 @@ def _recording_attention(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     recorder, choose = _ACTIVE.get(), _CHOOSER.get()
     if recorder is not None:
-        # On a CPU the probabilities that are summed give the output too; a second softmax would cost as much as the first.
-        once = choose is None and attention_mask is None and query.device.type == "cpu" and query.dtype != torch.bfloat16
-        asked = {"scaling": scaling, "is_causal": is_causal, "value": value.detach() if once else None}
-        output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
+        # On a CPU the probabilities that are summed give the output too; a second softmax would cost as much as the first. They
+        # are float32 and carry no gradient.
+        plain = all(each.dtype == torch.float32 and not each.requires_grad for each in (query, key, value))
+        once = plain and choose is None and attention_mask is None and query.device.type == "cpu"
+        asked = {"scaling": scaling, "is_causal": is_causal, "value": value if once else None}
+        with torch.autocast(query.device.type, enabled=False):  # sums of rounded probabilities are off by a thousandth
+            output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
         recorder.add_values(value.detach())
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
     if choose is not None:
         own = MassRecorder()
-        own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
+        with torch.autocast(query.device.type, enabled=False):
+            own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
         blocked = choose(int(module.layer_idx), own.pop()[0, :, :, 0])  # type: ignore[arg-type]
         if blocked is not None:
             attention_mask = allowed_keys(attention_mask, blocked, queries=query.shape[2], is_causal=is_causal)

@@ -171,16 +171,18 @@ def masked_log_likelihood(
 
     Source: LLaDA (arXiv 2502.09992), Eq. 6, and its `get_log_likelihood`.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
-    if not bool(maskable.any()) or draws < 1:
-        raise InputError(
-            f"a likelihood must have tokens to score and draws >= 1, got {int(maskable.sum())} and {draws}: give some"
-        )
+    _check_scored(model, int(maskable.sum()), draws)
     masks = exact_count_masks(maskable.cpu(), draws, generator=generator, count_rule=count_rule)
     weight = maskable.sum().item() / masks.sum(1)
     sums = [-losses.sum(1).cpu() for losses in masked_losses(model, input_ids, masks, batch_size=batch_size)]
     return torch.cat(sums) * weight
+
+
+def _check_scored(model: LanguageModel, tokens: int, draws: int) -> None:
+    if model.mask_token_id is None:
+        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
+    if tokens < 1 or draws < 1:
+        raise InputError(f"a likelihood must have tokens to score and draws >= 1, got {tokens} and {draws}: give some")
 
 
 @torch.inference_mode()
@@ -223,10 +225,12 @@ def nelbo(
     Returns:
         The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t.
 
+    Raises:
+        InputError: the model has no mask token, or there is nothing to score.
+
     Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """
-    if model.mask_token_id is None:
-        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
+    _check_scored(model, windows.numel(), draws)
     everything = torch.ones(windows.shape[1], dtype=torch.bool)
     streams = [generator(seed, "nelbo", index) for index in range(len(windows))]
     masks = torch.cat([exact_count_masks(everything, draws, generator=stream) for stream in streams])

@@ -16,7 +16,7 @@ from lib.core.errors import require
 from lib.diffusion import ragged, sampler
 from lib.evaluation.scoring import EvaluationSettings, Passage, batched, grouped, score
 from lib.models.language_model import LanguageModel, tokenizer_of
-from lib.texts.encoding import encode, encode_pair, first_tokens
+from lib.texts.encoding import encode, encode_pair, first_tokens, is_merged
 
 Messages = list[dict[str, str]]
 Request = tuple[Sequence[int], int, list[str]]  # prompt ids, tokens to generate, stop strings
@@ -27,6 +27,8 @@ class HarnessModel(LM):
 
     Attributes:
         truncated: how many requests lost the beginning of their context so far, because the model takes no more.
+        merged: how many continuations so far were scored with tokens of their context's end, which the tokenizer writes as one
+            token with their beginning.
     """
 
     def __init__(self, model: LanguageModel, *, settings: EvaluationSettings) -> None:
@@ -38,7 +40,7 @@ class HarnessModel(LM):
             f"cfg_scale {settings.cfg_scale} for {model.name}",
             "set cfg_scale to 0",
         )
-        self.model, self.settings, self.truncated = model, settings, 0
+        self.model, self.settings, self.truncated, self.merged = model, settings, 0, 0
         self.tokenizer = tokenizer_of(model)
         longest = int(cast(Any, model.network.config).max_position_embeddings)
         self.max_length = min(longest, settings.max_length or longest)
@@ -48,7 +50,8 @@ class HarnessModel(LM):
         """Score continuations given contexts.
 
         Args:
-            requests: with (context, continuation); white space at the end of a context counts as the continuation's.
+            requests: with (context, continuation); white space at the end of a context counts as the continuation's, and so does
+                a token that both share (counted in `merged`).
 
         Returns:
             (nats, greedy) of each continuation. An autoregressive model gives both exactly. A diffusion model gives LLaDA's
@@ -62,6 +65,7 @@ class HarnessModel(LM):
         for request in requests:
             context, continuation = cast(tuple[str, str], request.args)
             ids, target = encode_pair(self.tokenizer, context, continuation)
+            self.merged += is_merged(self.tokenizer, context, ids)
             passages.append(self._passage(ids, target, ("likelihood", context, continuation)))
         return score(self.model, passages, settings=self.settings)
 

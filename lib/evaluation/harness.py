@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lib.core.errors import require
 from lib.diffusion import ragged, sampler
+from lib.evaluation import generation_options
 from lib.evaluation.scoring import EvaluationSettings, Passage, batched, grouped, score
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.texts.encoding import encode, encode_pair, first_tokens, is_merged
@@ -105,15 +106,16 @@ class HarnessModel(LM):
         """Generate greedily, requests with prompts of one length together.
 
         Args:
-            requests: with (context, options); `until` and `max_gen_toks` are obeyed, the latter up to `gen_length`. An answer to
-                a prompt of `apply_chat_template` also ends where that template ends the assistant's turn.
+            requests: with (context, options); options as `generation_options.read` takes them, the length up to `gen_length`. An
+                answer to a prompt of `apply_chat_template` also ends where that template ends the assistant's turn.
 
         Returns:
             Texts in the order of the requests, cut at the first end-of-text token and the first of the stop strings. Neither
             order nor batch size changes them.
 
         Raises:
-            InputError: random sampling is asked for, or the tokens to generate leave no room for a prompt.
+            InputError: an option that is not honoured, random sampling among them, or the tokens to generate leave no room for a
+                prompt.
         """
         asked = [self._generation(*cast(tuple[str, dict[str, Any]], request.args)) for request in requests]
         answers = [""] * len(requests)
@@ -193,14 +195,12 @@ class HarnessModel(LM):
 
     def _generation(self, context: str, options: dict[str, Any]) -> Request:
         """Read one request; a chat has its BOS, if any, already."""
-        random = bool(options.get("do_sample")) and float(options.get("temperature", 1.0)) > 0
-        require(not random, "generation must be greedy", f"do_sample with {options}", "set temperature: 0 in the task")
-        new = min(int(options.get("max_gen_toks", self.settings.gen_length)), self.settings.gen_length)
+        asked = generation_options.read(options)
+        new = min(asked.new_tokens or self.settings.gen_length, self.settings.gen_length)
         length = new if self.model.is_causal else denoising_plan(new, self.settings)[0]
         room = self.max_length - length
         require(room >= 1, f"gen_length must leave room in the model's {self.max_length} tokens", str(length), "lower it")
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        stops = list(asked.until)
         if context in self._chats:
             return self._fit(encode(self.tokenizer, context, special=False), room), new, [*stops, *self.turn_end()]
         return self._fit(encode(self.tokenizer, context) or first_tokens(self.tokenizer), room), new, stops

@@ -439,7 +439,7 @@ def test_a_prompt_keeps_its_end_when_too_long(request: pytest.FixtureRequest, ki
 
 
 def test_what_cannot_be_generated_is_refused(dlm: LanguageModel) -> None:
-    with pytest.raises(InputError, match="greedy, got do_sample"):
+    with pytest.raises(InputError, match=r"greedy, got do_sample True, temperature 0\.7: set do_sample: false"):
         generations(dlm, [("w1", {"do_sample": True, "temperature": 0.7})], SHORT)
     assert len(generations(dlm, [("w1", {"do_sample": True, "temperature": 0.0})], SHORT)) == 1
     too_long = EvaluationSettings(gen_length=64)

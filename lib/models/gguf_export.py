@@ -69,6 +69,7 @@ def save_gguf(
     Weights without codes are written in the dtype of the network (norms in float32), so nothing is rounded. Codes of up to 4 bits
     become Q4_0 and others Q8_0: exact where 32 divides their group and float16 holds their scales, which it does with bfloat16
     ones from 2^-17 to 65504; else gguf's own quantizer of that format rounds the weights again, and the result says which.
+    A 16-bit network computes with codes times scales rounded to its dtype; the file does not round them.
 
     Args:
         model: a Llama or Qwen2, diffusion or autoregressive.

@@ -54,10 +54,19 @@ def read_back_(model: LanguageModel, path: Path) -> dict[str, Kind]:
     """Put the tensors of a file into a network, undoing the permutation head by head with slow loops."""
     reader, config = gguf.GGUFReader(path), model.network.config
     names = {
-        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     weights, kinds = {}, {}
     for tensor in reader.tensors:
         *block, role, kind = tensor.name.split(".")
@@ -254,10 +263,10 @@ def test_a_file_is_not_overwritten_and_codes_are_checked(tmp_path: Path) -> None
     model = wide(tmp_path / "m")
     quantized = rounded_(model, bits=4, group=32)
     model.layers[0].module.weight[0, 0] += 1
-    with pytest.raises(InputError, match="must be codes . scales"):
+    with pytest.raises(InputError, match=r"must be codes . scales"):
         save_gguf(model, tmp_path / "m.gguf", quantized=quantized)
     save_gguf(model, tmp_path / "m.gguf")
-    with pytest.raises(InputError, match="new file, got .*m.gguf, which exists"):
+    with pytest.raises(InputError, match=r"new file, got .*m.gguf, which exists"):
         save_gguf(model, tmp_path / "m.gguf")
 
 

@@ -5,6 +5,7 @@ The end of a block may also be written without further passes: by the best token
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -160,9 +161,10 @@ def _finish_block(
             where = (ids == mask_id) & in_block
             if not bool(where.any()):
                 break
-            hidden = forward(ids[:, :end], step % (plan.refresh_every or steps) == 0)
+            run = partial(forward, ids[:, :end], step % (plan.refresh_every or steps) == 0)
+            hidden = run()
             forwards, computed = forwards + 1, computed + hidden.computed
-            logits = logits_from(model, hidden, where[:, :end])
+            logits = logits_from(model, hidden, where[:, :end], again=run)
             chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
             confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
             confidence[where] = sampler.probability_of(logits, chosen)

@@ -1,6 +1,8 @@
 """Generate after prompts of unequal length in one batch: padding takes no part, so each row gets what it gets alone."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.diffusion import sampler
+from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel
 
 PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
@@ -99,12 +102,22 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
     for _ in range(new_tokens):
         given = {"input_ids": read, "attention_mask": real.long(), "position_ids": positions, "past_key_values": past}
         output = model.network(**given, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        read = sampler.choose_tokens(output.logits[:, -1].float(), temperature=0.0, generator=None)[:, None]
+        past, logits = output.past_key_values, output.logits[:, -1].float()
+        _check_rows(model, logits, prompts, made)
+        read = sampler.choose_tokens(logits, temperature=0.0, generator=None)[:, None]
         made.append(read)
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
     return torch.cat(made, dim=1)
+
+
+def _check_rows(model: LanguageModel, logits: Tensor, prompts: Sequence[Sequence[int]], made: Sequence[Tensor]) -> None:
+    """Refuse logits that are not finite; the layer is found on the first such text alone, where no padding is in the way."""
+    spoiled = [row for row, total in enumerate(logits.sum(1).tolist()) if not math.isfinite(total)]
+    for row in spoiled:
+        text = torch.tensor([[*prompts[row], *torch.cat(list(made), dim=1)[row].tolist()]], device=model.device)
+        alone = partial(model.network, input_ids=text, use_cache=False)
+        require_finite(logits[row], alone, network=model.network, name=model.name)
 
 
 def _are_equally_long(prompts: Sequence[Sequence[int]]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import InputError
+from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, logits_at
 
 Remasking = Literal["low_confidence", "random"]
@@ -236,7 +238,7 @@ def continue_text(
         Prompt and continuation.
 
     Raises:
-        InputError: a diffusion model, or missing randomness.
+        InputError: a diffusion model, missing randomness, or a logit that is no finite number.
     """
     if not model.is_causal:
         raise InputError(f"token-by-token generation must use a causal model, got {model.name}: use sample")
@@ -247,6 +249,8 @@ def continue_text(
         output = model.network(input_ids=step_input, past_key_values=past, use_cache=use_cache, logits_to_keep=1)
         past = output.past_key_values if use_cache else None
         logits = output.logits[:, -1].float()
+        whole = partial(model.network, input_ids=ids, use_cache=False, logits_to_keep=1)
+        require_finite(logits, whole, network=model.network, name=model.name)
         if temperature > 0:
             logits = logits / temperature
         chosen = choose_tokens(logits, temperature=float(temperature > 0), generator=generator)

@@ -203,6 +203,7 @@ def accuracy(
         "high": round(high, 6),
         "chance": found.chance,
         "truncated": found.truncated,
+        "merged": found.merged,
         "scores": {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()},
     }
 

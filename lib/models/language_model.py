@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
+from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # Who may look at whom: everybody at everybody; at the own and earlier blocks; causally, but for the open block, which sees itself
@@ -142,12 +143,21 @@ def logits_at(
     Returns:
         Float32 logits that predict the tokens at the chosen positions. With a logit shift of 1 position i is predicted by the
         output at i - 1, and position 0 keeps its own (Dream's rule).
+
+    Raises:
+        InputError: a logit that is no finite number; the message names the layer.
     """
-    hidden = network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def run() -> Tensor:
+        return network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    hidden = run()
     if model.logit_shift:
         hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
     head = cast(torch.nn.Linear, model.network.get_output_embeddings())
-    return head(hidden[where]).float()
+    logits = head(hidden[where]).float()
+    require_finite(logits, run, network=model.network, name=model.name)
+    return logits
 
 
 def network_body(model: LanguageModel) -> Callable[..., Any]:

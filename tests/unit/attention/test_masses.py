@@ -300,7 +300,7 @@ def test_prefix_favourites_and_values_equal_separate_passes(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_map_ends_at_the_last_prefix_whatever_makes_the_output(dtype: torch.dtype, tmp_path: Path) -> None:
     causal = tiny.model(tmp_path, causal=True)
-    causal.network.to(dtype)
+    torch.nn.Module.to(causal.network, dtype)
     assert masses.read_prefixes(causal, tiny.ids(2, 16), lengths=(4, 9), keep=("map",)).pop_map().shape == (2, 9, 16)
 
 

@@ -184,12 +184,20 @@ def read_sparse(folder: Path) -> dict[str, Tensor]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     for name, stored in layers.items():
         found = [part for part in PARTS if f"{name}.{part}" in weights]
-        weights[name] = _expanded({part: weights.pop(f"{name}.{part}") for part in found}, **stored)
+        weights[name] = expanded({part: weights.pop(f"{name}.{part}") for part in found}, **stored)
     return weights
 
 
-def _expanded(parts: Mapping[str, Tensor], *, shape: list[int], bits: int | None, count: int, dtype: str) -> Tensor:
-    """Put a matrix together again."""
+def expanded(parts: Mapping[str, Tensor], *, shape: list[int], bits: int | None, count: int, dtype: str) -> Tensor:
+    """Put a matrix of `save_sparse` together again.
+
+    Args:
+        parts: its mask, and its values or its codes and scales.
+        shape: of the matrix.
+        bits: of its codes; None for values.
+        count: codes that are stored.
+        dtype: of the matrix.
+    """
     values = parts["values"] if bits is None else _codes(parts["codes"], bits, count)
     if "mask" in parts:
         dense = values.new_zeros(shape)

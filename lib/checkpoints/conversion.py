@@ -122,7 +122,7 @@ def configuration(found: gguf.Header) -> dict[str, Any]:
         "num_key_value_heads": found.own("attention.head_count_kv", heads),
         "max_position_embeddings": found.own("context_length"),
         "rms_norm_eps": found.own("attention.layer_norm_rms_epsilon"),
-        "rope_theta": found.own("rope.freq_base", 10000.0),
+        "rope_parameters": {"rope_type": "default", "rope_theta": found.own("rope.freq_base", 10000.0)},
         "vocab_size": found.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in found.tensors else None,
         "tie_word_embeddings": "output.weight" not in found.tensors,
         "dtype": "float32",

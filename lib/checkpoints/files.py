@@ -112,6 +112,16 @@ def lacks_tokenizer(folder: Path) -> str | None:
     return f"none of {WHOLE}, {VOCABULARY} with {MERGES}, {PIECES}"
 
 
+def vocabulary_size(folder: Path) -> int | None:
+    """Count the tokens of a vocabulary in JSON; None where it has another form."""
+    if exists(folder / WHOLE):
+        model = read_json(folder / WHOLE).get("model")
+        words = model.get("vocab") if isinstance(model, Mapping) else None
+    else:
+        words = read_json(folder / VOCABULARY) if exists(folder / VOCABULARY) else None
+    return len(words) if isinstance(words, Mapping | list) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, with or without a byte order mark.
 

@@ -160,6 +160,8 @@ def check_tokenizer(source: ModelSource) -> None:
         return
     rule = "a model for the notebooks must bring its tokenizer"
     require(own is None, rule, f"{own} in {folder}", "copy them from the original checkpoint")
+    words = files.vocabulary_size(folder)
+    require(words != 0, rule, f"an empty vocabulary in {folder}", "copy the files of the original checkpoint")
 
 
 def fingerprint(folder: Path) -> str:

@@ -135,11 +135,13 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     place = contents.folder_of(folder)
     raw = contents.configuration(place)
     family, config = layouts.configuration(raw, place)
+    tokenizer, shift = layouts.tokenizer_and_shift(raw, contents.text_folder(folder))
+    # what is missing is said before gigabytes are read
+    _mask_token_id(config, tokenizer, is_causal=bool(getattr(config, "is_causal", True)), folder=place)
     weights = contents.without_frequencies(contents.tensors(folder, dtype=dtype), config)
     if raw["model_type"] in LLADA_TYPES:
         weights = {layouts.llada_name(name, place): tensor for name, tensor in weights.items()}
-    network = _assemble(family, config, weights, dtype)
-    return network, *layouts.tokenizer_and_shift(raw, contents.text_folder(folder))
+    return _assemble(family, config, weights, dtype), tokenizer, shift
 
 
 def _assemble(

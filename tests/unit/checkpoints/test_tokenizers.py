@@ -145,6 +145,8 @@ def test_an_empty_vocabulary_is_refused(tmp_path: Path) -> None:
     Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
     with pytest.raises(InputError, match="must know words, got an empty vocabulary"):
         loading.load(folder)
+    with pytest.raises(InputError, match="must bring its tokenizer, got an empty vocabulary"):
+        lookup.check_tokenizer(ModelSource(str(folder)))
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text("{}")
     (folder / "merges.txt").write_text("#version: 0.2\n")

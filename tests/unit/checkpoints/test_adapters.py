@@ -117,7 +117,10 @@ def test_whole_modules_and_tables_are_taken(tmp_path: Path) -> None:
     head, table = torch.randn(tiny.VOCAB, 32), {"A": torch.randn(RANK, tiny.VOCAB), "B": torch.randn(32, RANK)}
     tensors = {f"base_model.model.model.embed_tokens.lora_embedding_{side}": value for side, value in table.items()}
     folder = write(
-        tmp_path / "lora", tiny.folder(tmp_path / "base"), {**tensors, "base_model.model.lm_head.weight": head}, modules_to_save=["lm_head"]
+        tmp_path / "lora",
+        tiny.folder(tmp_path / "base"),
+        {**tensors, "base_model.model.lm_head.weight": head},
+        modules_to_save=["lm_head"],
     )
     network = loading.load(folder).network
     assert torch.equal(network.get_parameter("lm_head.weight"), head)
@@ -143,7 +146,9 @@ def test_a_base_in_the_hubs_cache_is_found(tmp_path: Path, monkeypatch: pytest.M
         loading.load(folder)
     snapshots = tmp_path / "hub" / "models--org--base" / "snapshots"
     tiny.folder(snapshots / "abc1")
-    torch.testing.assert_close(logits(loading.load(folder)), changed(pair(Q, RANK, SHAPES[Q]), {Q: ALPHA / RANK}), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(loading.load(folder)), changed(pair(Q, RANK, SHAPES[Q]), {Q: ALPHA / RANK}), atol=1e-4, rtol=1e-5
+    )
     tiny.folder(snapshots / "def2", seed=1)
     with pytest.raises(InputError, match="in one revision, got abc1, def2"):
         loading.load(folder)

@@ -177,7 +177,9 @@ def test_a_left_over_quantization_is_named_and_ignored(method: str, tmp_path: Pa
         (note,) = loaded.notes
         assert "quantization_config" in note and "ignored" in note
         assert loaded.describe()["notes"] == [note]
-    assert "quantization_config" not in json.loads((export.save_plain(loading.load(folder), tmp_path / "out") / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (export.save_plain(loading.load(folder), tmp_path / "out") / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

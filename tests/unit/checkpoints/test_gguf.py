@@ -63,7 +63,9 @@ def test_quantized_kinds_are_the_network_rounded_as_they_say(architecture: str, 
     loaded = loading.load(file)
     torch.testing.assert_close(logits(loaded.network), logits(ggufs.read_back(made(architecture), kind)), atol=1e-5, rtol=0)
     distance = (logits(loaded.network) - logits(made(architecture))).norm() / logits(made(architecture)).norm()
-    assert 1e-5 < distance < {"F16": 3e-3, "BF16": 3e-2, "Q8_0": 0.1, "Q4_0": 1.0}[kind], "about the format's step, through the net"
+    assert 1e-5 < distance < {"F16": 3e-3, "BF16": 3e-2, "Q8_0": 0.1, "Q4_0": 1.0}[kind], (
+        "about the format's step, through the net"
+    )
 
 
 def test_rows_are_put_back_only_where_llama_cpp_moves_them(tmp_path: Path) -> None:
@@ -99,7 +101,9 @@ def test_several_files_are_refused_by_name_and_one_can_be_named(tmp_path: Path) 
         ggufs.write(tmp_path / name, made("llama", seed=seed), architecture="llama")
     message = refusal(tmp_path)
     assert "a.Q4.gguf, b.Q8.gguf" in message and "name the file" in message
-    torch.testing.assert_close(logits(loading.load(tmp_path / "b.Q8.gguf").network), logits(made("llama", seed=1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(loading.load(tmp_path / "b.Q8.gguf").network), logits(made("llama", seed=1)), atol=1e-5, rtol=0
+    )
 
 
 def test_a_divided_file_is_read_whole(tmp_path: Path) -> None:
@@ -228,9 +232,7 @@ def test_a_surplus_tensor_is_refused(tmp_path: Path) -> None:
         ("llama", {"rope.dimension_count": 4}, "all 8 values of a head must be rotated, got 4"),
     ],
 )
-def test_options_that_the_networks_lack_are_refused(
-    architecture: str, fields: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_options_that_the_networks_lack_are_refused(architecture: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said in refusal(ggufs.write(tmp_path / "tiny.gguf", made(architecture), architecture=architecture, fields=fields))
 
 
@@ -263,4 +265,3 @@ def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
     file = ggufs.write(tmp_path / "tiny.gguf", made("llama"), architecture="llama")
     file.write_bytes(file.read_bytes()[:keep] if keep > 0 else file.read_bytes()[:-200])
     assert "GGUF" in refusal(file)
-

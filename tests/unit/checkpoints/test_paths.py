@@ -78,7 +78,7 @@ def test_a_profiles_own_paths_are_in_the_repository(here: Path) -> None:
 
 def test_a_path_that_lies_at_both_places_is_refused(here: Path) -> None:
     tiny.folder(here / "models" / "reference" / "dlm")
-    with pytest.raises(InputError, match="lies in both, got .*: write the whole path") as caught:
+    with pytest.raises(InputError, match=r"lies in both, got .*: write the whole path") as caught:
         lookup.check(ModelSource("models/reference/dlm"))
     assert str(here) in str(caught.value) and str(ROOT) in str(caught.value)
     lookup.check(ModelSource(str(here / "models" / "reference" / "dlm")))

@@ -190,7 +190,7 @@ def test_an_index_names_files_beside_it(tmp_path: Path) -> None:
 
 def test_no_mask_token_is_refused(tmp_path: Path) -> None:
     folder = tiny.edit_config(tiny.folder(tmp_path / "x", causal=False), mask_token_id=None)
-    with pytest.raises(InputError, match="must name its mask token, got none in .*: set mask_token_id in config.json"):
+    with pytest.raises(InputError, match=r"must name its mask token, got none in .*: set mask_token_id in config\.json"):
         loading.load(folder)
 
 
@@ -226,7 +226,9 @@ def test_looking_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return Counting(stream) if path.suffix in (".safetensors", ".gguf") else stream
 
     monkeypatch.setattr(Path, "open", spy)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path, "rb").read() if path.suffix == ".json" else pytest.fail("whole"))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: real(path, "rb").read() if path.suffix == ".json" else pytest.fail("whole")
+    )
     lookup.check(ModelSource(str(folder)))
     assert asked and min(asked) > 0 and sum(asked) <= 64 + header
 
@@ -263,7 +265,9 @@ def hub_refusal(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes", "GPTQ", "AWQ", "MLX", "fp8", "hqq"])
-def test_a_quantized_repository_is_refused_by_its_configuration(kind: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_repository_is_refused_by_its_configuration(
+    kind: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (repository / "model.safetensors").unlink()
     tiny.edit_config(repository, **KINDS[kind][1])
     message = hub_refusal(monkeypatch)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lib.checkpoints import adapters, conversion, files, gguf, refusals
+from lib.checkpoints import adapters, files, refusals
+from lib.checkpoints.gguf import conversion, headers
 from lib.core.errors import InputError, require
 
 # What wraps a module anywhere in a network leaves its name in every path through it.
@@ -31,7 +32,7 @@ def folder_of(path: Path) -> Path:
     """
     if adapters.is_adapter(path):
         return folder_of(adapters.read(path).base)
-    file = gguf.find(path)
+    file = headers.find(path)
     return path if file is None else conversion.folder_of(file)
 
 
@@ -44,7 +45,7 @@ def configuration(folder: Path) -> dict[str, Any]:
 def text_folder(path: Path) -> Path:
     """Return the folder with a checkpoint's tokenizer: an adapter's own where it has one, as trainers write it."""
     is_own = not adapters.is_adapter(path) or files.lacks_tokenizer(path) is None
-    return path if is_own and path.is_dir() and gguf.find(path) is None else folder_of(path)
+    return path if is_own and path.is_dir() and headers.find(path) is None else folder_of(path)
 
 
 def places(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -245,7 +246,7 @@ def notes(path: Path) -> tuple[str, ...]:
     if adapters.is_adapter(path):
         adapter = adapters.read(path)
         return (adapters.describe(adapter), *notes(adapter.base))
-    if gguf.find(path) is not None or not files.exists(path / "config.json"):
+    if headers.find(path) is not None or not files.exists(path / "config.json"):
         return ()
     entries = {name: entry["dtype"] for file in files.weight_files(path) for name, entry in files.check_safetensors(file).items()}
     ignored = refusals.left_over(files.read_json(path / "config.json"), entries)

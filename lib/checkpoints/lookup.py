@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import adapters, files, gguf, refusals
+from lib.checkpoints import adapters, files, refusals
 from lib.checkpoints.files import TEXT_FILES, cache_folder, read_json, weight_files
+from lib.checkpoints.gguf import headers
 from lib.core import hub, wheels
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
@@ -104,9 +105,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: as in `check`.
     """
-    file = gguf.find(folder)
+    file = headers.find(folder)
     if file is not None:
-        gguf.header(file)
+        headers.read(file)
         return
     check_configuration(folder)
     if adapters.is_adapter(folder):
@@ -152,7 +153,7 @@ def check_tokenizer(source: ModelSource) -> None:
         InputError: a folder without tokenizer files.
     """
     folder = local_path(source)
-    if not is_local(source) or gguf.find(folder) is not None:
+    if not is_local(source) or headers.find(folder) is not None:
         return
     own = files.lacks_tokenizer(folder)
     if own and adapters.is_adapter(folder):
@@ -166,9 +167,9 @@ def check_tokenizer(source: ModelSource) -> None:
 
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256 over config and weights (or a GGUF file) that names a checkpoint's content, an adapter's base included."""
-    file = gguf.find(folder)
+    file = headers.find(folder)
     if file is not None:
-        return _hashed(gguf.parts_of(file))
+        return _hashed(headers.parts_of(file))
     if adapters.is_adapter(folder):
         own = _hashed([folder / adapters.CONFIG, folder / adapters.WEIGHTS])
         return hashlib.sha256((own + fingerprint(adapters.read(folder).base)).encode()).hexdigest()

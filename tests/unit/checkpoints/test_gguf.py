@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.checkpoints import conversion, files, gguf
+from lib.checkpoints import files
+from lib.checkpoints.gguf import conversion, headers
 from lib.core.errors import InputError
 from lib.models import loading
 from lib.models.language_model import tokenizer_of
@@ -73,7 +74,7 @@ def test_rows_are_put_back_only_where_llama_cpp_moves_them(tmp_path: Path) -> No
     network = made("llada")
     mixed = {**ggufs.stored(network, "llada"), **{f"blk.{n}.attn_q.weight": torch.eye(32) * (n + 2) for n in range(2)}}
     file = ggufs.write(tmp_path / "tiny.gguf", network, architecture="llada", extra=mixed)
-    found = gguf.header(file)
+    found = headers.read(file)
     weights = load_file(conversion.folder_of(file) / "model.safetensors")
     assert found.architecture == "llada"
     rows = weights["model.layers.0.self_attn.q_proj.weight"][:8].argmax(1).tolist()

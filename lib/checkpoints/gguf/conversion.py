@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.checkpoints import files, gguf, integrity
+from lib.checkpoints import files, integrity
+from lib.checkpoints.gguf import headers
 from lib.core.errors import InputError, require
 from lib.core.provenance import write_json
 
@@ -56,7 +57,7 @@ def folder_of(file: Path) -> Path:
     Raises:
         InputError: the file is cut or of another kind of network, or no folder can be written.
     """
-    found = gguf.header(file)
+    found = headers.read(file)
     content = hashlib.sha256("".join(integrity.remembered_hash(part) for part in found.parts).encode()).hexdigest()
     name = f"{file.stem}-float32-{content[:12]}"
     places = (file.parent, files.cache_folder() / "gguf")
@@ -84,7 +85,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _converted(found: gguf.Header, target: Path) -> Path:
+def _converted(found: headers.Header, target: Path) -> Path:
     """Write the folder beside its place, then put it there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     config = configuration(found)
@@ -103,7 +104,7 @@ def _converted(found: gguf.Header, target: Path) -> Path:
     return target
 
 
-def configuration(found: gguf.Header) -> dict[str, Any]:
+def configuration(found: headers.Header) -> dict[str, Any]:
     """Translate the fields of a GGUF to the configuration of a Llama or Qwen2.
 
     Raises:
@@ -143,21 +144,21 @@ def configuration(found: gguf.Header) -> dict[str, Any]:
     return config | _direction(found)
 
 
-def _direction(found: gguf.Header) -> dict[str, Any]:
+def _direction(found: headers.Header) -> dict[str, Any]:
     """Return what makes a network one of diffusion: attention both ways, the mask, and the shift of the logits."""
     is_causal = bool(found.own("attention.causal", found.architecture not in BIDIRECTIONAL))
     if is_causal:
-        return {}
+        return {"is_causal": True}
     shift = found.values.get("diffusion.shift_logits", found.architecture == "dream")
     return {"is_causal": False, "mask_token_id": _mask(found), "logit_shift": int(bool(shift)), "use_cache": False}
 
 
-def _mask(found: gguf.Header) -> int:
+def _mask(found: headers.Header) -> int:
     """Return the mask token: the field's, or a token of one of the known names."""
     stated = found.values.get("tokenizer.ggml.mask_token_id")
     if stated is not None:
         return int(stated)
-    tokens = gguf.header(found.parts[0], lists=(TOKENS,)).values.get(TOKENS, ())
+    tokens = headers.read(found.parts[0], lists=(TOKENS,)).values.get(TOKENS, ())
     known = [index for index, token in enumerate(tokens if isinstance(tokens, list | tuple) else ()) if token in MASKS]
     rule = f"a GGUF of {found.architecture} must name its mask token"
     remedy = "add tokenizer.ggml.mask_token_id with gguf_new_metadata.py"
@@ -165,7 +166,7 @@ def _mask(found: gguf.Header) -> int:
     return known[0]
 
 
-def _check_options(found: gguf.Header) -> None:
+def _check_options(found: headers.Header) -> None:
     """Refuse what a plain Llama or Qwen2 does not do."""
     where, remedy = found.parts[0], "use the safetensors of the model, where its family is supported"
     scaling = str(found.own("rope.scaling.type", "none"))
@@ -201,7 +202,7 @@ def network_name(name: str, architecture: str) -> str:
     raise InputError(f"a GGUF of {architecture} must hold the tensors of its network only, got {name}: use its safetensors")
 
 
-def _write_weights(found: gguf.Header, config: dict[str, Any], folder: Path) -> None:
+def _write_weights(found: headers.Header, config: dict[str, Any], folder: Path) -> None:
     """Write the tensors, some gigabytes to a file, so that a large model is never whole in memory."""
     names = {name: network_name(name, found.architecture) for name in found.tensors if name != "rope_freqs.weight"}
     _check_names(found, config, set(names.values()))
@@ -220,7 +221,7 @@ def _write_weights(found: gguf.Header, config: dict[str, Any], folder: Path) -> 
         write_json(folder / files.INDEX, {"metadata": {}, "weight_map": where})
 
 
-def _check_names(found: gguf.Header, config: dict[str, Any], got: set[str]) -> None:
+def _check_names(found: headers.Header, config: dict[str, Any], got: set[str]) -> None:
     """Compare the tensors with those that the network must have; else missing ones would be drawn at random somewhere."""
     kinds = [f"{path}.weight" for path in BLOCK.values()]
     if config["model_type"] == "qwen2" or config.get("attention_bias"):
@@ -232,7 +233,7 @@ def _check_names(found: gguf.Header, config: dict[str, Any], got: set[str]) -> N
         raise InputError(f"{found.parts[0]} must hold the tensors of its network, got {problem}: fetch or convert it again")
 
 
-def _batches(found: gguf.Header, names: list[str]) -> Iterator[list[str]]:
+def _batches(found: headers.Header, names: list[str]) -> Iterator[list[str]]:
     batch, room = [], SHARD_BYTES
     for name in names:
         size = 4 * int(np.prod(found.tensors[name].shape))
@@ -244,7 +245,7 @@ def _batches(found: gguf.Header, names: list[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _tensor(found: gguf.Header, name: str, config: dict[str, Any]) -> Tensor:
+def _tensor(found: headers.Header, name: str, config: dict[str, Any]) -> Tensor:
     """Return one tensor as the network has it."""
     value = _dequantized(found, name)
     inside = NAME.fullmatch(name)
@@ -267,7 +268,7 @@ def unpermuted(value: Float[Tensor, "row *column"], heads: int) -> Float[Tensor,
     return value.view(heads, -1, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape).contiguous()
 
 
-def _dequantized(found: gguf.Header, name: str) -> Tensor:
+def _dequantized(found: headers.Header, name: str) -> Tensor:
     """Read one tensor in float32, with the formulas of the package that defines the format."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -283,7 +284,7 @@ def _dequantized(found: gguf.Header, name: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(place.shape)
 
 
-def _tokenizer(found: gguf.Header) -> PreTrainedTokenizerBase | None:
+def _tokenizer(found: headers.Header) -> PreTrainedTokenizerBase | None:
     """Build the tokenizer from the file alone: what lies beside it may name code."""
     if TOKENS not in found.values:
         return None

@@ -1,4 +1,4 @@
-"""GGUF files: which one a folder means, its parts, its header, and whether it can be read. Reads headers, not weights."""
+"""Which GGUF file a folder means, its parts, what it says before its weights, and whether that can be read. Reads no weights."""
 
 import re
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _first_part(file: Path) -> Path:
     return file if named is None else file.with_name(f"{named['stem']}-00001-of-{named['count']}.gguf")
 
 
-def header(file: Path, *, lists: Sequence[str] = ()) -> Header:
+def read(file: Path, *, lists: Sequence[str] = ()) -> Header:
     """Read what a GGUF says before its weights, and check that every part is whole and of an architecture that is read here.
 
     Args:
@@ -103,9 +103,9 @@ def header(file: Path, *, lists: Sequence[str] = ()) -> Header:
         InputError: no GGUF, a cut one, missing parts, or another kind of network.
     """
     parts = parts_of(file)
-    read = [_header_of(part, lists) for part in parts]
-    values = read[0][0]
-    tensors = {name: place for _, places in read for name, place in places.items()}
+    found_parts = [_header_of(part, lists) for part in parts]
+    values = found_parts[0][0]
+    tensors = {name: place for _, places in found_parts for name, place in places.items()}
     count = values.get("split.tensors.count", len(tensors))
     require(count == len(tensors), f"{file.name} must hold {count} tensors as it says", str(len(tensors)), _whole(len(parts)))
     found = str(values["general.architecture"])

@@ -107,7 +107,9 @@ def check_folder(folder: Path) -> None:
     """
     file = headers.find(folder)
     if file is not None:
-        headers.read(file)
+        from lib.checkpoints.gguf import conversion  # has torch, which is slow to import
+
+        conversion.check(headers.read(file))
         return
     check_configuration(folder)
     if adapters.is_adapter(folder):

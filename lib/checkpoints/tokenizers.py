@@ -3,8 +3,8 @@
 A folder that names code (`auto_map`) is read from a copy that does not, so there is nothing to run or to ask about.
 """
 
+import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +41,10 @@ def load(folder: Path) -> PreTrainedTokenizerBase | None:
         remedy = "copy it from the original checkpoint, or delete the others to load without a tokenizer"
         require(not named, f"a tokenizer must have its vocabulary in {folder}", lost, remedy)
         return None
+    only_pieces = not any((folder / name).exists() for name in (WHOLE, MERGES))
+    readable = not only_pieces or importlib.util.find_spec("sentencepiece") is not None
+    rule, remedy = f"a tokenizer must be in {WHOLE}, or in {VOCABULARY} and {MERGES}", f"copy {WHOLE} of the original checkpoint"
+    require(readable, rule, f"{PIECES} alone in {folder}, and no sentencepiece to read it", remedy)
     try:
         with _without_code(folder) as (place, had_code):
             made = _made(place, had_code=had_code)
@@ -48,7 +52,6 @@ def load(folder: Path) -> PreTrainedTokenizerBase | None:
         raise
     except Exception as error:  # transformers raises many kinds for a damaged file or a library that is missing
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        remedy = f"copy {WHOLE} of the original checkpoint"
         raise InputError(f"the tokenizer in {folder} must be readable, got {reason}: {remedy}") from error
     made.name_or_path = str(folder)
     _check_speaks(made, folder)
@@ -114,15 +117,3 @@ def _small_files(folder: Path) -> list[Path]:
     """Return the files that make a tokenizer; links are followed, folders and weights are not."""
     found = {path for pattern in (*TEXT_FILES, CONFIG) for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file() and path.suffix != ".py")
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer into another folder.
-
-    Args:
-        source: folder that has them.
-        target: an existing folder.
-    """
-    for path in _small_files(source):
-        if path.name != CONFIG:
-            shutil.copy(path, target / path.name)

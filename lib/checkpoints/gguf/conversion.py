@@ -89,6 +89,7 @@ def _converted(found: headers.Header, target: Path) -> Path:
     """Write the folder beside its place, then put it there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     config = configuration(found)
+    _names(found, config)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
         partial = Path(temporary) / "whole"
         partial.mkdir()
@@ -102,6 +103,18 @@ def _converted(found: headers.Header, target: Path) -> Path:
         if not target.exists():  # another process may have been faster
             partial.rename(target)
     return target
+
+
+def check(found: headers.Header) -> None:
+    """Refuse a GGUF that cannot be converted, by its fields and the names of its tensors.
+
+    Args:
+        found: from `headers.read`.
+
+    Raises:
+        InputError: fields that a plain Llama or Qwen2 does not have, no mask token, missing or surplus tensors.
+    """
+    _names(found, configuration(found))
 
 
 def configuration(found: headers.Header) -> dict[str, Any]:
@@ -204,8 +217,7 @@ def network_name(name: str, architecture: str) -> str:
 
 def _write_weights(found: headers.Header, config: dict[str, Any], folder: Path) -> None:
     """Write the tensors, some gigabytes to a file, so that a large model is never whole in memory."""
-    names = {name: network_name(name, found.architecture) for name in found.tensors if name != "rope_freqs.weight"}
-    _check_names(found, config, set(names.values()))
+    names = _names(found, config)
     if "rope_freqs.weight" in found.tensors:
         rule, got = "rotary frequencies must be plain", f"other factors in {found.parts[0]}"
         require(bool((_dequantized(found, "rope_freqs.weight") == 1).all()), rule, got, "use the safetensors of the model")
@@ -221,16 +233,18 @@ def _write_weights(found: headers.Header, config: dict[str, Any], folder: Path) 
         write_json(folder / files.INDEX, {"metadata": {}, "weight_map": where})
 
 
-def _check_names(found: headers.Header, config: dict[str, Any], got: set[str]) -> None:
-    """Compare the tensors with those that the network must have; else missing ones would be drawn at random somewhere."""
+def _names(found: headers.Header, config: dict[str, Any]) -> dict[str, str]:
+    """Return the network's name of each tensor; they must be its own, or missing ones would be drawn at random somewhere."""
+    names = {name: network_name(name, found.architecture) for name in found.tensors if name != "rope_freqs.weight"}
     kinds = [f"{path}.weight" for path in BLOCK.values()]
     if config["model_type"] == "qwen2" or config.get("attention_bias"):
         kinds += [f"self_attn.{each}_proj.bias" for each in ("qkvo" if config["model_type"] == "llama" else "qkv")]
     wanted = {f"model.layers.{block}.{kind}" for block in range(config["num_hidden_layers"]) for kind in kinds}
     wanted |= {f"{top}.weight" for top in TOP.values() if top != "lm_head" or not config["tie_word_embeddings"]}
-    for name in sorted(wanted ^ got):
+    for name in sorted(wanted ^ set(names.values())):
         problem = f"no {name}" if name in wanted else f"{name} besides"
         raise InputError(f"{found.parts[0]} must hold the tensors of its network, got {problem}: fetch or convert it again")
+    return names
 
 
 def _batches(found: headers.Header, names: list[str]) -> Iterator[list[str]]:

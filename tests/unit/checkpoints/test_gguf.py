@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.checkpoints import files
+from lib.checkpoints import files, lookup
 from lib.checkpoints.gguf import conversion, headers
+from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.models import loading
 from lib.models.language_model import tokenizer_of
@@ -36,11 +37,15 @@ def logits(network: Any) -> torch.Tensor:
         return network(input_ids=tiny.ids(2, 10)).logits
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, *, early: bool = True) -> str:
     """The cheap check and loading say the same."""
     with pytest.raises(InputError) as caught:
         loading.load(path)
     assert "\n" not in str(caught.value)
+    if early:
+        with pytest.raises(InputError) as checked:
+            lookup.check(ModelSource(str(path)))
+        assert str(checked.value) == str(caught.value)
     return str(caught.value)
 
 
@@ -200,7 +205,7 @@ def test_where_the_folder_cannot_be_written_the_cache_takes_the_conversion(
     (tmp_path / "sealed").mkdir()
     file = ggufs.write(tmp_path / "sealed" / "tiny.gguf", made("llama"), architecture="llama")
     writable()
-    message = refusal(file)
+    message = refusal(file, early=False)
     assert "must be written to" in message and "Permission denied" in message
     writable(tmp_path / "cache")
     assert conversion.folder_of(file).parent == tmp_path / "cache" / "gguf"
@@ -244,7 +249,7 @@ def test_scaled_frequencies_are_refused_and_plain_ones_say_nothing(tmp_path: Pat
         if factor == 1:
             torch.testing.assert_close(logits(loading.load(file).network), logits(made("llama")), atol=1e-5, rtol=0)
         else:
-            assert "rotary frequencies must be plain" in refusal(file)
+            assert "rotary frequencies must be plain" in refusal(file, early=False)
 
 
 def test_another_network_under_the_name_of_dream_is_refused(tmp_path: Path) -> None:

@@ -96,10 +96,19 @@ def test_an_export_names_no_code(tmp_path: Path) -> None:
     assert tokenizer_of(loading.load(written))("w3")["input_ids"] == [1, 6]
 
 
-def test_a_class_that_is_only_code_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_class_that_is_only_code_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_code(tiny.folder(tmp_path / "x"))
     (folder / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(InputError, match=r"own must have tokenizer\.json, or vocab\.json with merges\.txt, got tokenizer\.model"):
+        loading.load(folder)
+
+
+def test_pieces_alone_are_refused_where_nothing_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.folder(tmp_path / "x")
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"got tokenizer\.model alone in .*, and no sentencepiece"):
         loading.load(folder)
 
 

@@ -1,31 +1,19 @@
 """Translate the LLaDA, Dream and GGUF layouts to plain Llama and Qwen2: configuration fields, tensor names and tokenizers."""
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
 
-from lib.checkpoints import lookup
+from lib.checkpoints import lookup, tokenizers
 from lib.core.errors import InputError
 
 Family = LlamaForCausalLM | Qwen2ForCausalLM
@@ -60,14 +48,15 @@ def configuration(raw: dict[str, Any], folder: Path) -> tuple[type[Family], Pret
             return LlamaForCausalLM, llada_config(raw)
         if model_type == "Dream":
             return Qwen2ForCausalLM, dream_config(raw)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM, config
+        family, kind = (LlamaForCausalLM, LlamaConfig) if model_type == "llama" else (Qwen2ForCausalLM, Qwen2Config)
+        return family, kind.from_dict(raw)
     except InputError:
         raise
     except Exception as error:  # a missing key, or whatever transformers raises for a value it cannot use
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(
-            f"{folder / 'config.json'} must hold a complete configuration, got {reason}: download it again"
+            f"{folder / 'config.json'} must hold a complete configuration, got {reason}: "
+            "mend it, or take that of the original repository"
         ) from error
 
 
@@ -124,20 +113,6 @@ def _bidirectional(config: PretrainedConfig, raw: dict[str, Any]) -> PretrainedC
     return config
 
 
-def all_weights(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a checkpoint folder under its own name."""
-    return {name: tensor for file in lookup.weight_files(folder) for name, tensor in load_file(file).items()}
-
-
-def llada_weights(folder: Path) -> dict[str, Tensor]:
-    """Read LLaDA's tensors under Llama's names.
-
-    Raises:
-        InputError: a tensor has a name outside the layout.
-    """
-    return {llada_name(name, folder): tensor for name, tensor in all_weights(folder).items()}
-
-
 def llada_name(name: str, folder: Path) -> str:
     """Return Llama's name for a tensor of the LLaDA layout.
 
@@ -164,44 +139,7 @@ def tokenizer_and_shift(raw: Mapping[str, Any], folder: Path) -> tuple[PreTraine
 
     Args:
         raw: the checkpoint's config.json.
-        folder: of the checkpoint.
+        folder: that its tokenizer lies in.
     """
-    if raw["model_type"] in lookup.LLADA_TYPES:
-        return _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
-    if raw["model_type"] == "Dream":
-        return _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
-    return _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
-
-
-def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
-    return family.from_pretrained(folder) if (folder / needed).exists() else None
-
-
-def converted_gguf(gguf: Path) -> Path:
-    """Return a folder with the weights of a GGUF file as float32 safetensors, converting once (7 to 40 s for 135 M weights).
-
-    Raises:
-        InputError: the file is cut, or holds another kind of network.
-    """
-    target = gguf.parent / f"{gguf.stem}-float32"
-    if target.exists():
-        return target
-    where: dict[str, Any] = {"gguf_file": gguf.name}
-    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".partial-") as folder:
-        partial = Path(folder) / "whole"
-        try:
-            with open(os.devnull, "w") as hole, redirect_stderr(hole):  # transformers' conversion bar cannot be turned off
-                network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-                AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(partial)
-        except Exception as error:  # the reader of the format raises many kinds for a cut or unknown file
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise InputError(f"{gguf} must be a whole GGUF file of a Llama or Qwen2, got {reason}: download it again") from error
-        dropped = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
-        weights = {name: value.contiguous() for name, value in network.state_dict().items() if name not in dropped}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        config = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        if not target.exists():  # another process may have been faster
-            partial.rename(target)
-    return target
+    shift = 1 if raw["model_type"] == "Dream" else int(raw.get("logit_shift", 0))
+    return tokenizers.load(folder), 0 if raw["model_type"] in lookup.LLADA_TYPES else shift

@@ -27,7 +27,7 @@ from lib.core.sections import (
     between,
 )
 
-__all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
+__all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict", "typed_path"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
@@ -133,7 +133,18 @@ def to_dict(config: Config) -> dict[str, object]:
 
 def output_root() -> Path:
     """Return the folder that `figures/`, `results/` and `runs/` go to: the project, or the folder named by SINKS_OUTPUT."""
-    return Path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+    return typed_path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+
+
+def typed_path(path: str | Path) -> Path:
+    """Return what a path means that somebody wrote: a relative one starts where the command was typed.
+
+    That is the working folder, or the one that the launcher remembers in SINKS_CWD: its notebooks and workers run elsewhere.
+
+    >>> typed_path("/models/mine").as_posix()
+    '/models/mine'
+    """
+    return Path(os.environ.get("SINKS_CWD") or Path.cwd()) / Path(path)
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Path]:

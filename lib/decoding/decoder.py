@@ -17,7 +17,7 @@ from lib.decoding.caches import Hidden, Pass, block_pass, logits_from, new_store
 from lib.decoding.late_steps import LateStep, beside, most_left
 from lib.decoding.refresh import adaptive_pass
 from lib.diffusion import sampler
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, check_length
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
 
@@ -129,6 +129,7 @@ def decode(
     _check(model, new_tokens=new_tokens, block_length=block_length, plan=plan, stop_token_id=stop_token_id)
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     total = start + new_tokens
+    check_length(model, total)  # passes over a trimmed suffix would find out late
     ids = torch.full((len(prompt), total), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
     stop = stop_token_id if plan.early_stop else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.diffusion import sampler
 from lib.models.finite import require_finite
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, check_length
 
 PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
 
@@ -95,6 +95,7 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
     if are_equal:
         ids = sampler.continue_text(model, torch.tensor(prompts, dtype=torch.long), new_tokens=new_tokens)
         return ids[:, len(prompts[0]) :]
+    check_length(model, max(map(len, prompts)) + new_tokens - 1)
     # Padding on the left: the newest token of every row stands in the last column, where the next ones are appended.
     flipped, real = _padded([prompt[::-1] for prompt in prompts], device=model.device)
     read, real = flipped.flip(1), real.flip(1)

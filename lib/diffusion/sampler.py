@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.models.finite import require_finite
-from lib.models.language_model import LanguageModel, logits_at
+from lib.models.language_model import LanguageModel, check_length, logits_at
 
 Remasking = Literal["low_confidence", "random"]
 ROWS_AT_ONCE = 256
@@ -244,6 +244,7 @@ def continue_text(
         raise InputError(f"token-by-token generation must use a causal model, got {model.name}: use sample")
     _check_generator(generator, needed=temperature > 0)
     ids, past = prompt.to(model.device), None
+    check_length(model, ids.shape[1] + new_tokens - 1)  # the last token is not read again
     for _ in range(new_tokens):
         step_input = ids if past is None else ids[:, -1:]
         output = model.network(input_ids=step_input, past_key_values=past, use_cache=use_cache, logits_to_keep=1)

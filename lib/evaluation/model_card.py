@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lib.checkpoints import lookup
+from lib.checkpoints.files import local_path
 from lib.core import provenance
 from lib.core.errors import require
 from lib.evaluation.tasks import TaskResult
@@ -141,7 +142,7 @@ def write(
     Raises:
         InputError: no checkpoint in the folder, no tokenizer, or a calibration that the method does not have (or lacks).
     """
-    folder = Path(folder)
+    folder = local_path(str(folder))
     lookup.check_folder(folder)
     tokenizer_of(model)
     rule = f"{method.importance} pruning must come {'with' if method.needs_calibration else 'without'} a calibration"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from lib.checkpoints import layouts, lookup
+from lib.checkpoints import contents, layouts, lookup
 from lib.core import hub
 from lib.core.config import ModelSource
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Cell, Variant
@@ -107,7 +107,7 @@ def shape_of(source: ModelSource) -> Shape | None:
         InputError: a local checkpoint of another layout.
     """
     if lookup.is_local(source):
-        folder = lookup.local_path(source)
+        folder = contents.folder_of(lookup.local_path(source))
         return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), folder)[1])
     from huggingface_hub import hf_hub_download
 

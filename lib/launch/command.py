@@ -214,6 +214,7 @@ def _inside() -> bool:
 
 def _enter(words: Sequence[str]) -> None:
     """Go on in an environment that satisfies the lock, with the variables that a run needs."""
+    os.environ.setdefault("SINKS_CWD", os.getcwd())  # relative paths start there, wherever notebooks run
     if _inside():
         from lib.core import variables
 

@@ -18,13 +18,15 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from lib.checkpoints.lookup import read_json
+from lib.checkpoints.files import local_path, read_json
+from lib.core.config import typed_path
 from lib.core.errors import InputError
 from lib.core.provenance import PARTIAL, write_text
 from lib.models.language_model import LanguageModel
 
 BITS = range(2, 9)  # what compressed-tensors packs, without the one bit that a symmetric code cannot use
-LOADING_SETTINGS = ("is_local", "local_files_only")  # how transformers found a tokenizer here; its writer would keep them
+# How transformers found a tokenizer here, and code that is never written here: its writer would keep them.
+LOADING_SETTINGS = ("is_local", "local_files_only", "auto_map")
 KEPT_FILE = "kept.json"  # not safetensors: servers load every such file of a folder as weights
 
 
@@ -129,7 +131,7 @@ def read_kept(folder: Path | str) -> Kept:
     Raises:
         InputError: the checkpoint was exported without them.
     """
-    path = Path(folder) / KEPT_FILE
+    path = local_path(str(folder)) / KEPT_FILE
     if not path.exists():
         raise InputError(f"a structurally pruned export must hold {KEPT_FILE}, got none in {folder}: export it with kept=...")
     read = read_json(path)
@@ -138,8 +140,11 @@ def read_kept(folder: Path | str) -> Kept:
 
 @contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
-    """Give a hidden folder beside the wanted one, and rename it when the block ends without an error."""
-    folder = Path(folder).absolute()
+    """Give a hidden folder beside the wanted one, and rename it when the block ends without an error.
+
+    A relative folder starts where the command was typed, as those that are read do.
+    """
+    folder = typed_path(Path(folder).expanduser())
     if folder.exists():
         raise InputError(f"an export must go to a new folder, got {folder}, which exists: name another one or delete it")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")

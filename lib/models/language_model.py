@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.core.config import ModelSource
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -57,6 +57,7 @@ class LanguageModel:
         block_origin: whether blocks are counted from the first position or from the prompt's end.
         stop_token_ids: tokens that end a text; empty when unknown.
         family: name of the family in the registry.
+        notes: what is to be said about how it was read, such as an adapter that was merged.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LanguageModel:
     block_origin: BlockOrigin = "prompt"
     stop_token_ids: tuple[int, ...] = ()
     family: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +88,8 @@ class LanguageModel:
 
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
-        return {
+        notes: dict[str, object] = {"notes": list(self.notes)} if self.notes else {}
+        return notes | {
             "name": self.name,
             "source": self.source.source,
             "revision": self.source.revision,
@@ -161,5 +164,35 @@ def logits_at(
 
 
 def network_body(model: LanguageModel) -> Callable[..., Any]:
-    """Return the network without its LM head."""
-    return cast(Callable[..., Any], model.network.get_decoder())
+    """Return the network without its LM head; it refuses texts that are longer than the network has positions.
+
+    Args:
+        model: any loaded model.
+
+    Returns:
+        The decoder, to be called with `input_ids` by name.
+    """
+    body = cast(Callable[..., Any], model.network.get_decoder())
+
+    def checked(**given: Any) -> Any:
+        """Check the positions, then run the network."""
+        places = given.get("position_ids")
+        check_length(model, given["input_ids"].shape[1] if places is None else int(places.max()) + 1)
+        return body(**given)
+
+    return checked
+
+
+def check_length(model: LanguageModel, positions: int) -> None:
+    """Refuse positions that the network was not made for: rotary embeddings compute any, and what comes out means nothing.
+
+    Args:
+        model: any loaded model.
+        positions: that a pass needs, from the first of the text.
+
+    Raises:
+        InputError: more than `max_position_embeddings` of the configuration.
+    """
+    most = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)
+    rule, remedy = f"a text for {model.name} must have at most {most} positions", "shorten it, or the answer that is asked for"
+    require(most is None or positions <= most, rule, str(positions), remedy)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lib.checkpoints import layouts, lookup
-from lib.checkpoints.lookup import LLADA_TYPES, gguf_file, read_json
+from lib.checkpoints import contents, layouts, lookup
+from lib.checkpoints.lookup import LLADA_TYPES
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models import spread
@@ -101,6 +101,7 @@ def described(
         layers=linear_layers(network),
         fingerprint=lookup.fingerprint(folder),
         attention="causal" if is_causal else "full",
+        notes=contents.notes(folder),
     )
 
 
@@ -131,16 +132,16 @@ def load_available(
 
 def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """Return (network, tokenizer, logit shift of a bidirectional network) for any layout."""
-    gguf = gguf_file(folder)
-    if gguf is not None:
-        folder = layouts.converted_gguf(gguf)
-    raw = read_json(folder / "config.json")
-    family, config = layouts.configuration(raw, folder)
+    place = contents.folder_of(folder)
+    raw = contents.configuration(place)
+    family, config = layouts.configuration(raw, place)
+    tokenizer, shift = layouts.tokenizer_and_shift(raw, contents.text_folder(folder))
+    # what is missing is said before gigabytes are read
+    _mask_token_id(config, tokenizer, is_causal=bool(getattr(config, "is_causal", True)), folder=place)
+    weights = contents.without_frequencies(contents.tensors(folder, dtype=dtype), config)
     if raw["model_type"] in LLADA_TYPES:
-        network = _assemble(family, config, layouts.llada_weights(folder), dtype)
-    else:
-        network = _assemble(family, config, layouts.all_weights(folder), dtype)
-    return network, *layouts.tokenizer_and_shift(raw, folder)
+        weights = {layouts.llada_name(name, place): tensor for name, tensor in weights.items()}
+    return _assemble(family, config, weights, dtype), tokenizer, shift
 
 
 def _assemble(

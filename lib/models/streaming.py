@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lib.checkpoints import layouts, lookup
+from lib.checkpoints import contents, layouts, lookup
+from lib.checkpoints.files import check_safetensors
 from lib.checkpoints.lookup import LLADA_TYPES
 from lib.core.config import ModelSource
 from lib.core.errors import require
@@ -63,12 +64,12 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    gguf = lookup.gguf_file(folder)
-    files = folder if gguf is None else layouts.converted_gguf(gguf)
-    raw = lookup.read_json(files / "config.json")
+    contents.check_streamable(folder)
+    files = contents.folder_of(folder)
+    raw = contents.configuration(files)
     config = layouts.configuration(raw, files)[1]
     network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
-    tokenizer, shift = layouts.tokenizer_and_shift(raw, files)
+    tokenizer, shift = layouts.tokenizer_and_shift(raw, contents.text_folder(folder))
     return loading.described(network, tokenizer, shift, source=source, folder=folder, name=name)
 
 
@@ -78,13 +79,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: a tensor has a name outside the layout.
     """
-    is_llada = lookup.read_json(folder / "config.json").get("model_type") in LLADA_TYPES
+    is_llada = contents.configuration(folder).get("model_type") in LLADA_TYPES
+    headers = {path: check_safetensors(path) for path in lookup.weight_files(folder)}
     found = {}
-    for path in lookup.weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                shape = tuple(file.get_slice(key).get_shape())
-                found[layouts.llada_name(key, folder) if is_llada else key] = StoredTensor(path, key, shape)
+    for name, (path, key) in contents.places(folder).items():
+        is_named = is_llada and not name.endswith(contents.FREQUENCIES)
+        shape = tuple(headers[path][key]["shape"])
+        found[layouts.llada_name(name, folder) if is_named else name] = StoredTensor(path, key, shape)
     return found
 
 
@@ -103,6 +104,8 @@ def _network(
     network.eval().requires_grad_(False)
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
+    rotary = {name: stored.pop(name) for name in list(stored) if name.endswith(contents.FREQUENCIES)}
+    contents.without_frequencies({name: _as_stored(place) for name, place in rotary.items()}, config)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
     kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
@@ -119,6 +122,12 @@ def _network(
         module.__class__ = StreamedLinear
         module.store, module.key = store, name  # type: ignore[assignment]
     return network
+
+
+def _as_stored(place: StoredTensor) -> Tensor:
+    """Read a small tensor in its own dtype."""
+    with safe_open(place.file, framework="pt") as file:
+        return file.get_tensor(place.key)
 
 
 def _streamed_names(network: PreTrainedModel) -> list[str]:

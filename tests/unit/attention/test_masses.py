@@ -259,7 +259,7 @@ def test_value_norms_are_those_of_the_projected_hidden_states(model: LanguageMod
         with pytest.raises(InputError, match="value norms must be recorded"):
             recorder.pop_value_norms()
     assert got.shape == (2, 2, 2, 9)
-    for index, layer in enumerate(network_body(model).layers):  # pyright: ignore
+    for index, layer in enumerate(model.network.get_decoder().layers):  # pyright: ignore
         weight = layer.self_attn.v_proj.weight.double()
         entering = layer.input_layernorm(states[index]).double()
         for head in range(2):

@@ -6,9 +6,12 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lib.checkpoints import recognition
+from lib.checkpoints.families import Family
 from lib.core import wheels
 from lib.core.config import ROOT, ModelSource
 from lib.core.errors import InputError
@@ -26,8 +29,6 @@ WHEELS = {
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Everything that decides which ids a text becomes, also through a chat template.
 TEXT_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "additional_chat_templates/*")
-LLADA_TYPES = ("llada", "mmada")
-MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
 
 
 def cache_folder() -> Path:
@@ -87,6 +88,7 @@ def check(source: ModelSource) -> None:
         check_folder(local_path(source))
     else:
         _check_hub_name(source)
+        check_hub_config(source)
 
 
 def resolve(source: ModelSource) -> Path:
@@ -146,14 +148,39 @@ def check_folder(folder: Path) -> None:
         return
     if not (folder / "config.json").exists():
         raise InputError(f"a checkpoint must be a folder with config.json, got {folder} without one: check the path")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(
-            f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r} in {folder}: "
-            "convert the checkpoint to one of these layouts"
-        )
+    family_of(folder, whole=False)  # first, since a family that cannot be loaded is not helped by other files
     for file in weight_files(folder):
         _check_safetensors(file)
+    family_of(folder)
+
+
+def family_of(folder: Path, *, whole: bool = True, name: str = "") -> Family:
+    """Return the family of a checkpoint folder.
+
+    Args:
+        folder: with config.json; its weights need not be there.
+        whole: look at the names of the tensors, too.
+        name: of the checkpoint, beside those that folder and configuration say.
+
+    Raises:
+        InputError: an unreadable configuration, or a family that cannot be loaded.
+    """
+    raw = read_json(folder / "config.json")
+    said = read_json(folder / "tokenizer_config.json").get("mask_token") if (folder / "tokenizer_config.json").exists() else None
+    mask = said.get("content") if isinstance(said, dict) else said
+    cached = [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
+    names = " ".join([name, *cached, folder.name, str(raw.get("_name_or_path") or "")])
+    keys = tensor_names(folder) if whole else ()
+    return recognition.recognise(raw, keys=keys, name=names, mask_token=mask)
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Read the names of a checkpoint's tensors from the headers of its files.
+
+    Raises:
+        InputError: as `weight_files`, or a damaged header.
+    """
+    return [name for file in weight_files(folder) for name in _header(file) if name != "__metadata__"]
 
 
 def check_tokenizer(source: ModelSource) -> None:
@@ -212,6 +239,17 @@ def _hashed(files: Iterable[Path]) -> str:
 
 def _check_safetensors(file: Path) -> None:
     """Compare the size that the header promises with the size of the file."""
+    size, header = file.stat().st_size, _header(file)
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if expected != size:
+        raise InputError(f"{file} must be {expected} bytes long as its header says, got {size}: download it again")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file."""
     size = file.stat().st_size
     remedy = "download it again"
     with file.open("rb") as stream:
@@ -220,13 +258,9 @@ def _check_safetensors(file: Path) -> None:
         if length > size - 8:
             raise InputError(f"{file} must be a whole safetensors file, got a cut or foreign one ({size} bytes): {remedy}")
         try:
-            header = json.loads(stream.read(length))
+            return json.loads(stream.read(length))
         except ValueError as error:
             raise InputError(f"{file} must have a readable safetensors header, got damage: {remedy}") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if expected != size:
-        raise InputError(f"{file} must be {expected} bytes long as its header says, got {size}: {remedy}")
 
 
 def _check_hub_name(source: ModelSource) -> None:
@@ -238,6 +272,22 @@ def _check_hub_name(source: ModelSource) -> None:
             f"a hub id must have a pinned revision, got {name!r} (and no such folder) without one: "
             "add its commit, or revision: main to follow the branch"
         )
+
+
+def check_hub_config(source: ModelSource) -> None:
+    """Refuse a hub checkpoint of a family that cannot be loaded by its configuration alone; nothing when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    from lib.core import hub
+
+    where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(hub.problem())}
+    try:
+        config = Path(hf_hub_download(source.source, "config.json", **where))
+        with suppress(*hub.NETWORK_ERRORS):  # many checkpoints have none
+            hf_hub_download(source.source, "tokenizer_config.json", **where)
+    except (*hub.NETWORK_ERRORS, ValueError):  # no network, no access, no such revision
+        return
+    family_of(config.parent, whole=False, name=source.source)
 
 
 def _fetch_hub(source: ModelSource) -> Path:

@@ -6,6 +6,7 @@ is kept in a scratch file when it goes. Embedding, norms and biases stay in memo
 ordinary one: a walk through the blocks reads each block once, a whole forward pass reads the whole checkpoint.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lib.checkpoints import layouts, lookup
-from lib.checkpoints.lookup import LLADA_TYPES
+from lib.checkpoints import lookup, renaming
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel, linear_layers
-from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, read
+from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
 SHARD_BYTES = 2**29  # about one block of an 8B model in bfloat16
 
@@ -63,29 +63,36 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    gguf = lookup.gguf_file(folder)
-    files = folder if gguf is None else layouts.converted_gguf(gguf)
-    raw = lookup.read_json(files / "config.json")
-    config = layouts.configuration(raw, files)[1]
-    network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
-    tokenizer, shift = layouts.tokenizer_and_shift(raw, files)
-    return loading.described(network, tokenizer, shift, source=source, folder=folder, name=name)
+    found = loading.opened(folder, name=source.source)
+    stored = stored_tensors(found)
+    network = _network(found.config, stored, dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
+    return loading.described(network, found, source=source, name=name)
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read from the headers of a checkpoint folder where each tensor lies, by the name it has in the network.
+def stored_tensors(found: loading.Opened) -> dict[str, StoredTensor]:
+    """Read from the headers of a checkpoint where each tensor of its network lies, by the name it has there.
+
+    Args:
+        found: the checkpoint; its configuration is changed where a stored head differs from the embedding it should be.
 
     Raises:
-        InputError: a tensor has a name outside the layout.
+        InputError: a tensor has a name outside the layout, or is put together from several stored ones.
     """
-    is_llada = lookup.read_json(folder / "config.json").get("model_type") in LLADA_TYPES
-    found = {}
-    for path in lookup.weight_files(folder):
+    where = {}
+    for path in lookup.weight_files(found.files):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
-                shape = tuple(file.get_slice(key).get_shape())
-                found[layouts.llada_name(key, folder) if is_llada else key] = StoredTensor(path, key, shape)
-    return found
+                where[key] = StoredTensor(path, key, tuple(file.get_slice(key).get_shape()))
+    made = renaming.plan(where, found.family, found.config, folder=found.files)
+    loading.untie_(found.config, made, lambda key: mapped(where[key]))
+    for name, pieces in made.items():
+        rule, remedy = "a streamed matrix must lie in one piece", "load the model whole"
+        require(len(pieces) == 1, rule, f"{len(pieces)} pieces of {name}", remedy)
+    shapes = {key: place.shape for key, place in where.items()}
+    return {
+        name: replace(where[pieces[0].key], shape=renaming.shape(pieces, shapes), rows=pieces[0].rows)
+        for name, pieces in made.items()
+    }
 
 
 def _network(
@@ -101,8 +108,6 @@ def _network(
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
     network.eval().requires_grad_(False)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
     kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}

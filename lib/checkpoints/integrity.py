@@ -7,11 +7,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lib.checkpoints.lookup import cache_folder, read_json, weight_files
+from lib.checkpoints.lookup import INDEX, cache_folder, read_json, weight_files
 from lib.core.errors import InputError, require
 from lib.core.provenance import file_hash, write_json, write_text
 
-INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 SUMS = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")

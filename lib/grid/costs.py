@@ -120,7 +120,7 @@ def shape_of(source: ModelSource) -> Shape | None:
 
 
 def _shape_in(folder: Path, *, name: str = "") -> Shape:
-    family = lookup.family_of(folder, whole=False, name=name)
+    family = lookup.family_of(folder, name=name)
     return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), family, folder)[1])
 
 

@@ -102,7 +102,8 @@ def join(pieces: list[Piece], take: Callable[[str], Tensor]) -> Tensor:
         pieces: from a plan, in order.
         take: returns a stored tensor by name.
     """
-    parts = [take(piece.key) if piece.rows is None else take(piece.key)[slice(*piece.rows)] for piece in pieces]
+    # some rows get memory of their own, so that no two weights of a network share theirs
+    parts = [take(piece.key) if piece.rows is None else take(piece.key)[slice(*piece.rows)].clone() for piece in pieces]
     if pieces[0].expert < 0:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
     halves = len(parts) // (pieces[-1].expert + 1)

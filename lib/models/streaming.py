@@ -155,7 +155,8 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
         InputError: the folder exists, or shards without room.
     """
     require(max_shard_bytes > 0, "max_shard_bytes must be positive", str(max_shard_bytes), f"the default is {SHARD_BYTES}")
-    tensors = dict(model.network.named_parameters())  # a tied head is there once, streamed matrices without values
+    # a tied head is there once, streamed matrices without values
+    tensors = {**dict(model.network.named_parameters()), **_kept_buffers(model.network)}
     plan = split_torch_state_dict_into_shards(cast(Any, tensors), max_shard_size=max_shard_bytes)
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -165,6 +166,16 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
     return Path(folder)
+
+
+def _kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that belong to a checkpoint, such as the bias of a router."""
+    owners = {name: network.get_submodule(name.rpartition(".")[0]) for name, _ in network.named_buffers()}
+    return {
+        name: buffer
+        for name, buffer in network.named_buffers()
+        if name.rpartition(".")[2] not in owners[name]._non_persistent_buffers_set
+    }
 
 
 def _value(model: LanguageModel, name: str) -> Tensor:

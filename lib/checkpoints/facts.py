@@ -77,12 +77,11 @@ def remember_(config: PretrainedConfig, facts: Any) -> None:
         facts: `Facts`, or a `LanguageModel`, which has the same fields.
     """
     saved: Any = config
-    saved.is_causal = facts.is_causal
+    saved.is_causal, saved.stop_token_ids = facts.is_causal, list(facts.stop_token_ids)
     if facts.is_causal:  # a plain class says the rest itself
         return
     saved.mask_token_id, saved.logit_shift, saved.attention_kind = facts.mask_token_id, facts.logit_shift, facts.attention
-    saved.block_length, saved.block_origin = facts.block_length, facts.block_origin
-    saved.stop_token_ids, saved.family = list(facts.stop_token_ids), facts.family
+    saved.block_length, saved.block_origin, saved.family = facts.block_length, facts.block_origin, facts.family
 
 
 def _mask(
@@ -104,12 +103,16 @@ def _mask(
     require(bool(said), "a diffusion model must name its mask token", f"none in {folder}", remedy)
     common = set.intersection(*said.values())
     if len(common) != 1:
-        got = ", ".join(f"{' or '.join(map(str, sorted(ids, key=str)))} in {source}" for source, ids in said.items())
+        got = ", ".join(f"{' or '.join(sorted(map(str, ids), key=_by_size))} in {source}" for source, ids in said.items())
         raise InputError(f"all that name the mask token of {folder} must name the same one, got {got}: mend what is wrong")
     (found,) = common
     valid = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < vocabulary
     require(valid, f"mask_token_id must be one of the {vocabulary} tokens of the network", f"{found!r} in {folder}", remedy)
     return found
+
+
+def _by_size(number: str) -> tuple[int, str]:
+    return len(number), number
 
 
 def _stops(

@@ -137,6 +137,20 @@ LLADA2_SAMPLER = SamplerDefaults("threshold or quota", block_length=32, steps=32
 LLADA21_SAMPLER = replace(LLADA2_SAMPLER, threshold=0.7, edit_threshold=0.5, max_post_steps=16)
 QWEN_ENDS = (151645, 151643)
 
+DLLM: tuple[tuple[str, Network, Tokenizer, tuple[str, ...]], ...] = (
+    ("llama", "Llama", "fast", ()),
+    ("qwen2", "Qwen2", "qwen2", ("Qwen2.5-Coder-0.5B-diffusion-mdlm",)),
+    ("qwen3", "Qwen3", "qwen2", ("Qwen3-0.6B-diffusion-mdlm", "Qwen3-0.6B-diffusion-bd3lm")),
+)
+PLAIN_NETWORKS: dict[str, Network] = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "ministral3": "Ministral3",
+    "qwen3_moe": "Qwen3Moe",
+    "glm4_moe": "Glm4Moe",
+}
+
 DIFFUSION = (
     Family(
         "llada", "Llama", "llada", ("LLaDAModelLM",), ("llada", "llava_llada"), fields=("d_model",),
@@ -174,11 +188,7 @@ DIFFUSION = (
             block_field="block_size", block_origin="start", tokenizer=tokenizer, sampler=LLADA_SAMPLER, options=NO_WINDOW,
             rope_types=SAME_EVERYWHERE,
         )
-        for kind, network, tokenizer, releases in (
-            ("llama", "Llama", "fast", ()),
-            ("qwen2", "Qwen2", "qwen2", ("Qwen2.5-Coder-0.5B-diffusion-mdlm",)),
-            ("qwen3", "Qwen3", "qwen2", ("Qwen3-0.6B-diffusion-mdlm",)),
-        )
+        for kind, network, tokenizer, releases in DLLM
     ),
     Family(
         "sdar", "Qwen3", "copy", ("SDARForCausalLM",), ("sdar",), releases=("SDAR", "TraDo", "DiRL"), mask_token_id=151669,
@@ -234,14 +244,18 @@ DIFFUSION = (
 # Folders of transformers' own classes: autoregressive, or a diffusion model whose config.json says what no class of its own does.
 PLAIN = tuple(
     Family(
-        kind, network, "plain", (f"{network}ForCausalLM",), (kind,), logit_shift=1, attention="causal", tokenizer="auto",
+        kind,
+        network,
+        "plain",
+        (f"{network}ForCausalLM",),
+        (kind,),
+        logit_shift=1,
+        attention="causal",
+        tokenizer="auto",
         state="parity-tested" if kind in ("llama", "qwen2", "qwen3") else "experimental",
     )
-    for kind, network in (
-        ("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("ministral3", "Ministral3"), ("qwen3_moe", "Qwen3Moe"),
-        ("glm4_moe", "Glm4Moe"),
-    )
-)  # fmt: skip
+    for kind, network in PLAIN_NETWORKS.items()
+)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*DIFFUSION, *PLAIN)}
 
 

@@ -198,7 +198,7 @@ def _with_blocks(family: Family, raw: Mapping[str, Any], name: str) -> Family:
         rule, remedy = "a BD3-LM of dllm must say its block length", "add block_size to config.json, as it was trained"
         require(bool(length) or "bd3lm" not in name.lower(), rule, f"none in {name}", remedy)
     if attention in ("full", "causal"):
-        return replace(family, attention=attention, block_length=None)
+        return replace(family, attention=attention, block_length=None, block_origin="prompt")
     require(length is not None, "attention by blocks must have a block length", "none", "add block_length to config.json")
     origin = raw.get("block_origin") or family.block_origin
     require(origin in ("start", "prompt"), "block_origin must be start or prompt", repr(origin), "mend config.json")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -18,7 +18,7 @@ def tokenizer(added: dict[str, int] | None = None, *, mask: int | None = None, e
     names = {place: token for token, place in (added or {}).items()}
     vocabulary = {names.get(place, f"w{place}"): place for place in range(20)}
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")))
-    made.add_tokens([AddedToken(token, special=True) for token in names.values()])
+    made.add_tokens(list(names.values()), special_tokens=True)
     for kind, place in (("mask_token", mask), ("eos_token", end)):
         if place is not None:
             setattr(made, kind, names.get(place, f"w{place}"))
@@ -102,4 +102,4 @@ def test_what_is_remembered_is_read_again() -> None:
 def test_an_autoregressive_configuration_stays_plain() -> None:
     config = LlamaConfig()
     facts.remember_(config, facts.Facts("llama", True, None, 1, "causal", None, "prompt", (2,)))
-    assert config.to_dict().keys() - LlamaConfig().to_dict().keys() == {"is_causal"}
+    assert config.to_dict().keys() - LlamaConfig().to_dict().keys() == {"is_causal", "stop_token_ids"}

@@ -6,7 +6,7 @@ Facts go into the configuration in memory under names that load again, so that e
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -93,7 +93,7 @@ def _mask(
         said["config.json"] = {raw["mask_token_id"]}
     if tokenizer is not None:
         own = getattr(tokenizer, "mask_token_id", None)
-        added = tokenizer.get_added_vocab()
+        added = cast(Any, tokenizer).get_added_vocab()
         named = {added[token] for token in MASK_TOKENS if token in added}
         said |= {"the tokenizer": {own}} if own is not None else {}
         said |= {"its added tokens": named} if named else {}

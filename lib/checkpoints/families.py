@@ -172,7 +172,8 @@ DIFFUSION = (
     Family(
         "dream", "Qwen2", "dream", ("DreamModel",), ("Dream",), releases=("Dream-7B", "Dream-Coder-7B", "DiffuCoder-7B"),
         mask_token_id=151666, logit_shift=1, stop_token_ids=(151643,), tokenizer="qwen2", sampler=SamplerDefaults("entropy"),
-        options=NO_WINDOW, rope_types=(*SAME_EVERYWHERE, "yarn", "longrope"), state="parity-tested",
+        options={**NO_WINDOW, "original_max_position_embeddings": (None,)}, state="parity-tested",
+        rope_types=(*SAME_EVERYWHERE, "yarn", "longrope"),
     ),
     Family(
         "open-dcoder", "Qwen2", "copy", called="open-?dcoder", releases=("Open-dCoder-0.5B",), logit_shift=1, tokenizer="qwen2",

@@ -112,14 +112,16 @@ def _dream(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
 
     There YaRN takes the longest position for the length of pretraining, and LongRoPE uses its long factors always.
     """
-    rope, longest = _rope(raw), raw["max_position_embeddings"]
-    if rope["rope_type"] == "yarn":
-        kept = ("rope_type", "rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow")
-        rope = {key: rope[key] for key in kept if key in rope} | {"original_max_position_embeddings": longest}
-    elif rope["rope_type"] == "longrope":
-        kept = ("rope_type", "rope_theta", "factor", "attention_factor", "long_factor")
-        rope = {key: rope[key] for key in kept if key in rope} | {"original_max_position_embeddings": longest}
-        rope["short_factor"], rope["factor"] = rope["long_factor"], rope["factor"]
+    rope = _rope(raw)
+    kept = {
+        "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow"),
+        "longrope": ("factor", "attention_factor", "long_factor"),
+    }
+    if rope["rope_type"] in kept:
+        same = {key: rope[key] for key in ("rope_type", "rope_theta", *kept[rope["rope_type"]]) if key in rope}
+        rope = {**same, "factor": rope["factor"], "original_max_position_embeddings": raw["max_position_embeddings"]}
+    if rope["rope_type"] == "longrope":
+        rope["short_factor"] = rope["long_factor"]
     return _translated(raw, config_class, rope_parameters=rope)
 
 
@@ -182,7 +184,7 @@ def tokenizer(family: Family, folder: Path) -> PreTrainedTokenizerBase | None:
     if family.tokenizer == "fast":
         return _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json")
     if family.tokenizer == "qwen2":
-        return _tokenizer(Qwen2Tokenizer, folder, "vocab.json")
+        return _tokenizer(Qwen2Tokenizer, folder, "vocab.json" if (folder / "vocab.json").exists() else "tokenizer.json")
     return _tokenizer(AutoTokenizer, folder, "tokenizer_config.json")
 
 

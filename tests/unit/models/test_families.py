@@ -21,7 +21,7 @@ from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.grid import availability
 from lib.models import export, loading, streaming
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, tokenizer_of
 from tests import tiny
 
 PARITY = tiny.PARITY
@@ -270,6 +270,16 @@ def test_a_streamed_release_is_the_whole_one(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(streamed), logits(whole))
 
 
+def test_a_fused_projection_is_streamed_by_its_rows(tmp_path: Path) -> None:
+    """LLaDA 2's first layer has no experts; alone it is a dense network."""
+    folder = recorded("llada2_moe", num_hidden_layers=1)(tmp_path / "dense")
+    later = [name for name in load_file(folder / "model.safetensors") if ".layers.1." in name or ".layers.2." in name]
+    tiny.edit_weights(folder, dict.fromkeys(later))
+    whole, streamed = loading.load(folder), streaming.load(folder, budget=0)
+    assert torch.equal(logits(streamed), logits(whole))
+    assert [layer.module.weight.shape for layer in streamed.layers] == [layer.module.weight.shape for layer in whole.layers]
+
+
 def test_mixtures_are_not_streamed_yet(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must lie in one piece"):
         streaming.load(recorded("llada_moe")(tmp_path / "moe"))
@@ -277,6 +287,19 @@ def test_mixtures_are_not_streamed_yet(tmp_path: Path) -> None:
 
 def test_merged_experts_are_the_recorded_network(tmp_path: Path) -> None:
     assert torch.equal(logits(loading.load(merged(tmp_path / "merged"))), logits(loading.load(PARITY / "llada2_moe")))
+
+
+def test_a_qwen_tokenizer_may_be_one_file(tmp_path: Path) -> None:
+    """transformers 5 writes no vocab.json."""
+    folder = CASES["TraDo-4B-Instruct"].write(tmp_path / "model")
+    model = loading.load(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tokenizer_of(model).save_pretrained(folder)
+    assert not (folder / "vocab.json").exists()
+    again = loading.load(folder)
+    assert isinstance(again.tokenizer, Qwen2Tokenizer) and again.mask_token_id == MASK
+    assert tokenizer_of(again)("CAB<|MASK|>")["input_ids"] == [2, 0, 1, MASK]
 
 
 def test_the_base_of_rotations_is_read_in_either_place(tmp_path: Path) -> None:

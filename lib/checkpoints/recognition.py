@@ -23,7 +23,7 @@ REFUSED = {
     r"gidd": "a GIDD model, which has a key and a value bias a head and soft-capped logits",
     r"wedlm": "a WeDLM, which moves known tokens to the front of a causal window",
     r"arclm": "an arcLM, whose linear attention stays causal",
-    r"lfm2": "an LFM2.5 encoder, whose convolutions look both ways",
+    r"lfm2": "an LFM2, whose convolutions look both ways in LFM2.5-Encoder-Diffusion and back only in transformers",
     r"steerling": "a Steerling, which decomposes states into concepts",
     r"diffusion_?gemma": "a DiffusionGemma, which reads prompt and canvas in two passes",
     r"diffencodermodel": "a Nemotron-Diffusion-Research, whose layout is not known here",

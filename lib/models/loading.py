@@ -63,7 +63,7 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    found = opened(folder, name=source.source)
+    found = opened(folder)
     network = _assemble(found, dtype)
     network.eval().requires_grad_(False)
     if device_map is None:
@@ -96,12 +96,11 @@ class Opened:
     facts: facts.Facts
 
 
-def opened(folder: Path, *, name: str = "") -> Opened:
+def opened(folder: Path) -> Opened:
     """Read all of a checkpoint but its weights.
 
     Args:
         folder: as `lookup.resolve` returns it.
-        name: of the source.
 
     Raises:
         InputError: a family or a variant that cannot be loaded, or sources that name different mask tokens.
@@ -109,7 +108,7 @@ def opened(folder: Path, *, name: str = "") -> Opened:
     gguf = lookup.gguf_file(folder)
     files = folder if gguf is None else layouts.converted_gguf(gguf)
     raw = read_json(files / "config.json")
-    family = lookup.family_of(files, name=name)
+    family = lookup.family_of(files)
     network, config = layouts.configuration(raw, family, files)
     tokenizer = layouts.tokenizer(family, files)
     generation = read_json(files / facts.GENERATION) if (files / facts.GENERATION).exists() else {}

@@ -63,7 +63,7 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    found = loading.opened(folder, name=source.source)
+    found = loading.opened(folder)
     stored = stored_tensors(found)
     network = _network(found.config, stored, dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
     return loading.described(network, found, source=source, name=name)

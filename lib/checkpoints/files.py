@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,15 @@ def check_safetensors(file: Path) -> dict[str, Any]:
         InputError: no file, one that cannot be read, a pointer in its place, or a cut or foreign one.
     """
     require(not file.is_dir(), f"{file} must be a file", "a folder of that name", "give the folder that config.json lies in")
+    with readable(file):
+        state = file.stat()
+    return _entries(file, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # a header is asked for by every check, and that of thousands of experts is long
+def _entries(file: Path, size: int, mtime_ns: int) -> dict[str, Any]:
     remedy = "fetch it again"
     with readable(file), file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
         head = stream.read(64)
         _check_no_pointer(file, head)
         length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size + 1

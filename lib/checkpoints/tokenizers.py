@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from lib.checkpoints import files
+from lib.checkpoints.families import Tokenizer
 from lib.checkpoints.files import MERGES, PIECES, TEXT_FILES, VOCABULARY, WHOLE
 from lib.core.errors import InputError, require
 
@@ -23,11 +24,12 @@ BOM = b"\xef\xbb\xbf"
 PROBE = "the quick brown fox, 123"
 
 
-def load(folder: Path) -> PreTrainedTokenizerBase | None:
+def load(folder: Path, *, kind: Tokenizer = "auto") -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a folder; None when there is none.
 
     Args:
         folder: of the checkpoint.
+        kind: class that the family has; `"auto"` is what the folder says, where that is one of transformers', else by its files.
 
     Raises:
         InputError: files that do not make a tokenizer: some are missing or damaged, or the vocabulary is empty.
@@ -47,7 +49,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase | None:
     require(readable, rule, f"{PIECES} alone in {folder}, and no sentencepiece to read it", remedy)
     try:
         with _without_code(folder) as (place, had_code):
-            made = _made(place, had_code=had_code)
+            made = _made(place, kind=kind, had_code=had_code)
     except InputError:
         raise
     except Exception as error:  # transformers raises many kinds for a damaged file or a library that is missing
@@ -58,8 +60,12 @@ def load(folder: Path) -> PreTrainedTokenizerBase | None:
     return made
 
 
-def _made(folder: Path, *, had_code: bool) -> PreTrainedTokenizerBase:
-    """Choose the class: what the folder says, where that is one of transformers'; else by the files."""
+def _made(folder: Path, *, kind: Tokenizer, had_code: bool) -> PreTrainedTokenizerBase:
+    """Choose the class: the family's; else what the folder says, where that is one of transformers'; else by the files."""
+    if kind == "fast" and (folder / WHOLE).exists():
+        return cast(Any, PreTrainedTokenizerFast).from_pretrained(folder)
+    if kind == "qwen2":
+        return cast(Any, Qwen2Tokenizer).from_pretrained(folder)
     if not had_code:
         return cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     if (folder / WHOLE).exists():

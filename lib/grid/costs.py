@@ -107,8 +107,7 @@ def shape_of(source: ModelSource) -> Shape | None:
         InputError: a local checkpoint of another layout.
     """
     if lookup.is_local(source):
-        folder = contents.folder_of(lookup.local_path(source))
-        return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), folder)[1])
+        return _shape_in(contents.folder_of(lookup.local_path(source)))
     from huggingface_hub import hf_hub_download
 
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(hub.problem())}
@@ -116,7 +115,12 @@ def shape_of(source: ModelSource) -> Shape | None:
         path = Path(hf_hub_download(source.source, "config.json", **where))
     except hub.NETWORK_ERRORS:  # no network, no access, no such revision
         return SHAPES.get(source.source)
-    return _read_shape(layouts.configuration(lookup.read_json(path), path.parent)[1])
+    return _shape_in(path.parent, name=source.source)
+
+
+def _shape_in(folder: Path, *, name: str = "") -> Shape:
+    family = lookup.family_of(folder, name=name)
+    return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), family, folder)[1])
 
 
 def _read_shape(config: Any) -> Shape:

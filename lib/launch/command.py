@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
         UsageError: a word that cannot be used.
     """
     parser = _Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument("profile", nargs="?", default="quick", help="quick (default), full, laptop, paper or rehearsal: see configs/")
+    parser.add_argument("profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)}; see configs/")
     parser.add_argument("--notebooks", metavar="01,04", help="only these, without the grid; default: all that exist")
     parser.add_argument("--seed", metavar="N", help="seed of every random stream; default: the profile's")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace one setting; repeatable")
@@ -94,7 +94,9 @@ def _check_grid(chosen: argparse.Namespace) -> None:
     given = [name for name in ("plan", "grid_only", "limit", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)]
     if given and chosen.profile not in GRID_PROFILES:
         flag = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use one of {', '.join(GRID_PROFILES)}")
+        raise UsageError(
+            f"{flag} must go with a profile that has a grid, got {chosen.profile}: use one of {', '.join(GRID_PROFILES)}"
+        )
     for name in ("limit", "jobs"):
         text = getattr(chosen, name)
         if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):

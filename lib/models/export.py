@@ -18,6 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from lib.checkpoints import facts
 from lib.checkpoints.files import local_path, read_json
 from lib.core.config import typed_path
 from lib.core.errors import InputError
@@ -166,9 +167,7 @@ def write_beside(
     """Write configuration, tokenizer and kept indices."""
     config: Any = copy.deepcopy(model.network.config)
     config.architectures, config.dtype = [type(model.network).__name__], model.network.dtype
-    config.is_causal = model.is_causal
-    if not model.is_causal:  # both may come from a layout or a tokenizer, and a plain Llama or Qwen2 says them nowhere else
-        config.mask_token_id, config.logit_shift = model.mask_token_id, model.logit_shift
+    facts.remember_(config, model)
     if quantization is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder)

@@ -9,15 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-# Who may look at whom: everybody at everybody; at the own and earlier blocks; causally, but for the open block, which sees itself
-# whole; at earlier positions only.
-Attention = Literal["full", "block-causal", "context-causal", "causal"]
-BlockOrigin = Literal["start", "prompt"]
 
 ROLES: dict[Role, str] = {
     "q": "self_attn.q_proj",
@@ -45,7 +42,7 @@ class LanguageModel:
     """A loaded checkpoint, diffusion or autoregressive.
 
     Attributes:
-        network: `LlamaForCausalLM` or `Qwen2ForCausalLM` in evaluation mode.
+        network: a `...ForCausalLM` of transformers in evaluation mode.
         tokenizer: None when the folder has none.
         mask_token_id: None for an autoregressive model.
         logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
@@ -97,6 +94,8 @@ class LanguageModel:
             "parameters": self.num_parameters,
             "dtype": str(self.network.dtype).removeprefix("torch."),
             "kind": "autoregressive" if self.is_causal else "masked diffusion",
+            "family": self.family,
+            "attention": self.attention,
         }
 
 
@@ -119,9 +118,11 @@ def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
     """
     found = []
     for block, layer in enumerate(cast(Any, network.get_decoder()).layers):
+        modules = dict(layer.named_modules())
         for role, path in ROLES.items():
-            module = cast(torch.nn.Linear, layer.get_submodule(path))
-            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
+            module = modules.get(path)
+            if isinstance(module, torch.nn.Linear):  # not in a mixture of experts
+                found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
     if not found:
         raise InputError("a network must have decoder blocks to prune, got none: check num_hidden_layers in its config")
     return tuple(found)

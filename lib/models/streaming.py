@@ -6,6 +6,7 @@ is kept in a scratch file when it goes. Embedding, norms and biases stay in memo
 ordinary one: a walk through the blocks reads each block once, a whole forward pass reads the whole checkpoint.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lib.checkpoints import contents, layouts, lookup
+from lib.checkpoints import contents, lookup, renaming
 from lib.checkpoints.files import check_safetensors
-from lib.checkpoints.lookup import LLADA_TYPES
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel, linear_layers
-from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, read
+from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
 SHARD_BYTES = 2**29  # about one block of an 8B model in bfloat16
 
@@ -65,28 +65,38 @@ def load(
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
     contents.check_streamable(folder)
-    files = contents.folder_of(folder)
-    raw = contents.configuration(files)
-    config = layouts.configuration(raw, files)[1]
-    network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
-    tokenizer, shift = layouts.tokenizer_and_shift(raw, contents.text_folder(folder))
-    return loading.described(network, tokenizer, shift, source=source, folder=folder, name=name)
+    found = loading.opened(folder)
+    stored = stored_tensors(found)
+    network = _network(found.config, stored, dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
+    return loading.described(network, found, source=source, name=name)
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read from the headers of a checkpoint folder where each tensor lies, by the name it has in the network.
+def stored_tensors(found: loading.Opened) -> dict[str, StoredTensor]:
+    """Read from the headers of a checkpoint where each tensor of its network lies, by the name it has there.
+
+    Args:
+        found: the checkpoint; its configuration is changed where a stored head differs from the embedding it should be.
 
     Raises:
-        InputError: a tensor has a name outside the layout.
+        InputError: a tensor has a name outside the layout, or is put together from several stored ones.
     """
-    is_llada = contents.configuration(folder).get("model_type") in LLADA_TYPES
-    headers = {path: check_safetensors(path) for path in lookup.weight_files(folder)}
-    found = {}
-    for name, (path, key) in contents.places(folder).items():
-        is_named = is_llada and not name.endswith(contents.FREQUENCIES)
-        shape = tuple(headers[path][key]["shape"])
-        found[layouts.llada_name(name, folder) if is_named else name] = StoredTensor(path, key, shape)
-    return found
+    headers = {path: check_safetensors(path) for path in lookup.weight_files(found.files)}
+    where = {
+        name: StoredTensor(path, key, tuple(headers[path][key]["shape"]))
+        for name, (path, key) in contents.places(found.files).items()
+    }
+    rotary = {name: _as_stored(where.pop(name)) for name in list(where) if name.endswith(contents.FREQUENCIES)}
+    contents.without_frequencies(rotary, found.config)
+    made = renaming.plan(where, found.family, found.config, folder=found.files)
+    loading.untie_(found.config, made, lambda key: mapped(where[key]))
+    for name, pieces in made.items():
+        rule, remedy = "a streamed matrix must lie in one piece", "load the model whole"
+        require(len(pieces) == 1, rule, f"{len(pieces)} pieces of {name}", remedy)
+    shapes = {key: place.shape for key, place in where.items()}
+    return {
+        name: replace(where[pieces[0].key], shape=renaming.shape(pieces, shapes), rows=pieces[0].rows)
+        for name, pieces in made.items()
+    }
 
 
 def _network(
@@ -102,10 +112,6 @@ def _network(
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
     network.eval().requires_grad_(False)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
-    rotary = {name: stored.pop(name) for name in list(stored) if name.endswith(contents.FREQUENCIES)}
-    contents.without_frequencies({name: _as_stored(place) for name, place in rotary.items()}, config)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
     kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
@@ -159,7 +165,8 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
         InputError: the folder exists, or shards without room.
     """
     require(max_shard_bytes > 0, "max_shard_bytes must be positive", str(max_shard_bytes), f"the default is {SHARD_BYTES}")
-    tensors = dict(model.network.named_parameters())  # a tied head is there once, streamed matrices without values
+    # a tied head is there once, streamed matrices without values
+    tensors = {**dict(model.network.named_parameters()), **_kept_buffers(model.network)}
     plan = split_torch_state_dict_into_shards(cast(Any, tensors), max_shard_size=max_shard_bytes)
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -169,6 +176,16 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
     return Path(folder)
+
+
+def _kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that belong to a checkpoint, such as the bias of a router."""
+    owners = {name: network.get_submodule(name.rpartition(".")[0]) for name, _ in network.named_buffers()}
+    return {
+        name: buffer
+        for name, buffer in network.named_buffers()
+        if name.rpartition(".")[2] not in owners[name]._non_persistent_buffers_set
+    }
 
 
 def _value(model: LanguageModel, name: str) -> Tensor:

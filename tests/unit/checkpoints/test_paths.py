@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.checkpoints import files, lookup
-from lib.core import config
+from lib.core import config, variables
 from lib.core.config import ROOT, ModelSource
 from lib.core.errors import InputError
 from lib.grid import cluster
@@ -59,7 +59,7 @@ def test_run_all_and_its_command_set_the_folder(here: Path, monkeypatch: pytest.
     first = (ROOT / "run_all.sh").read_text().split("cd ")[0]
     shown = subprocess.run(["bash", "-c", f"{first}\necho $SINKS_CWD"], cwd=here, capture_output=True, text=True, check=True)
     assert Path(shown.stdout.strip()) == here
-    monkeypatch.setattr(command.environment, "settings", dict)
+    monkeypatch.setattr(variables, "settings", dict)
     monkeypatch.setattr(command, "_inside", lambda: True)
     monkeypatch.setenv("SINKS_CWD", "kept")
     command._enter([])

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lib.core.errors import InputError, require
 SETTINGS, CONFIG = "tokenizer_config.json", "config.json"
 BOM = b"\xef\xbb\xbf"
 PROBE = "the quick brown fox, 123"
+PROBES = 50  # of its own words, where it knows none of these
 
 
 def load(folder: Path, *, kind: Tokenizer = "auto") -> PreTrainedTokenizerBase | None:
@@ -80,10 +82,12 @@ def _made(folder: Path, *, kind: Tokenizer, had_code: bool) -> PreTrainedTokeniz
 
 
 def _check_speaks(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that turns text into nothing."""
-    ids = cast(Any, tokenizer)(PROBE, add_special_tokens=False)["input_ids"]
+    """Refuse a tokenizer that turns every text into nothing, its own words too."""
+    own = cast(dict[str, int], tokenizer.get_vocab()).keys() - tokenizer.get_added_vocab().keys()
+    probes = (PROBE, *(tokenizer.convert_tokens_to_string([token]) for token in islice(own, PROBES)))
+    speaks = any(cast(Any, tokenizer)(probe, add_special_tokens=False)["input_ids"] for probe in probes)
     rule = f"the tokenizer in {folder} must know words"
-    require(bool(ids), rule, f"an empty vocabulary ({len(tokenizer)} tokens in all)", "copy the files of the original checkpoint")
+    require(speaks, rule, f"an empty vocabulary ({len(tokenizer)} tokens in all)", "copy the files of the original checkpoint")
 
 
 @contextmanager

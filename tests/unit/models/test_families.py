@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from lib.checkpoints import lookup
+from lib.checkpoints import contents, lookup
 from lib.checkpoints.families import FAMILIES, PLAIN, Family
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
@@ -251,7 +251,7 @@ def test_plain_classes_are_autoregressive_and_stay_so(record: Family, tmp_path: 
     network = made(made.config_class(**SHAPE | more))
     network.generation_config.eos_token_id = [2, 9]
     network.save_pretrained(tmp_path / "plain")
-    model = loading.load(say(tmp_path / "plain", "fast", "<other>"))
+    model = loading.load(say(tmp_path / "plain", "qwen2" if record.name == "qwen2" else "fast", "<other>"))
     assert (model.family, model.attention, model.is_causal, model.mask_token_id) == (record.name, "causal", True, None)
     assert (model.logit_shift, model.block_length, model.stop_token_ids) == (1, None, (2, 9))
     assert model.describe()["kind"] == "autoregressive"
@@ -360,17 +360,12 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose configuration alone may be fetched."""
     (tmp_path / "repository").mkdir()
 
-    def download(name: str, file: str, **_: Any) -> str:
-        path = tmp_path / "repository" / file
-        if not path.exists():
-            raise OSError(f"no {file} in {name}")
-        return str(path)
+    def snapshot(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        if any("safetensors" in pattern and not pattern.endswith(".json") for pattern in allow_patterns):
+            pytest.fail("weights were asked for")
+        return str(tmp_path / "repository")
 
-    def forbidden(*_: Any, **__: Any) -> str:
-        pytest.fail("weights were asked for")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", forbidden)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     return tmp_path / "repository"
 
 
@@ -405,7 +400,7 @@ def test_the_family_is_looked_at_before_the_weights(tmp_path: Path) -> None:
 def test_a_mask_outside_the_vocabulary_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_file", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(contents, "tensors", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(InputError, match="must be one of the 128 tokens of the network"):
         loading.load(recorded("sdar", mask_token_id=151669)(tmp_path / "model"))
 

@@ -92,7 +92,7 @@ def first_inputs(
     """Put what the first block reads, batch by batch, where hidden states wait.
 
     Returns:
-        The other arguments of the first block by batch, which are the same for all blocks, and for all batches but for their mask.
+        The other arguments of the first block by batch: the same for all blocks, and but for the mask for all batches.
     """
     options: list[dict[str, Any]] = []
     numbers = iter(range(len(ids)))

@@ -19,7 +19,7 @@ from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 
 Times = Literal["grid", "grid_below_one", "uniform"]

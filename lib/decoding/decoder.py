@@ -15,7 +15,7 @@ from lib.core.errors import InputError
 from lib.decoding.caches import Hidden, Pass, block_pass, logits_from, new_store, states_at, whole_pass
 from lib.decoding.late_steps import LateStep, beside, most_left
 from lib.decoding.refresh import adaptive_pass
-from lib.diffusion import sampler
+from lib.diffusion import commits, sampler
 from lib.models.language_model import LanguageModel
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
@@ -153,7 +153,7 @@ def _finish_block(
     in_block[:, block.start : block.stop] = True
     # At least one token is committed a step, so a threshold needs no more steps than the block has tokens.
     steps = plan.steps_per_block or len(block)
-    counts = sampler.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
+    counts = commits.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
     forwards = computed = 0
     with _passes(model, plan, block) as forward:
         for step in range(steps):
@@ -163,11 +163,11 @@ def _finish_block(
             hidden = forward(ids[:, :end], step % (plan.refresh_every or steps) == 0)
             forwards, computed = forwards + 1, computed + hidden.computed
             logits = logits_from(model, hidden, where[:, :end])
-            chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+            chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
             confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-            confidence[where] = sampler.probability_of(logits, chosen)
+            confidence[where] = commits.probability_of(logits, chosen)
             if plan.threshold is None:
-                committed = sampler.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
+                committed = commits.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
             else:
                 committed = confident_positions(confidence, threshold=plan.threshold)
             guessed = ids.masked_scatter(where, chosen)

@@ -17,7 +17,7 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.decoding.caches import read_out, states_at, whole_pass
 from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 
 Method = Literal["ridge", "nearest"]

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.diffusion import sampler
+from lib.diffusion import commits, sampler
 from lib.models.language_model import LanguageModel
 
 PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
@@ -55,14 +55,14 @@ def denoise(
     column = torch.arange(ids.shape[1], device=model.device)
     prompt_positions = (ids != mask_id) & real
     # A block is all masks when it begins, so that its schedule is the same for every row and block.
-    counts = sampler.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
+    counts = commits.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
     for step in range(steps):
         first = starts + step // per_block * block
         where = (ids == mask_id) & (column >= first) & (column < first + block)
         logits = sampler.guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale, attention_mask=real.long())
-        chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+        chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = sampler.probability_of(logits, chosen)
+        confidence[where] = commits.probability_of(logits, chosen)
         committed = _most_confident(confidence, counts[:, step % per_block], ends)
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
@@ -100,7 +100,7 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
         given = {"input_ids": read, "attention_mask": real.long(), "position_ids": positions, "past_key_values": past}
         output = model.network(**given, use_cache=True, logits_to_keep=1)
         past = output.past_key_values
-        read = sampler.choose_tokens(output.logits[:, -1].float(), temperature=0.0, generator=None)[:, None]
+        read = commits.choose_tokens(output.logits[:, -1].float(), temperature=0.0, generator=None)[:, None]
         made.append(read)
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
@@ -127,5 +127,5 @@ def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> 
     """Mark the `counts[row]` most confident positions of each row, cut at its end: which of equals wins depends on the width."""
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, end in enumerate(ends):
-        marked[row : row + 1, :end] = sampler.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
+        marked[row : row + 1, :end] = commits.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
     return marked

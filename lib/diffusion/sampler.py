@@ -1,62 +1,16 @@
 """Generate text: the masked diffusion samplers of LLaDA with a callback per denoising step, and greedy autoregression."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import InputError
+from lib.diffusion import commits
+from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import LanguageModel, logits_at
-
-Remasking = Literal["low_confidence", "random"]
-ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class DenoisingStep:
-    """What a trace callback sees after the forward pass of one step.
-
-    Attributes:
-        step: index of the denoising step, 0 = everything after the prompt is masked.
-        input_ids: what the network read; with guidance the recorded passes hold these rows first, the unguided ones after them.
-        is_masked: positions still masked in `input_ids`.
-        is_committed: positions that this step turns into tokens.
-        mask_ratio: share of the new tokens still masked in `input_ids`.
-    """
-
-    step: int
-    input_ids: Int[Tensor, "batch position"]
-    is_masked: Bool[Tensor, "batch position"]
-    is_committed: Bool[Tensor, "batch position"]
-    mask_ratio: float
-
-
-def commit_schedule(masked: Int[Tensor, "batch"], *, steps: int) -> Int[Tensor, "batch step"]:
-    """Split the masked tokens of each row evenly over the steps, the remainder going to the first ones.
-
-    Source: LLaDA's `get_num_transfer_tokens` (linear schedule).
-
-    >>> commit_schedule(torch.tensor([7]), steps=3).tolist()
-    [[3, 2, 2]]
-    """
-    base, rest = masked // steps, masked % steps
-    return base[:, None] + (torch.arange(steps, device=masked.device)[None, :] < rest[:, None])
-
-
-def choose_tokens(
-    logits: Float[Tensor, "selected vocab"], *, temperature: float, generator: torch.Generator | None
-) -> Int[Tensor, "selected"]:
-    """Pick a token per position: the best one, or Gumbel-max sampling in float64.
-
-    Source: LLaDA's `add_gumbel_noise`; float32 noise is known to lower the quality of masked diffusion samples.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
-    return (logits.double() - temperature * torch.log(-torch.log(uniform))).argmax(-1)
 
 
 @torch.inference_mode()
@@ -97,7 +51,7 @@ def sample(
     """
     block = block_length or new_tokens
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
-    _check_generator(generator, needed=temperature > 0 or remasking == "random")
+    commits.check_generator(generator, needed=temperature > 0 or remasking == "random")
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
@@ -108,30 +62,18 @@ def sample(
         in_block = torch.zeros_like(ids, dtype=torch.bool)
         in_block[:, first : first + block] = True
         if step % per_block == 0:
-            counts = commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
+            counts = commits.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
         where = (ids == mask_id) & in_block
         logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
-        chosen = choose_tokens(logits, temperature=temperature, generator=generator)
+        chosen = commits.choose_tokens(logits, temperature=temperature, generator=generator)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = keeping_order(logits, chosen, remasking=remasking, generator=generator)
-        committed = most_confident(confidence, counts[:, step % per_block])
+        confidence[where] = commits.keeping_order(logits, chosen, remasking=remasking, generator=generator)
+        committed = commits.most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
             ratio = float((ids == mask_id)[:, start:].float().mean())
             on_step(DenoisingStep(step, ids.clone(), ids == mask_id, committed.clone(), ratio))
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids
-
-
-def most_confident(confidence: Float[Tensor, "batch position"], counts: Int[Tensor, "batch"]) -> Bool[Tensor, "batch position"]:
-    """Mark the `counts[row]` most confident positions of each row.
-
-    >>> most_confident(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2])).tolist()
-    [[False, True, True]]
-    """
-    marked = torch.zeros_like(confidence, dtype=torch.bool)
-    for row, count in enumerate(counts.tolist()):
-        marked[row, confidence[row].topk(count).indices] = True
-    return marked
 
 
 def guided_logits(
@@ -162,37 +104,6 @@ def guided_logits(
     return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
 
 
-def keeping_order(
-    logits: Float[Tensor, "selected vocab"],
-    chosen: Int[Tensor, "selected"],
-    *,
-    remasking: Remasking,
-    generator: torch.Generator | None,
-) -> Float[Tensor, "selected"]:
-    """Return how early each prediction deserves to be kept: its float64 probability, or a random number.
-
-    Args:
-        logits: at the positions in question.
-        chosen: the token predicted at each.
-        remasking: as in `sample`.
-        generator: CPU generator of the sampling stream, for random numbers.
-    """
-    if remasking == "random":
-        return torch.rand(chosen.shape, generator=generator, dtype=torch.float64).to(chosen.device)
-    return probability_of(logits, chosen)
-
-
-def probability_of(logits: Float[Tensor, "selected vocab"], chosen: Int[Tensor, "selected"]) -> Float[Tensor, "selected"]:
-    """Return the float64 probabilities of the chosen tokens.
-
-    >>> probability_of(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).tolist()
-    [0.5]
-    """
-    # Rows in parts: all of them in float64 would be gigabytes at a vocabulary of 126,000.
-    parts = zip(logits.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat([rows.double().softmax(-1).gather(1, picked[:, None])[:, 0] for rows, picked in parts])
-
-
 def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:
     """Refuse what `sample` cannot do, before any work.
 
@@ -205,11 +116,6 @@ def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: 
         raise InputError(f"block_length must divide new_tokens, got {block} and {new_tokens}: choose a divisor")
     if steps < 1 or steps % (new_tokens // block):
         raise InputError(f"steps must be a multiple of the number of blocks, got {steps} for {new_tokens // block}: change steps")
-
-
-def _check_generator(generator: torch.Generator | None, *, needed: bool) -> None:
-    if needed and generator is None:
-        raise InputError("random sampling must be given a generator, got None: pass runtime.generator(seed, 'sampling')")
 
 
 @torch.inference_mode()
@@ -240,7 +146,7 @@ def continue_text(
     """
     if not model.is_causal:
         raise InputError(f"token-by-token generation must use a causal model, got {model.name}: use sample")
-    _check_generator(generator, needed=temperature > 0)
+    commits.check_generator(generator, needed=temperature > 0)
     ids, past = prompt.to(model.device), None
     for _ in range(new_tokens):
         step_input = ids if past is None else ids[:, -1:]
@@ -249,6 +155,6 @@ def continue_text(
         logits = output.logits[:, -1].float()
         if temperature > 0:
             logits = logits / temperature
-        chosen = choose_tokens(logits, temperature=float(temperature > 0), generator=generator)
+        chosen = commits.choose_tokens(logits, temperature=float(temperature > 0), generator=generator)
         ids = torch.cat([ids, chosen[:, None]], dim=1)
     return ids

@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.attention import masses, sinks
 from lib.core.errors import InputError
 from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import LanguageModel
 
 MARKS = (0.25, 0.5, 0.75)
@@ -114,7 +114,7 @@ def trace(
     steps: int,
     block_length: int | None = None,
     temperature: float = 0.0,
-    remasking: sampler.Remasking = "low_confidence",
+    remasking: Remasking = "low_confidence",
     heads: bool = False,
     generator: torch.Generator | None = None,
 ) -> SinkTrace:

@@ -72,9 +72,7 @@ def load(name: str) -> LanguageModel:
     network.eval().requires_grad_(False)
     block = None if attention == "full" else recorded_block(name)
     layers = () if kind.endswith("Moe") else linear_layers(network)
-    return LanguageModel(
-        name, ModelSource(name), network, None, mask, shift, False, layers, name, attention, block, origin
-    )
+    return LanguageModel(name, ModelSource(name), network, None, mask, shift, False, layers, name, attention, block, origin)
 
 
 def recorded_block(name: str) -> int:

@@ -1,0 +1,85 @@
+"""Passes of a model whose attention goes by blocks: finished blocks are read again, or their keys and values are kept.
+
+A finished block never looks at a later one, so what is kept of it is exact: both ways give the same numbers but for rounding.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from lib.models import visibility
+from lib.models.language_model import LanguageModel, blocks_of, network_body
+
+
+class BlockReader:
+    """Reads one text after another block.
+
+    Attributes:
+        model: whose attention goes by blocks.
+        origin: where the prompt ends.
+        keeps: whether keys and values of finished blocks are kept.
+        forwards: passes so far.
+        computed_tokens: query positions that went through the network, over the batch.
+    """
+
+    def __init__(self, model: LanguageModel, *, origin: int, keeps: bool) -> None:
+        self.model, self.origin, self.keeps = model, origin, keeps
+        self.forwards = self.computed_tokens = 0
+        self._store, self._kept = DynamicCache(), 0
+        self._before: Tensor | None = None  # state of the last position before the block
+
+    def context(self, ids: Int[Tensor, "batch context"]) -> Float[Tensor, "batch 1 feature"]:
+        """Read finished text, and return the state of its last position."""
+        length = ids.shape[1]
+        mask = self._context_mask(length)
+        if not self.keeps:
+            self._before = self._pass(ids, mask)[:, -1:]
+        elif self._kept < length:
+            mask = mask[:, :, self._kept :]
+            self._before = self._pass(ids[:, self._kept :], mask)[:, -1:]
+            self._kept = length
+        return cast(Tensor, self._before)
+
+    def block(self, ids: Int[Tensor, "batch position"], *, start: int) -> tuple[Float[Tensor, "batch query feature"], int]:
+        """Read an open block.
+
+        Args:
+            ids: the text up to the block's end.
+            start: of the block.
+
+        Returns:
+            States of the block and, for a logit shift, of the position before it; and the position of the first of them.
+        """
+        end, first = ids.shape[1], max(start - self.model.logit_shift, 0)
+        if not self.keeps:
+            return self._pass(ids, self._open_mask(end, start=start))[:, first:], first
+        if start:
+            self.context(ids[:, :start])
+        states = self._pass(ids[:, start:], torch.ones((1, 1, end - start, end), dtype=torch.bool, device=ids.device))
+        self._store.crop(start - end)
+        return (torch.cat([cast(Tensor, self._before), states], dim=1), first) if first < start else (states, first)
+
+    def _context_mask(self, length: int) -> Bool[Tensor, "1 1 query key"]:
+        blocks = blocks_of(self.model, length, origin=self.origin)
+        if self.model.attention == "block-causal":
+            return visibility.block_causal(blocks)
+        return visibility.open_block(torch.zeros_like(blocks, dtype=torch.bool))
+
+    def _open_mask(self, end: int, *, start: int) -> Bool[Tensor, "1 1 query key"]:
+        blocks = blocks_of(self.model, end, origin=self.origin)
+        if self.model.attention == "block-causal":
+            return visibility.block_causal(blocks)
+        return visibility.open_block(torch.arange(end, device=blocks.device)[None] >= start)
+
+    def _pass(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "batch query feature"]:
+        """Run the network behind what is kept."""
+        options = {}
+        if self.keeps:
+            positions = torch.arange(mask.shape[3] - ids.shape[1], mask.shape[3], device=ids.device)[None]
+            options = {"past_key_values": self._store, "position_ids": positions}
+        output = network_body(self.model)(input_ids=ids, attention_mask=mask, use_cache=self.keeps, **options)
+        self.forwards, self.computed_tokens = self.forwards + 1, self.computed_tokens + ids.numel()
+        return output.last_hidden_state

@@ -83,3 +83,42 @@ class BlockReader:
         output = network_body(self.model)(input_ids=ids, attention_mask=mask, use_cache=self.keeps, **options)
         self.forwards, self.computed_tokens = self.forwards + 1, self.computed_tokens + ids.numel()
         return output.last_hidden_state
+
+
+@torch.inference_mode()
+def block_logits(
+    model: LanguageModel,
+    clean: Int[Tensor, "batch position"],
+    noisy: Int[Tensor, "batch position"],
+    where: Bool[Tensor, "batch position"],
+    *,
+    origin: int = 0,
+) -> Float[Tensor, "selected vocab"]:
+    """Predict the tokens of every block behind clean earlier blocks, all blocks in one pass over two copies of the text.
+
+    Args:
+        model: whose attention goes by blocks.
+        clean: the text.
+        noisy: the same with masks.
+        where: positions whose token is to be predicted.
+        origin: as in `masked_losses`.
+
+    Returns:
+        Float32 logits in row-major order: those that each block gives alone behind the text before it.
+
+    Source: the training pass of BD3-LM (arXiv 2503.09573).
+    """
+    length = clean.shape[1]
+    blocks = blocks_of(model, length, origin=origin)
+    output = network_body(model)(
+        input_ids=torch.cat([noisy, clean], dim=1),
+        attention_mask=visibility.two_copies(blocks, causal_context=model.attention == "context-causal"),
+        position_ids=torch.arange(length, device=clean.device).repeat(2)[None],
+        use_cache=False,
+    )
+    hidden, context = output.last_hidden_state.split(length, dim=1)
+    if model.logit_shift:
+        # What predicts the first token of a block is the last state of the finished block before it.
+        begins = (blocks[:, 1:] != blocks[:, :-1])[..., None]
+        hidden = torch.cat([hidden[:, :1], torch.where(begins, context[:, :-1], hidden[:, :-1])], dim=1)
+    return cast(torch.nn.Linear, model.network.get_output_embeddings())(hidden[where]).float()

@@ -32,6 +32,7 @@ def denoise(
         new_tokens: tokens to generate after each.
         steps: forward passes in all, split evenly over the blocks.
         block_length: tokens of a semi-autoregressive block, which begins where the prompt of its own row ends; None is one block.
+            A model whose attention goes by blocks has its own, and takes one text at a time.
         cfg_scale: classifier-free guidance as in `sampler.sample`.
 
     Returns:
@@ -43,6 +44,11 @@ def denoise(
 
     Source: ML-GSAI/LLaDA, generate.py, for each text. Padding stands on the right, where it moves no position.
     """
+    if model.goes_by_blocks:
+        require(len(prompts) > 0, "a batch must have at least one prompt", "none", "leave the call out")
+        given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "cfg_scale": cfg_scale}
+        alone = [sampler.sample(model, torch.tensor([list(prompt)], dtype=torch.long), **given) for prompt in prompts]
+        return torch.cat([ids[:, -new_tokens:] for ids in alone])
     block = block_length or new_tokens
     sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     if _are_equally_long(prompts):

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.core.errors import InputError
-from lib.diffusion import commits
+from lib.core.errors import InputError, require
+from lib.diffusion import block_sampler, commits
+from lib.diffusion.block_rules import in_steps
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import LanguageModel, logits_at
 
@@ -34,7 +35,7 @@ def sample(
         prompt: prompts of equal length.
         new_tokens: tokens to generate.
         steps: forward passes in all, split evenly over the blocks.
-        block_length: tokens of a semi-autoregressive block; None is one block.
+        block_length: tokens of a semi-autoregressive block; None is one block, or the blocks of a model that has them.
         temperature: 0 is greedy.
         cfg_scale: classifier-free guidance: logits become u + (1 + scale)(c - u), u with the prompt masked.
         remasking: keep the most confident predictions, or random ones.
@@ -47,8 +48,15 @@ def sample(
     Raises:
         InputError: an autoregressive model, lengths that do not divide, or missing randomness.
 
-    Source: ML-GSAI/LLaDA, generate.py. The LM head runs on the masked positions of the current block only.
+    Source: ML-GSAI/LLaDA, generate.py. The LM head runs on the masked positions of the current block only. A model whose
+        attention goes by blocks is sampled by `block_sampler.generate` in as many steps, its text read anew at each.
     """
+    if model.goes_by_blocks:
+        check_blocks(model, block_length=block_length, cfg_scale=cfg_scale)
+        rule = in_steps(model, remasking)
+        options = {"temperature": temperature, "generator": generator, "on_step": on_step}
+        text = block_sampler.generate(model, prompt, new_tokens=new_tokens, rule=rule, steps=steps, use_cache=False, **options)
+        return text.ids
     block = block_length or new_tokens
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     commits.check_generator(generator, needed=temperature > 0 or remasking == "random")
@@ -83,7 +91,7 @@ def guided_logits(
     prompt_positions: Bool[Tensor, "batch position"],
     *,
     cfg_scale: float,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | Bool[Tensor, "_ 1 position position"] | None = None,
 ) -> Float[Tensor, "selected vocab"]:
     """Return logits at the positions `where`, steered away from what the network predicts with the prompt masked.
 
@@ -93,8 +101,12 @@ def guided_logits(
         where: positions whose token is to be predicted.
         prompt_positions: what guidance masks.
         cfg_scale: as in `sample`; 0 is none, and one pass instead of two.
-        attention_mask: 1 for real tokens, 0 for padding.
+        attention_mask: as `logits_at` takes it.
+
+    Raises:
+        InputError: guidance of a model whose attention goes by blocks.
     """
+    check_blocks(model, cfg_scale=cfg_scale)
     if cfg_scale <= 0:
         return logits_at(model, ids, where, attention_mask=attention_mask)
     unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
@@ -102,6 +114,18 @@ def guided_logits(
     both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]), attention_mask=mask)
     conditional, unconditional = both.chunk(2)
     return unconditional + (cfg_scale + 1.0) * (conditional - unconditional)
+
+
+def check_blocks(model: LanguageModel, *, block_length: int | None = None, cfg_scale: float = 0.0) -> None:
+    """Refuse other blocks than a model's own, and guidance, where attention goes by blocks.
+
+    Raises:
+        InputError: see above.
+    """
+    if model.goes_by_blocks:
+        rule, remedy = f"block_length must be that of {model.name}, {model.block_length}", "leave it out"
+        require(block_length in (None, model.block_length), rule, str(block_length), remedy)
+        require(cfg_scale <= 0, "guidance must go with attention that is not by blocks", str(cfg_scale), "use cfg_scale=0")
 
 
 def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:

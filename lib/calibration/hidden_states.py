@@ -101,7 +101,7 @@ def first_inputs(
         states.put(0, next(numbers), arguments[0])
         before = options[-1] if options else named
         mask, kept = named.get("attention_mask"), before.get("attention_mask")
-        is_same = mask is None or (mask.shape == kept.shape and torch.equal(mask, kept))
+        is_same = mask is None or kept is None or (mask.shape == kept.shape and torch.equal(mask, kept))
         options.append(before if is_same else {**before, "attention_mask": mask})
         raise ReachedError
 

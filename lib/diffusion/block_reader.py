@@ -10,8 +10,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from lib.diffusion.commits import DenoisingStep
 from lib.models import visibility
-from lib.models.language_model import LanguageModel, blocks_of, network_body
+from lib.models.language_model import Attention, LanguageModel, blocks_of, network_body
+
+
+def pass_mask(
+    attention: Attention, blocks: Int[Tensor, "batch position"], *, opened: int | None
+) -> Bool[Tensor, "batch 1 position position"]:
+    """Return the mask of a pass over finished blocks and, behind them, the one that is being written.
+
+    Args:
+        attention: of the model.
+        blocks: number of each position's block.
+        opened: number of the block that is being written; None when all are finished.
+    """
+    if attention == "block-causal":
+        return visibility.block_causal(blocks)
+    return visibility.open_block(torch.zeros_like(blocks, dtype=torch.bool) if opened is None else blocks == opened)
 
 
 class BlockReader:
@@ -34,7 +50,8 @@ class BlockReader:
     def context(self, ids: Int[Tensor, "batch context"]) -> Float[Tensor, "batch 1 feature"]:
         """Read finished text, and return the state of its last position."""
         length = ids.shape[1]
-        mask = self._context_mask(length)
+        blocks = blocks_of(self.model, length, origin=self.origin)
+        mask = pass_mask(self.model.attention, blocks, opened=None)
         if not self.keeps:
             self._before = self._pass(ids, mask)[:, -1:]
         elif self._kept < length:
@@ -55,24 +72,13 @@ class BlockReader:
         """
         end, first = ids.shape[1], max(start - self.model.logit_shift, 0)
         if not self.keeps:
-            return self._pass(ids, self._open_mask(end, start=start))[:, first:], first
+            blocks = blocks_of(self.model, end, origin=self.origin)
+            return self._pass(ids, pass_mask(self.model.attention, blocks, opened=int(blocks[0, -1])))[:, first:], first
         if start:
             self.context(ids[:, :start])
         states = self._pass(ids[:, start:], torch.ones((1, 1, end - start, end), dtype=torch.bool, device=ids.device))
         self._store.crop(start - end)
         return (torch.cat([cast(Tensor, self._before), states], dim=1), first) if first < start else (states, first)
-
-    def _context_mask(self, length: int) -> Bool[Tensor, "1 1 query key"]:
-        blocks = blocks_of(self.model, length, origin=self.origin)
-        if self.model.attention == "block-causal":
-            return visibility.block_causal(blocks)
-        return visibility.open_block(torch.zeros_like(blocks, dtype=torch.bool))
-
-    def _open_mask(self, end: int, *, start: int) -> Bool[Tensor, "1 1 query key"]:
-        blocks = blocks_of(self.model, end, origin=self.origin)
-        if self.model.attention == "block-causal":
-            return visibility.block_causal(blocks)
-        return visibility.open_block(torch.arange(end, device=blocks.device)[None] >= start)
 
     def _pass(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "batch query feature"]:
         """Run the network behind what is kept."""
@@ -83,6 +89,27 @@ class BlockReader:
         output = network_body(self.model)(input_ids=ids, attention_mask=mask, use_cache=self.keeps, **options)
         self.forwards, self.computed_tokens = self.forwards + 1, self.computed_tokens + ids.numel()
         return output.last_hidden_state
+
+
+def viewers_of(model: LanguageModel, step: DenoisingStep, *, prompt_tokens: int) -> tuple[Int[Tensor, "key"] | None, int]:
+    """Return how many queries of a step's pass over the whole text may see each key, and which block the step writes.
+
+    Args:
+        model: any diffusion model.
+        step: one of its steps.
+        prompt_tokens: length of the prompt.
+
+    Returns:
+        (None, 0) where all see all.
+    """
+    if not model.goes_by_blocks or step.keys is None:
+        return None, 0
+    blocks = blocks_of(model, step.input_ids.shape[1], origin=prompt_tokens)[0].cpu()
+    inside = blocks[: step.keys]
+    is_open = bool(step.is_masked[:, : step.keys].any())
+    opened = int(inside[-1]) if is_open else int(blocks[step.keys])
+    mask = pass_mask(model.attention, inside[None], opened=opened if is_open else None)
+    return visibility.viewers(mask)[0], opened
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ Masses have mean 1 over keys (see `mean_one`), so that a threshold means the sam
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -211,17 +211,24 @@ def dominant_position(mass: Float[Tensor, "*batch key"]) -> Int[Tensor, "*batch"
     return top_k_positions(mass, k=1)[..., 0]
 
 
-def wander_rate(positions: Int[Tensor, "*batch step"]) -> Float[Tensor, "*batch"]:
+def wander_rate(positions: Int[Tensor, "*batch step"], *, groups: Int[Tensor, "step"] | None = None) -> Float[Tensor, "*batch"]:
     """Return the share of steps at which the dominant sink is not at its most frequent position: 0 = it never moves.
 
     Args:
         positions: dominant position at each step.
+        groups: number of each step's group; a step is then compared with those of its own group only.
 
     >>> float(wander_rate(torch.tensor([0, 0, 0, 7])))
     0.25
+    >>> float(wander_rate(torch.tensor([0, 0, 0, 7]), groups=torch.tensor([0, 0, 0, 1])))
+    0.0
     """
     same = positions[..., :, None] == positions[..., None, :]
-    return 1.0 - same.sum(-1).max(-1).values / positions.shape[-1]
+    if groups is None:
+        return 1.0 - same.sum(-1).max(-1).values / positions.shape[-1]
+    counts = (same & (groups[:, None] == groups)).sum(-1)
+    most = sum(counts[..., groups == group].max(-1).values for group in groups.unique())
+    return 1.0 - cast(Tensor, most) / positions.shape[-1]
 
 
 TokenKind = Literal["mask", "bos", "special", "newline", "punctuation", "digit", "word start", "word piece"]

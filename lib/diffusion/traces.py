@@ -260,6 +260,7 @@ def _trace_prefixes(
         head_mass=torch.stack(at_marks),
         texts=texts.cpu(),
         heads=HeadTrace(**_joined(parts, dim=0), value_norm=torch.stack(value_norms)) if heads else None,
+        attention=model.attention,
         **_joined(kept, dim=0),
     )
 

@@ -16,10 +16,12 @@ from lib.core.config import ModelSource
 from lib.models.language_model import LanguageModel, linear_layers
 
 PARITY = Path(__file__).resolve().parent
-QWEN3 = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim").split()
-QWEN3 += "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias".split()
-DENSE = [name for name in QWEN3 if name not in ("head_dim", "attention_bias")]
-MOE = "moe_intermediate_size num_experts_per_tok n_group topk_group routed_scaling_factor first_k_dense_replace".split()
+QWEN3: list[str] = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+QWEN3 += "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias".split()
+DENSE: list[str] = [name for name in QWEN3 if name not in ("head_dim", "attention_bias")]
+MOE: list[str] = (
+    "moe_intermediate_size num_experts_per_tok n_group topk_group routed_scaling_factor first_k_dense_replace".split()
+)
 # class, fields taken as they are, attention, shift, origin of the grid, mask token
 FAMILIES: dict[str, tuple[str, list[str], Any, int, Any, int]] = {
     "sdar": ("Qwen3", QWEN3, "block-causal", 0, "start", 127),
@@ -61,7 +63,7 @@ def load(name: str) -> LanguageModel:
     raw = json.loads((PARITY / name / "config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta"), **OWN.get(name, {})}
     rope = {key: rope[key] for key in ("rope_type", "rope_theta", "partial_rotary_factor") if key in rope}
-    given = {field: raw[field] for field in fields}
+    given = {field: raw[field] for field in fields if field in raw}
     given = {"rope_parameters": rope, "use_cache": False, **given, **OWN.get(name, {})}
     config = getattr(transformers, f"{kind}Config")(**given)
     config.is_causal, config.mask_token_id = False, mask

@@ -35,7 +35,7 @@ def block_numbers(
 
 
 def block_causal(
-    blocks: Int[Tensor, "batch position"], *, real: Bool[Tensor, "batch position"] | None = None
+    blocks: Int[Tensor, "grid position"], *, real: Bool[Tensor, "row position"] | None = None
 ) -> Bool[Tensor, "_ 1 query key"]:
     """Let every query see its own block and those before it.
 
@@ -52,7 +52,7 @@ def block_causal(
 
 
 def two_copies(
-    blocks: Int[Tensor, "batch position"], *, causal_context: bool = False, real: Bool[Tensor, "batch position"] | None = None
+    blocks: Int[Tensor, "grid position"], *, causal_context: bool = False, real: Bool[Tensor, "row position"] | None = None
 ) -> Bool[Tensor, "_ 1 double_query double_key"]:
     """Let a noisy copy see its own block and the clean copy of earlier blocks, in one sequence [noisy | clean].
 
@@ -76,7 +76,7 @@ def two_copies(
 
 
 def open_block(
-    is_open: Bool[Tensor, "batch position"], *, real: Bool[Tensor, "batch position"] | None = None
+    is_open: Bool[Tensor, "grid position"], *, real: Bool[Tensor, "row position"] | None = None
 ) -> Bool[Tensor, "_ 1 query key"]:
     """Let every query see the positions up to its own, and those of the open block all of it.
 
@@ -93,7 +93,7 @@ def open_block(
     return padded(torch.ones_like(inside).tril() | inside, real)
 
 
-def padded(mask: Bool[Tensor, "_ 1 query key"], real: Bool[Tensor, "batch key"] | None) -> Bool[Tensor, "_ 1 query key"]:
+def padded(mask: Bool[Tensor, "_ 1 query key"], real: Bool[Tensor, "row key"] | None) -> Bool[Tensor, "_ 1 query key"]:
     """Take padding out of a mask as keys. A padding query may be left with nothing to see; SDPA gives it zeros.
 
     Args:

@@ -113,7 +113,7 @@ def test_movement_is_within_the_current_block() -> None:
         mass[step, place] = 5.0
     trace = made(mass, [0, 0, 1, 1, 2, 2], [4, 4, 8, 8, 12, 12])
     assert tables.wander(trace).tolist() == [pytest.approx(1 / 6)]  # one step of two in block 2 is not at its usual place
-    assert sinks.wander_rate(sinks.dominant_position(mass[None]))[0] == pytest.approx(2 / 6)
+    assert float(sinks.wander_rate(sinks.dominant_position(mass[None]))) == 0  # the finished sink would hide it
     sets = torch.zeros(1, 6, 12, dtype=torch.bool)
     for step, place in enumerate([1, 1, 6, 6, 8, 10]):
         sets[0, step, [1, place]] = True

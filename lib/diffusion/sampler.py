@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -48,38 +49,31 @@ def sample(
     Raises:
         InputError: an autoregressive model, lengths that do not divide, or missing randomness.
 
-    Source: ML-GSAI/LLaDA, generate.py. The LM head runs on the masked positions of the current block only. A model whose
-        attention goes by blocks is sampled by `block_sampler.generate` in as many steps, its text read anew at each.
+    Source: ML-GSAI/LLaDA, generate.py; block_sampler.py, its text read anew at each step, for attention by blocks.
     """
     if model.goes_by_blocks:
         check_blocks(model, block_length=block_length, cfg_scale=cfg_scale)
-        rule = in_steps(model, remasking)
-        options = {"temperature": temperature, "generator": generator, "on_step": on_step}
-        text = block_sampler.generate(model, prompt, new_tokens=new_tokens, rule=rule, steps=steps, use_cache=False, **options)
-        return text.ids
+        given = {"rule": in_steps(model, remasking), "steps": steps, "temperature": temperature, "generator": generator}
+        return block_sampler.generate(model, prompt, new_tokens=new_tokens, use_cache=False, on_step=on_step, **given).ids
     block = block_length or new_tokens
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     commits.check_generator(generator, needed=temperature > 0 or remasking == "random")
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
-    ids = torch.full((len(prompt), start + new_tokens), mask_id, dtype=torch.long, device=model.device)
-    ids[:, :start] = prompt.to(model.device)
-    prompt_positions = ids != mask_id
-    per_block = steps // (new_tokens // block)
+    ids = F.pad(prompt.to(model.device), (0, new_tokens), value=mask_id)
+    prompt_positions, per_block = ids != mask_id, steps // (new_tokens // block)
     for step in range(steps):
         first = start + step // per_block * block
-        in_block = torch.zeros_like(ids, dtype=torch.bool)
-        in_block[:, first : first + block] = True
+        masked, where = ids == mask_id, ids == mask_id
+        where[:, :first], where[:, first + block :] = False, False
         if step % per_block == 0:
-            counts = commits.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=per_block)
-        where = (ids == mask_id) & in_block
+            counts = commits.commit_schedule(where.sum(1), steps=per_block)
         logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
         chosen = commits.choose_tokens(logits, temperature=temperature, generator=generator)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
         confidence[where] = commits.keeping_order(logits, chosen, remasking=remasking, generator=generator)
         committed = commits.most_confident(confidence, counts[:, step % per_block])
         if on_step is not None:
-            ratio = float((ids == mask_id)[:, start:].float().mean())
-            on_step(DenoisingStep(step, ids.clone(), ids == mask_id, committed.clone(), ratio))
+            on_step(DenoisingStep(step, ids.clone(), masked, committed.clone(), float(masked[:, start:].float().mean())))
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids
 

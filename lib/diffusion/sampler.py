@@ -59,7 +59,7 @@ def sample(
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     commits.check_generator(generator, needed=temperature > 0 or remasking == "random")
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
-    ids = F.pad(prompt.to(model.device), (0, new_tokens), value=mask_id)
+    ids = F.pad(prompt.to(model.device, torch.long), (0, new_tokens), value=mask_id)
     prompt_positions, per_block = ids != mask_id, steps // (new_tokens // block)
     for step in range(steps):
         first = start + step // per_block * block

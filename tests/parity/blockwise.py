@@ -20,9 +20,7 @@ PARITY = Path(__file__).resolve().parent
 QWEN3 = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 QWEN3 += "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias".split()
 DENSE = [name for name in QWEN3 if name not in ("head_dim", "attention_bias")]
-MOE: list[str] = (
-    "moe_intermediate_size num_experts_per_tok n_group topk_group routed_scaling_factor first_k_dense_replace".split()
-)
+MOE = "moe_intermediate_size num_experts_per_tok n_group topk_group routed_scaling_factor first_k_dense_replace".split()
 # class, fields taken as they are, attention, shift, origin of the grid, mask token
 FAMILIES: dict[str, tuple[str, Sequence[str], Any, int, Any, int]] = {
     "sdar": ("Qwen3", QWEN3, "block-causal", 0, "start", 127),

@@ -24,6 +24,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MOST_MODULES = 12
 PURE = {
+    "models": ("visibility",),
     "attention": ("sinks", "variance", "stability", "planted"),
     "calibration": ("token_weights",),
     "pruning": ("importances", "sparsegpt", "structured", "allocation"),

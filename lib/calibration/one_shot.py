@@ -25,7 +25,7 @@ from lib.calibration.statistics import (  # fmt: skip
     reading,
     stream,
 )
-from lib.models.language_model import LanguageModel, Role, network_body
+from lib.models.language_model import LanguageModel, Role, network_body, own_mask
 
 LEAST_BUDGET = 2**28  # bytes of kept inputs that are allowed beside the smallest model
 
@@ -150,6 +150,8 @@ def one_shot_statistics(
         with masses.record(model) as recorder, reading(model, blocks if fits else (), kept.append):
             network_body(model)(input_ids=batch.to(model.device), use_cache=False)
             mass = recorder.pop()[:, :, :, 0]
+        if model.goes_by_blocks:
+            mass = masses.per_viewer(mass, own_mask(model, batch.to(model.device)))
         check_masses(model, mass)
         weight = weigh(mass)
         found = found or [new_statistics(model, block, hessian=False, by_head=weight.dim() == 4) for block in blocks]

@@ -227,14 +227,14 @@ def stream(
             until = None if role == roles[0] and not (sequential or last) else role
             for batch, part in zip(batches, parts, strict=True):
                 with suppress(ReachedError), reading(model, [index], partial(_add, found, part, until)):
-                    states.put(index + 1, batch, block(states.get(index, batch), **options))
+                    states.put(index + 1, batch, block(states.get(index, batch), **options[batch]))
                     if len(roles) == 1:
                         states.drop(index, batch)
             visit(index, found)
             del found  # before the next ones exist
         for batch in batches:
             if sequential and not last:
-                states.put(index + 1, batch, block(states.get(index, batch), **options))
+                states.put(index + 1, batch, block(states.get(index, batch), **options[batch]))
             states.drop(index, batch)
 
 

@@ -83,9 +83,10 @@ def _made(folder: Path, *, kind: Tokenizer, had_code: bool) -> PreTrainedTokeniz
 
 def _check_speaks(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Refuse a tokenizer that turns every text into nothing, its own words too."""
-    own = cast(dict[str, int], tokenizer.get_vocab()).keys() - tokenizer.get_added_vocab().keys()
-    probes = (PROBE, *(tokenizer.convert_tokens_to_string([token]) for token in islice(own, PROBES)))
-    speaks = any(cast(Any, tokenizer)(probe, add_special_tokens=False)["input_ids"] for probe in probes)
+    made = cast(Any, tokenizer)
+    own = made.get_vocab().keys() - made.get_added_vocab().keys()
+    probes = (PROBE, *(made.convert_tokens_to_string([token]) for token in islice(own, PROBES)))
+    speaks = any(made(probe, add_special_tokens=False)["input_ids"] for probe in probes)
     rule = f"the tokenizer in {folder} must know words"
     require(speaks, rule, f"an empty vocabulary ({len(tokenizer)} tokens in all)", "copy the files of the original checkpoint")
 

@@ -96,8 +96,11 @@ def new_store(model: LanguageModel) -> KeyValueStore:
     """Return an empty store for a network.
 
     Raises:
-        InputError: a layer sees a sliding window only, so that it needs a mask which follows the positions.
+        InputError: a layer sees a sliding window only, or attention goes by blocks, so that a mask is needed.
     """
+    if model.goes_by_blocks:
+        rule = "a cache of masked text must go with attention that is not by blocks"
+        raise InputError(f"{rule}, got {model.attention} with {model.name}: use cache='prefix', which is exact there")
     config = model.network.config
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise InputError(f"a cache must see all positions in every layer, got sliding windows in {model.name}: use cache='none'")

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.diffusion import sampler
+from lib.diffusion import commits, sampler
 from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, check_length
 
@@ -35,6 +35,7 @@ def denoise(
         new_tokens: tokens to generate after each.
         steps: forward passes in all, split evenly over the blocks.
         block_length: tokens of a semi-autoregressive block, which begins where the prompt of its own row ends; None is one block.
+            A model whose attention goes by blocks has its own, and takes one text at a time.
         cfg_scale: classifier-free guidance as in `sampler.sample`.
 
     Returns:
@@ -46,6 +47,11 @@ def denoise(
 
     Source: ML-GSAI/LLaDA, generate.py, for each text. Padding stands on the right, where it moves no position.
     """
+    if model.goes_by_blocks:
+        require(len(prompts) > 0, "a batch must have at least one prompt", "none", "leave the call out")
+        given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "cfg_scale": cfg_scale}
+        alone = [sampler.sample(model, torch.tensor([list(prompt)], dtype=torch.long), **given) for prompt in prompts]
+        return torch.cat([ids[:, -new_tokens:] for ids in alone])
     block = block_length or new_tokens
     sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     if _are_equally_long(prompts):
@@ -58,14 +64,14 @@ def denoise(
     column = torch.arange(ids.shape[1], device=model.device)
     prompt_positions = (ids != mask_id) & real
     # A block is all masks when it begins, so that its schedule is the same for every row and block.
-    counts = sampler.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
+    counts = commits.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
     for step in range(steps):
         first = starts + step // per_block * block
         where = (ids == mask_id) & (column >= first) & (column < first + block)
         logits = sampler.guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale, attention_mask=real.long())
-        chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+        chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = sampler.probability_of(logits, chosen)
+        confidence[where] = commits.probability_of(logits, chosen)
         committed = _most_confident(confidence, counts[:, step % per_block], ends)
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
@@ -105,7 +111,7 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
         output = model.network(**given, use_cache=True, logits_to_keep=1)
         past, logits = output.past_key_values, output.logits[:, -1].float()
         _check_rows(model, logits, prompts, made)
-        read = sampler.choose_tokens(logits, temperature=0.0, generator=None)[:, None]
+        read = commits.choose_tokens(logits, temperature=0.0, generator=None)[:, None]
         made.append(read)
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
@@ -141,5 +147,5 @@ def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> 
     """Mark the `counts[row]` most confident positions of each row, cut at its end: which of equals wins depends on the width."""
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, end in enumerate(ends):
-        marked[row : row + 1, :end] = sampler.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
+        marked[row : row + 1, :end] = commits.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
     return marked

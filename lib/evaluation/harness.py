@@ -216,8 +216,9 @@ class HarnessModel(LM):
         if self.model.is_causal:
             return sampler.continue_text(self.model, ids, new_tokens=new)[:, start:]
         length, steps, block = denoising_plan(new, self.settings)
+        own = None if self.model.goes_by_blocks else block
         guidance = self.settings.cfg_scale
-        ids = sampler.sample(self.model, ids, new_tokens=length, steps=steps, block_length=block, cfg_scale=guidance)
+        ids = sampler.sample(self.model, ids, new_tokens=length, steps=steps, block_length=own, cfg_scale=guidance)
         return ids[:, start : start + new]
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
@@ -249,7 +250,7 @@ class BatchedHarness(HarnessModel):
         if self.model.is_causal:
             return ragged.continue_texts(self.model, prompts, new_tokens=new)
         length, steps, block = denoising_plan(new, self.settings)
-        plan = {"new_tokens": length, "steps": steps, "block_length": block}
+        plan = {"new_tokens": length, "steps": steps, "block_length": None if self.model.goes_by_blocks else block}
         return ragged.denoise(self.model, prompts, **plan, cfg_scale=self.settings.cfg_scale)[:, :new]
 
 

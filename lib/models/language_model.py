@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
+from lib.models import visibility
 from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+BY_BLOCKS: tuple[Attention, ...] = ("block-causal", "context-causal")
 
 ROLES: dict[Role, str] = {
     "q": "self_attn.q_proj",
@@ -83,6 +85,11 @@ class LanguageModel:
         """Number of weights, embeddings included."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
+    @property
+    def goes_by_blocks(self) -> bool:
+        """Tell whether attention goes by blocks, so that a pass needs a mask which says where they lie."""
+        return self.attention in BY_BLOCKS
+
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
         notes: dict[str, object] = {"notes": list(self.notes)} if self.notes else {}
@@ -134,7 +141,7 @@ def logits_at(
     input_ids: Int[Tensor, "batch position"],
     where: Bool[Tensor, "batch position"],
     *,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | Bool[Tensor, "_ 1 query key"] | None = None,
 ) -> Float[Tensor, "selected vocab"]:
     """Run the network and the LM head only where a prediction is wanted.
 
@@ -142,7 +149,7 @@ def logits_at(
         model: any loaded model.
         input_ids: token ids, masks included.
         where: positions whose token is to be predicted, in row-major order of the result.
-        attention_mask: 1 for real tokens, 0 for padding.
+        attention_mask: as `network_body` takes it.
 
     Returns:
         Float32 logits that predict the tokens at the chosen positions. With a logit shift of 1 position i is predicted by the
@@ -165,20 +172,23 @@ def logits_at(
 
 
 def network_body(model: LanguageModel) -> Callable[..., Any]:
-    """Return the network without its LM head; it refuses texts that are longer than the network has positions.
+    """Return the network without its LM head, to be called with `input_ids` by name and, at will, `attention_mask`.
 
-    Args:
-        model: any loaded model.
-
-    Returns:
-        The decoder, to be called with `input_ids` by name.
+    The mask is 1 for real tokens and 0 for padding, or a ready one, `[batch, 1, query, key]`, True = may look. Where attention
+    goes by blocks and no ready mask is given, the model's own takes its place, see `own_mask`. Texts that are longer than the
+    network has positions are refused, see `check_length`.
     """
     body = cast(Callable[..., Any], model.network.get_decoder())
 
     def checked(**given: Any) -> Any:
-        """Check the positions, then run the network."""
-        places = given.get("position_ids")
-        check_length(model, given["input_ids"].shape[1] if places is None else int(places.max()) + 1)
+        """Check the positions, choose the mask, then run the network."""
+        ids, places = given["input_ids"], given.get("position_ids")
+        check_length(model, ids.shape[1] if places is None else int(places.max()) + 1)
+        mask = given.get("attention_mask")
+        if model.goes_by_blocks and (mask is None or mask.dim() == 2):
+            rule = "a pass with kept keys must be given a ready mask where attention goes by blocks"
+            require(given.get("past_key_values") is None, rule, "none", "pass attention_mask [batch, 1, query, key]")
+            given |= {"attention_mask": own_mask(model, ids, real=None if mask is None else mask.bool())}
         return body(**given)
 
     return checked
@@ -197,3 +207,48 @@ def check_length(model: LanguageModel, positions: int) -> None:
     most = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)
     rule, remedy = f"a text for {model.name} must have at most {most} positions", "shorten it, or the answer that is asked for"
     require(most is None or positions <= most, rule, str(positions), remedy)
+
+
+def blocks_of(model: LanguageModel, length: int, *, origin: int | Tensor = 0) -> Int[Tensor, "batch_or_one {length}"]:
+    """Return the block of each position of a model whose attention goes by blocks, see `visibility.block_numbers`.
+
+    Args:
+        model: such a model.
+        length: number of positions.
+        origin: where the prompt ends, by row or for all; read only where blocks are counted from there.
+
+    Raises:
+        InputError: the model does not say how long a block is.
+    """
+    known = model.block_length is not None
+    require(known, "a model whose attention goes by blocks must say their length", f"none for {model.name}", "set block_length")
+    begins = origin if model.block_origin == "prompt" else 0
+    return visibility.block_numbers(length, block_length=cast(int, model.block_length), origin=begins, device=model.device)
+
+
+def own_mask(
+    model: LanguageModel,
+    input_ids: Int[Tensor, "batch position"],
+    *,
+    origin: int | Tensor = 0,
+    real: Bool[Tensor, "batch position"] | None = None,
+) -> Bool[Tensor, "_ 1 position position"]:
+    """Return the mask under which a model whose attention goes by blocks reads a text.
+
+    Args:
+        model: such a model.
+        input_ids: token ids, masks included.
+        origin: as `blocks_of` takes it.
+        real: False for padding.
+
+    Raises:
+        InputError: a causal context with masks in more than one block: there is one open block at a time.
+    """
+    blocks = blocks_of(model, input_ids.shape[1], origin=origin)
+    if model.attention == "block-causal":
+        return visibility.block_causal(blocks, real=real)
+    is_masked = input_ids == model.mask_token_id
+    last = torch.where(is_masked, blocks, -2).max(1, keepdim=True).values  # no mask, no open block
+    rule, remedy = "a causal context must have masks in one block at a time", "use nelbo or masked_log_likelihood for whole texts"
+    require(not bool((is_masked & (blocks != last)).any()), rule, f"several with {model.name}", remedy)
+    return visibility.open_block(blocks == last, real=real)

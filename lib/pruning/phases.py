@@ -145,6 +145,9 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
     """
     if model.mask_token_id is None:
         raise InputError(f"phases must follow the mask ratio of a diffusion model, got {model.name}: use one that has masks")
+    if model.goes_by_blocks:
+        rule = "phases must follow one mask ratio of the whole text"
+        raise InputError(f"{rule}, got {model.attention} with {model.name}: prune it with one mask for all")
     phase_widths(borders, phases=len(phases))  # refuses bad ones before the work
     networks = [phase.network if isinstance(phase, LanguageModel) else phase for phase in phases]
     config = copy.deepcopy(model.network.config)

@@ -202,9 +202,12 @@ def check_length(model: LanguageModel, positions: int) -> None:
         positions: that a pass needs, from the first of the text.
 
     Raises:
-        InputError: more than `max_position_embeddings` of the configuration.
+        InputError: more than `max_position_embeddings` of the configuration, times the factor of stretched rotations.
     """
-    most = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)
+    config = getattr(model.network, "config", None)
+    most, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if most is not None:
+        most = int(most * max(rope.get("factor") or 1.0, 1.0))
     rule, remedy = f"a text for {model.name} must have at most {most} positions", "shorten it, or the answer that is asked for"
     require(most is None or positions <= most, rule, str(positions), remedy)
 

@@ -67,3 +67,10 @@ def test_stated_positions_count_not_the_tokens(models: dict[bool, LanguageModel]
     body(input_ids=ids, position_ids=torch.arange(MOST).repeat(2)[None], use_cache=False)
     with pytest.raises(InputError, match=f"at most {MOST} positions, got {2 * MOST}"):
         body(input_ids=ids[:, :1], position_ids=torch.tensor([[2 * MOST - 1]]), use_cache=False)
+
+
+def test_stretched_rotations_reach_further(tmp_path: Path) -> None:
+    model = tiny.model(tmp_path / "model", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    language_model.check_length(model, 128)
+    with pytest.raises(InputError, match="at most 128 positions, got 129"):
+        language_model.check_length(model, 129)

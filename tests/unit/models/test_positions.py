@@ -1,6 +1,7 @@
 """Texts longer than the network has positions: refused by number wherever a network runs."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch

@@ -180,11 +180,19 @@ def write_beside(
 
 
 def state(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the tensors of the network by name, without the LM head when it is the embedding."""
-    weights = {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+    """Return the tensors of the network by name, without the LM head when it is the embedding.
+
+    Matrices of experts are copies: they are parts of one storage, which writers of files refuse.
+    """
+    weights = {name: _whole(tensor.detach()) for name, tensor in model.network.state_dict().items()}
     if model.network.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is all of its storage."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _quantization_config(model: LanguageModel, quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:

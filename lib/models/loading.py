@@ -14,7 +14,7 @@ from lib.checkpoints import layouts, lookup
 from lib.checkpoints.lookup import LLADA_TYPES, gguf_file, read_json
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
-from lib.models import spread
+from lib.models import experts, spread
 from lib.models.language_model import LanguageModel, linear_layers
 
 
@@ -79,7 +79,7 @@ def described(
     """Put a network and its tokenizer together with all that follows from them.
 
     Args:
-        network: in evaluation mode.
+        network: in evaluation mode; its experts become linear layers, if they are not yet.
         tokenizer: None when the folder has none.
         shift: logit shift of a bidirectional network; a causal one has 1.
         source: where it was loaded from.
@@ -98,7 +98,7 @@ def described(
         mask_token_id=_mask_token_id(network.config, tokenizer, is_causal=is_causal, folder=folder),
         logit_shift=1 if is_causal else shift,
         is_causal=is_causal,
-        layers=linear_layers(network),
+        layers=linear_layers(experts.as_linears_(network)),
         fingerprint=lookup.fingerprint(folder),
         attention="causal" if is_causal else "full",
     )
@@ -148,13 +148,13 @@ def _assemble(
 ) -> PreTrainedModel:
     """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
     with torch.device("meta"):
-        empty = family(cast(Any, config))
+        empty = experts.as_linears_(family(cast(Any, config)))
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     check_shapes(empty, {name: tuple(value.shape) for name, value in weights.items()})
     with _quiet_loading():
         network = family.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa")
-    return cast(PreTrainedModel, network)
+    return experts.as_linears_(cast(PreTrainedModel, network))
 
 
 def check_shapes(network: PreTrainedModel, got: Mapping[str, tuple[int, ...]]) -> None:

@@ -22,7 +22,7 @@ from lib.checkpoints.lookup import LLADA_TYPES
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
-from lib.models import export, loading
+from lib.models import experts, export, loading
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, read
 
@@ -100,12 +100,14 @@ def _network(
     """Build the network without weights, read those that stay, and let the others be fetched."""
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+        experts.as_linears_(network)
     network.eval().requires_grad_(False)
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
-    kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
+    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # some stay in float32
+    kept = {name: read(place, dtype=own[name], device=device) for name, place in stored.items() if name not in names}
     network.load_state_dict(kept, strict=False, assign=True)
     network.requires_grad_(False).tie_weights()
     for module in network.modules():
@@ -150,7 +152,8 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
         InputError: the folder exists, or shards without room.
     """
     require(max_shard_bytes > 0, "max_shard_bytes must be positive", str(max_shard_bytes), f"the default is {SHARD_BYTES}")
-    tensors = dict(model.network.named_parameters())  # a tied head is there once, streamed matrices without values
+    # a tied head is there once, streamed matrices without values
+    tensors = {**dict(model.network.named_parameters()), **kept_buffers(model.network)}
     plan = split_torch_state_dict_into_shards(cast(Any, tensors), max_shard_size=max_shard_bytes)
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -160,6 +163,16 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
     return Path(folder)
+
+
+def kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, such as the biases of a router, by name."""
+    return {
+        f"{name}.{key}": buffer
+        for name, module in network.named_modules()
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }
 
 
 def _value(model: LanguageModel, name: str) -> Tensor:

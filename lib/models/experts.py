@@ -60,6 +60,11 @@ def routing_of(top_k_index: Int[Tensor, "token choice"], *, experts: int) -> Rou
     return Routing(order // top_k_index.shape[1], order % top_k_index.shape[1], tuple(counts))
 
 
+def intermediate(mlp: Any, hidden: Float[Tensor, "*row hidden"]) -> Float[Tensor, "*row width"]:
+    """Return what the down matrix of a gated MLP reads."""
+    return mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+
+
 class Expert(nn.Module):
     """One expert: a gated MLP of three linear layers."""
 
@@ -70,7 +75,7 @@ class Expert(nn.Module):
 
     def intermediate(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row width"]:
         """Return what the down matrix reads."""
-        return self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
+        return intermediate(self, hidden)
 
     def forward(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row hidden"]:
         """Apply the MLP."""

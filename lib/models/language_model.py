@@ -103,7 +103,11 @@ class LanguageModel:
     @property
     def has_experts(self) -> bool:
         """Whether a router chooses some of the layers."""
-        return any(layer.expert is not None for layer in self.layers)
+        return any(map(self.has_experts_in, self.by_block))
+
+    def has_experts_in(self, block: int) -> bool:
+        """Tell whether a block is a mixture of experts."""
+        return any(layer.expert is not None for layer in self.by_block[block])
 
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
@@ -148,11 +152,14 @@ def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
 def _places(block: torch.nn.Module) -> Iterator[tuple[Role, str, ExpertNumber | None]]:
     """Yield role, path in the block and expert of every prunable matrix of a decoder block."""
     experts, shared = experts_of(block), shared_expert(block)
-    yield from ((role, path, None) for role, path in ROLES.items() if experts is None or role not in MLP)
-    for number in range(0 if experts is None else len(experts)):
-        yield from ((role, f"mlp.experts.{number}.{role}_proj", number) for role in MLP)
-    if shared is not None:
-        yield from ((role, f"{shared[0]}.{role}_proj", "shared") for role in MLP)
+    for role, path in ROLES.items():
+        if experts is None or role not in MLP:
+            yield role, path, None
+    owners: list[tuple[ExpertNumber, str]] = [(number, f"mlp.experts.{number}") for number in range(len(experts or ()))]
+    owners += [] if shared is None else [("shared", shared[0])]
+    for owner, path in owners:
+        for role in MLP:
+            yield role, f"{path}.{role}_proj", owner
 
 
 @torch.inference_mode()

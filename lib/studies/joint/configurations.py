@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.calibration.reads import ready, statistics_of
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import require
 from lib.models.language_model import LanguageModel, LinearLayer, Role
 from lib.pruning import importances, pruner, shrink
@@ -215,8 +216,8 @@ def _calibrated(
 
     def visit(block: int, statistics: Mapping[Role, InputStatistics]) -> None:
         """Compress the layers of one block; they stay out of the model."""
-        for layer in (layer for layer in model.layers if layer.block == block):
-            own = statistics_of(statistics, layer.role)
+        for layer in ready(model, block, statistics, hessian=bool(recipes)):
+            own = statistics_of(statistics, layer.role, layer.expert)
             importances.check_finite(own.squares, name=layer.name, what="inputs")
             if layer.role in ("o", "down"):
                 norms[block, layer.role] = own.input_norm(method.aggregate)[0]

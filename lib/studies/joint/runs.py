@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.calibration.reads import ready, statistics_of
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
@@ -198,14 +199,16 @@ def compress_(
     for own in {id(own): own for own in recipes.values() if own is not None}.values():
         check(model, own)
     needed = [own for own in recipes.values() if own is not None]
+    hessian = any(own.needs_hessian for own in needed)
 
     def visit(block: int, statistics: Mapping[Role, InputStatistics] | None) -> None:
         """Compress the layers of one block."""
-        for layer in model.layers:
+        served = model.by_block[block] if statistics is None else ready(model, block, statistics, hessian=hessian)
+        for layer in served:
             own = recipes[layer.name]
-            if layer.block != block or own is None:
+            if own is None:
                 continue
-            of_layer = None if statistics is None else statistics_of(statistics, layer.role)
+            of_layer = None if statistics is None else statistics_of(statistics, layer.role, layer.expert)
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
             results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
@@ -219,7 +222,7 @@ def compress_(
         model,
         found.set_of(recipe.method),
         visit,
-        hessian=any(own.needs_hessian for own in needed),
+        hessian=hessian,
         sequential=recipe.method.sequential,
         batch_size=found.bench.batch_size,
     )

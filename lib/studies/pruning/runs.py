@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from lib.calibration import one_shot, sets
 from lib.calibration.sets import Inputs
-from lib.calibration.statistics import CalibrationSet, InputStatistics
+from lib.calibration.statistics import CalibrationSet
+from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, Role, linear_layers, network_body

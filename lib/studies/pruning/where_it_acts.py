@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lib.calibration import one_shot
-from lib.calibration.statistics import CalibrationSet, statistics_of
+from lib.calibration.reads import statistics_of
+from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.pruning import pruner
 from lib.pruning.methods import Method, Target
@@ -85,8 +86,8 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
     sink_energy = one_shot.dense_statistics(found.bench.model, counted)
     rows = []
     for layer in found.bench.model.layers:
-        total = statistics_of(energy[layer.block], layer.role).squares[0]
-        share = statistics_of(sink_energy[layer.block], layer.role).squares[0] / total.clamp(min=1e-30) * some
+        total = statistics_of(energy[layer.block], layer.role, layer.expert).squares[0]
+        share = statistics_of(sink_energy[layer.block], layer.role, layer.expert).squares[0] / total.clamp(min=1e-30) * some
         gone = (kept[layer.name] & ~weighted[layer.name]).float().mean(0)
         back = (~kept[layer.name] & weighted[layer.name]).float().mean(0)
         rows.append(pd.DataFrame({

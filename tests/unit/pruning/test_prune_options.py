@@ -14,7 +14,7 @@ from torch import Tensor
 from lib.calibration import one_shot, sets
 from lib.calibration import statistics as calibration
 from lib.calibration.hidden_states import HiddenStates, States
-from lib.calibration.statistics import InputStatistics
+from lib.calibration.sums import InputStatistics, OneHessian
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading, streaming
@@ -219,7 +219,7 @@ def test_one_hessian_exists_at_a_time(sequential: bool, folders: dict[str, Path]
 
 def test_the_hessian_takes_the_place_of_its_products_and_goes_with_its_last_reader() -> None:
     here = torch.device("cpu")
-    one, usual = calibration._OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
+    one, usual = OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
     for statistics in (one, usual):
         statistics.add(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), None)
     address = cast(Tensor, one.products).data_ptr()

@@ -146,16 +146,17 @@ class Prepared:
 
 def units(model: LanguageModel) -> dict[Unit, tuple[int, str]]:
     """Return the block and part, `"attention"` or `"MLP"`, of all layers that a structured format changes together."""
-    blocks = range(1 + model.layers[-1].block)
     return {
-        tuple(layer.name for layer in model.layers if layer.block == block and layer.role in roles): (block, part)
-        for block in blocks
+        tuple(layer.name for layer in layers if layer.role in roles): (block, part)
+        for block, layers in model.by_block.items()
         for part, roles in PARTS.items()
     }
 
 
 def unavailable(form: Format, model: LanguageModel) -> str | None:
     """Return why a model cannot take a format on this machine; None where it can."""
+    if form.kind == "structured":
+        return shrink.refusal(model)
     if form.kind != "dynamic":
         return None
     if model.device.type != "cpu" or model.network.dtype != torch.float32:
@@ -212,7 +213,7 @@ def _calibrated(
     found: Calibrations, recipes: Mapping[tuple[str, str], Recipe], method: Method
 ) -> tuple[Modules, dict[tuple[int, str], Tensor]]:
     """Return the packed matrices as modules, and the norms that heads and channels are chosen by."""
-    model, modules, norms = found.bench.model, {}, {}
+    model, modules, norms, forms = found.bench.model, {}, {}, dict.fromkeys(form for _, form in recipes)
 
     def visit(block: int, statistics: Mapping[Role, InputStatistics]) -> None:
         """Compress the layers of one block; they stay out of the model."""
@@ -221,10 +222,10 @@ def _calibrated(
             importances.check_finite(own.squares, name=layer.name, what="inputs")
             if layer.role in ("o", "down"):
                 norms[block, layer.role] = own.input_norm(method.aggregate)[0]
-            for (name, form), recipe in recipes.items():
-                if name == layer.name:
-                    weight = runs.compress_matrix(layer.module.weight.detach(), recipe, own, name=name).weight
-                    modules[name, form] = _linear(weight, layer.module)
+            for form in forms:
+                recipe = recipes[layer.name, form]
+                weight = runs.compress_matrix(layer.module.weight.detach(), recipe, own, name=layer.name).weight
+                modules[layer.name, form] = _linear(weight, layer.module)
 
     options = {"hessian": bool(recipes), "sequential": False, "batch_size": found.bench.batch_size}
     calibration.stream(model, found.set_of(method), visit, **options)

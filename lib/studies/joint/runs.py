@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
-from lib.calibration.reads import ready, statistics_of
+from lib.calibration.reads import fell_back, ready, statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.core.runtime import generator
@@ -91,6 +91,7 @@ class Measured:
         zeros: share of exact zeros in the linear layers, rounded to 0 or removed.
         bytes: of the whole model as stored.
         loss: of each held-out window, in nats per token.
+        fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Measured:
     zeros: float
     bytes: int
     loss: Float[Tensor, "window"] = field(repr=False)
+    fallbacks: int = 0
 
 
 def compress_matrix(
@@ -178,7 +180,11 @@ def check(model: LanguageModel, recipe: Recipe) -> None:
 
 
 def compress_(
-    found: Calibrations, recipe: Recipe, *, choose: Callable[[LinearLayer], Recipe | None] | None = None
+    found: Calibrations,
+    recipe: Recipe,
+    *,
+    choose: Callable[[LinearLayer], Recipe | None] | None = None,
+    fallen: list[str] | None = None,
 ) -> dict[str, Compressed]:
     """Compress the bench's model in place, block by block.
 
@@ -186,6 +192,7 @@ def compress_(
         found: calibrations of a model, shared with other recipes.
         recipe: how; it says what the calibration reads.
         choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads.
+        fallen: gets the names of the matrices of experts that used the statistics of their layer, see `pruner.prune_`.
 
     Returns:
         Every compressed matrix by its layer's name.
@@ -209,6 +216,8 @@ def compress_(
             if own is None:
                 continue
             of_layer = None if statistics is None else statistics_of(statistics, layer.role, layer.expert)
+            if statistics is not None and fallen is not None and fell_back(statistics, layer):
+                fallen.append(layer.name)
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
             results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
@@ -255,10 +264,11 @@ def measured(found: Calibrations, name: str, recipe: Recipe) -> Measured:
     """Compress, measure and restore one model."""
     model = found.bench.model
     with pruner.restored(model):
-        compressed = compress_(found, recipe)
+        fallen: list[str] = []
+        compressed = compress_(found, recipe, fallen=fallen)
         size = model_bytes(model, compressed, dict.fromkeys(compressed, recipe))
         zeros = pruner.measured_sparsity(model)
-        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench))
+        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench), len(fallen))
 
 
 def compare(found: Sequence[Calibrations], recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:

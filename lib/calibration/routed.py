@@ -102,7 +102,7 @@ def _down(
             yield {"down": _serving(norms, {number: own})}
         del own
     if pooled is not None:
-        pooled.experts = dict(short)
+        pooled.experts = {**short}
         yield {"down": pooled}
 
 
@@ -120,7 +120,7 @@ def _gate(mixture: Mixture, norms: InputStatistics, *, also: int, give_away: boo
         layer = with_products(norms, readers=2 * len(short) + also if give_away else None)
         for inputs, weight in mixture.everything():
             layer.add_products(weighted_rows(inputs, weight))
-        layer.experts = dict(short)
+        layer.experts = {**short}
         yield {"gate": layer}
 
 

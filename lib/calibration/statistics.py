@@ -103,7 +103,7 @@ def stream(
     roles = LAST_FIRST if hessian and by_role else LAST_FIRST[:1]
     for index, block in enumerate(blocks):
         last, weight = index + 1 == len(blocks), of_layer(calibration.token_weight, index)
-        parts = [None] * len(batches) if weight is None else list(weight.split(batch_size))
+        parts: list[Tensor | None] = [None] * len(batches) if weight is None else [*weight.split(batch_size)]
         walk = _Walk(model, index, block, states, options, parts, goes_on=not (sequential or last))
         if hessian and model.has_experts_in(index):
             _visit_mixture(walk, visit, by_role=by_role)

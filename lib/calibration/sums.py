@@ -1,6 +1,6 @@
 """Sums over what linear layers read: norms and Hessians, of all tokens or of those that went to an expert."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -34,7 +34,7 @@ class InputStatistics:
         self.norms = torch.zeros(groups or 1, features, device=device)
         self.samples = 0.0
         self.products = torch.zeros(features, features, device=device) if hessian else None
-        self.experts: dict[ExpertNumber, InputStatistics] = {}
+        self.experts: Mapping[ExpertNumber, InputStatistics] = {}
         self.tokens, self.least = 0, features if hessian else 1
 
     @property

@@ -95,7 +95,7 @@ def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[La
     """Return a variant's model and what was measured on its weights; kept weights are read, new ones kept.
 
     Returns:
-        The model; `sparsity`, the share of its linear weights that is gone; of a mixture of experts also `fallbacks`, see `pruned`.
+        The model; `sparsity`, the share of its linear weights that is gone; of a mixture also `fallbacks`, see `pruned`.
 
     Raises:
         UnavailableError: the checkpoint or the calibration text cannot be fetched.

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from lib.checkpoints.lookup import read_json
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.provenance import PARTIAL, write_text
 from lib.models.language_model import LanguageModel
 
@@ -101,7 +101,8 @@ def save_packed(
 
     Raises:
         InputError: the folder exists, an unknown name, shapes or bits that do not fit, scales that the dtype of the network
-            cannot hold, or weights that are not what the codes say.
+            cannot hold, weights that are not what the codes say, or experts that a router chooses: transformers 5.23 stacks their
+            matrices and leaves those of a packed file at random, without a word.
 
     Source: compressed-tensors 0.20.0, `compressors/pack_quantized`. Whatever dtype scales have in the file, they are read in the
         dtype of the network, so they must be exact in it: bfloat16 ones are in float32 and bfloat16 networks.
@@ -111,6 +112,10 @@ def save_packed(
 
     check_quantized(model, quantized)
     check_kept(model, kept)
+    routed = [layer.name for layer in model.layers if isinstance(layer.expert, int) and layer.name in quantized]
+    require(
+        not routed, "packed matrices must be those that transformers unpacks", str(routed[:1]), "use save_sparse or save_plain"
+    )
     weights = state(model)
     for name, weight in quantized.items():
         del weights[name]

@@ -155,9 +155,10 @@ def _places(block: torch.nn.Module) -> Iterator[tuple[Role, str, ExpertNumber | 
     for role, path in ROLES.items():
         if experts is None or role not in MLP:
             yield role, path, None
-    owners: list[tuple[ExpertNumber, str]] = [(number, f"mlp.experts.{number}") for number in range(len(experts or ()))]
-    owners += [] if shared is None else [("shared", shared[0])]
-    for owner, path in owners:
+    owners: dict[ExpertNumber, str] = {number: f"mlp.experts.{number}" for number in range(len(experts or ()))}
+    if shared is not None:
+        owners["shared"] = shared[0]
+    for owner, path in owners.items():
         for role in MLP:
             yield role, f"{path}.{role}_proj", owner
 

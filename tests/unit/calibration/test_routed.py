@@ -199,7 +199,8 @@ def test_hessians_are_those_of_the_block_as_it_was(model: LanguageModel, by_role
 def test_by_role_gives_the_same_bits_and_one_shot_reads_the_dense_model(model: LanguageModel) -> None:
     given = CalibrationSet(ids(), drawn(SAMPLES, LENGTH))
     usual, _ = served(model, given, batch_size=2)
-    for options in ({"by_role": True}, {"sequential": False}, {"by_role": True, "sequential": False}):
+    tried: list[dict[str, Any]] = [{"by_role": True}, {"sequential": False}, {"by_role": True, "sequential": False}]
+    for options in tried:
         other, _ = served(model, given, batch_size=2, **options)
         for key, (_, products) in usual.items():
             assert torch.equal(products, other[key][1])  # type: ignore[arg-type]

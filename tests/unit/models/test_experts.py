@@ -47,18 +47,18 @@ def recorded(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     alike = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok",
              "max_position_embeddings", "rms_norm_eps", "vocab_size", "tie_word_embeddings")  # fmt: skip
     shape: dict[str, Any] = {key: raw[key] for key in alike}
+    shape["head_dim"] = raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
     if name == "llada_moe":
         config: Any = Qwen3MoeConfig(
             **shape, num_experts=raw["num_experts"], moe_intermediate_size=raw["expert_intermediate_size"],
             intermediate_size=raw["dense_intermediate_size"], norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[],
-            head_dim=raw["hidden_size"] // raw["num_attention_heads"],
             rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
         )  # fmt: skip
         network_class: Any = Qwen3MoeForCausalLM
     else:
         config = Glm4MoeConfig(
             **shape, n_routed_experts=raw["num_experts"], n_shared_experts=raw["num_shared_experts"], n_group=raw["n_group"],
-            topk_group=raw["topk_group"], moe_intermediate_size=raw["moe_intermediate_size"], head_dim=raw["head_dim"],
+            topk_group=raw["topk_group"], moe_intermediate_size=raw["moe_intermediate_size"],
             intermediate_size=raw["intermediate_size"], norm_topk_prob=True, routed_scaling_factor=raw["routed_scaling_factor"],
             first_k_dense_replace=raw["first_k_dense_replace"], use_qk_norm=True, attention_bias=False, num_mtp_layers=0,
             rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"], "partial_rotary_factor": 0.5},

@@ -101,8 +101,8 @@ def save_packed(
 
     Raises:
         InputError: the folder exists, an unknown name, shapes or bits that do not fit, scales that the dtype of the network
-            cannot hold, weights that are not what the codes say, or experts that a router chooses: transformers 5.23 stacks their
-            matrices and leaves those of a packed file at random, without a word.
+            cannot hold, weights that are not what the codes say, or a mixture of experts: transformers 5.23 stacks the matrices of
+            experts and leaves those of a packed file at random, without a word.
 
     Source: compressed-tensors 0.20.0, `compressors/pack_quantized`. Whatever dtype scales have in the file, they are read in the
         dtype of the network, so they must be exact in it: bfloat16 ones are in float32 and bfloat16 networks.

@@ -134,15 +134,9 @@ def test_compressed_mixtures_are_written_and_read_back(found: Calibrations, tmp_
     for folder in ("plain", "unpacked"):
         network = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / folder)).eval()
         assert torch.equal(logits(tiny.of_network(network).network, tiny.ids(2, 10)), wanted)
-    with pytest.raises(InputError, match="must be those that transformers unpacks"):  # it would read random experts
+    with pytest.raises(InputError, match="packed checkpoint must be of a dense model"):  # random experts would be read
         export.save_packed(ready.model, tmp_path / "packed", quantized=ready.quantized)
     assert not (tmp_path / "packed").exists()
-    routed = {layer.name for layer in ready.model.layers if isinstance(layer.expert, int)}
-    others = {name: weight for name, weight in ready.quantized.items() if name not in routed}
-    export.save_packed(ready.model, tmp_path / "packed", quantized=others)
-    network = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")).eval()
-    found_logits = logits(network, tiny.ids(2, 10))
-    torch.testing.assert_close(found_logits, wanted, atol=2e-6 * float(wanted.abs().max()), rtol=0)
 
 
 # Streaming

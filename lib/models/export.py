@@ -101,8 +101,8 @@ def save_packed(
 
     Raises:
         InputError: the folder exists, an unknown name, shapes or bits that do not fit, scales that the dtype of the network
-            cannot hold, weights that are not what the codes say, or a mixture of experts: transformers 5.23 stacks the matrices of
-            experts and leaves those of a packed file at random, without a word.
+            cannot hold, weights that are not what the codes say, or a mixture of experts: transformers 5.23 stacks their
+            matrices and leaves those of a packed file at random, without a word.
 
     Source: compressed-tensors 0.20.0, `compressors/pack_quantized`. Whatever dtype scales have in the file, they are read in the
         dtype of the network, so they must be exact in it: bfloat16 ones are in float32 and bfloat16 networks.
@@ -112,10 +112,8 @@ def save_packed(
 
     check_quantized(model, quantized)
     check_kept(model, kept)
-    routed = [layer.name for layer in model.layers if isinstance(layer.expert, int) and layer.name in quantized]
-    require(
-        not routed, "packed matrices must be those that transformers unpacks", str(routed[:1]), "use save_sparse or save_plain"
-    )
+    remedy = "transformers cannot unpack experts, use save_sparse or save_plain"
+    require(not model.has_experts, "a packed checkpoint must be of a dense model", f"the experts of {model.name}", remedy)
     weights = state(model)
     for name, weight in quantized.items():
         del weights[name]

@@ -12,6 +12,7 @@ from lib.calibration import one_shot
 from lib.calibration.reads import statistics_of
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
+from lib.models.language_model import LinearLayer
 from lib.pruning import pruner
 from lib.pruning.methods import Method, Target
 from lib.studies.pruning import runs
@@ -50,7 +51,7 @@ def expected_overlap(sparsity: float) -> float:
 def overlap_table(found: Calibrations, first: Masks, second: Masks) -> pd.DataFrame:
     """Tabulate the overlap of two sets of masks by layer and role."""
     return pd.DataFrame([
-        {"layer": layer.block, "role": layer.role, "jaccard": removed_overlap(first[layer.name], second[layer.name])}
+        {"layer": layer.block, "role": layer.role, **_expert(layer), "jaccard": removed_overlap(first[layer.name], second[layer.name])}
         for layer in found.bench.model.layers
     ])  # fmt: skip
 
@@ -91,10 +92,15 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
         gone = (kept[layer.name] & ~weighted[layer.name]).float().mean(0)
         back = (~kept[layer.name] & weighted[layer.name]).float().mean(0)
         rows.append(pd.DataFrame({
-            "layer": layer.block, "role": layer.role, "channel": range(len(share)), "share": share.tolist(),
+            "layer": layer.block, "role": layer.role, **_expert(layer), "channel": range(len(share)), "share": share.tolist(),
             "gone": (100 * gone).tolist(), "back": (100 * back).tolist(), "net": (100 * (gone - back)).tolist(),
         }))  # fmt: skip
     return pd.concat(rows, ignore_index=True)
+
+
+def _expert(layer: LinearLayer) -> dict[str, object]:
+    """Return whose matrix it is, as a column that models without experts do not have."""
+    return {} if layer.expert is None else {"expert": layer.expert}
 
 
 def _aggregate(found: Calibrations, method: Method) -> Tensor:

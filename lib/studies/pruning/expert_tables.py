@@ -1,4 +1,4 @@
-"""What experts see of a calibration: tokens, matrices that fall back on their layer, and whether sinks go to particular experts."""
+"""What experts see of a calibration: tokens, matrices that fall back on their layer, and whether sinks go to other experts."""
 
 import pandas as pd
 import torch
@@ -57,8 +57,8 @@ def sink_routing_table(found: Calibrations, method: Method, *, seed: int, permut
         permutations: of the marks.
 
     Returns:
-        One row a layer: `sinks` and `tokens`; `distance`, the total variation between where choices of sinks and of all tokens go,
-        in [0, 1]; `low` and `high`, 95 % of what it is when as many tokens of each sample are marked at random; `p`, the share of
+        One row a layer: `sinks` and `tokens`; `distance`, the total variation between where choices of sinks and of all tokens
+        go, in [0, 1]; `low` and `high`, 95 % of what it is when as many tokens of each sample are marked at random; `p`, the share of
         permutations with at least that distance, the observed one among them. NaN without sinks; empty without experts.
 
     Raises:
@@ -111,8 +111,6 @@ def _routed(found: Calibrations, method: Method) -> dict[int, tuple[Routes, Bool
     built, model = found.set_of(method), found.bench.model
     assert built.token_weight is not None
     weight, ids = built.token_weight, built.input_ids
-    by_layer = (
-        weight if weight.dim() == 3 else weight.mean(2) if weight.dim() == 4 else weight.expand(len(model.by_block), -1, -1)
-    )
+    by_layer = weight.mean(2) if weight.dim() == 4 else weight.expand(len(model.by_block), *weight.shape[-2:])
     chosen = routes(model, ids, batch_size=found.bench.batch_size)
     return {block: (own, by_layer[block].flatten().cpu() < SINK) for block, own in chosen.items()}

@@ -51,7 +51,7 @@ def expected_overlap(sparsity: float) -> float:
 def overlap_table(found: Calibrations, first: Masks, second: Masks) -> pd.DataFrame:
     """Tabulate the overlap of two sets of masks by layer and role."""
     return pd.DataFrame([
-        {"layer": layer.block, "role": layer.role, **_expert(layer), "jaccard": removed_overlap(first[layer.name], second[layer.name])}
+        {**_place(layer), "jaccard": removed_overlap(first[layer.name], second[layer.name])}
         for layer in found.bench.model.layers
     ])  # fmt: skip
 
@@ -92,15 +92,16 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
         gone = (kept[layer.name] & ~weighted[layer.name]).float().mean(0)
         back = (~kept[layer.name] & weighted[layer.name]).float().mean(0)
         rows.append(pd.DataFrame({
-            "layer": layer.block, "role": layer.role, **_expert(layer), "channel": range(len(share)), "share": share.tolist(),
+            **_place(layer), "channel": range(len(share)), "share": share.tolist(),
             "gone": (100 * gone).tolist(), "back": (100 * back).tolist(), "net": (100 * (gone - back)).tolist(),
         }))  # fmt: skip
     return pd.concat(rows, ignore_index=True)
 
 
-def _expert(layer: LinearLayer) -> dict[str, object]:
-    """Return whose matrix it is, as a column that models without experts do not have."""
-    return {} if layer.expert is None else {"expert": layer.expert}
+def _place(layer: LinearLayer) -> dict[str, object]:
+    """Return the columns that say which matrix it is; a model without experts has none of these."""
+    own = {} if layer.expert is None else {"expert": layer.expert}
+    return {"layer": layer.block, "role": layer.role, **own}
 
 
 def _aggregate(found: Calibrations, method: Method) -> Tensor:

@@ -18,7 +18,7 @@ from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Method, Target, pattern_target
 from lib.quantization import joint
 from lib.quantization.rounding import Grid, round_to_nearest
-from lib.studies.joint import configurations, exported, runs
+from lib.studies.joint import configurations, exported, measured_formats, runs
 from lib.studies.joint.configurations import FORMATS
 from lib.studies.joint.runs import Recipe
 from lib.studies.pruning import runs as pruning_runs
@@ -120,6 +120,24 @@ def test_formats_are_offered_for_experts_and_whole_units_say_why_not(found: Cali
     for name, form in linear_formats.FORMATS.items():
         if form.removed:
             assert "mixture of experts" in str(linear_formats.model_refusal(model, form)), name
+
+
+def test_experts_are_timed_with_their_share_of_the_tokens(found: Calibrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eight experts a token: 40 tokens are 10 for each."""
+    prepared = configurations.prepare(found, [FORMATS["dense"]])
+    seen: dict[int, set[int]] = {}
+
+    def interleaved(calls: dict[str, Any], *, repeats: int, device: torch.device) -> dict[str, torch.Tensor]:
+        for call in calls.values():
+            modules, inputs = call.args
+            for module in modules:
+                seen.setdefault(id(module), set()).add(len(inputs))
+        return {name: torch.ones(repeats) for name in calls}
+
+    monkeypatch.setattr(measured_formats.clock, "interleaved", interleaved)
+    measured_formats.latency(prepared, rows=40, repeats=2)
+    for layer in found.bench.model.layers:
+        assert seen[id(layer.module)] == {10 if isinstance(layer.expert, int) else 40}
 
 
 # Files

@@ -77,8 +77,7 @@ def stream(
     Args:
         model: any loaded model; `visit` may change its weights.
         calibration: what it reads.
-        visit: called with the block's index and its statistics by the role that reads them (see `READS`). With Hessians it is
-            called many times for a block of experts, see `ready`.
+        visit: called with the block's index and its statistics by reading role; with Hessians of experts many times, see `ready`.
         hessian: collect outer products too.
         sequential: True computes the next block's input with the block as `visit` left it, False with the block as it was.
         batch_size: samples at one time; changes memory, and the result only by rounding.

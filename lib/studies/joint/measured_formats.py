@@ -117,7 +117,8 @@ def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> di
     for (name, form), module in prepared.modules.items():
         kernel = form if prepared.formats[form].kind == "dynamic" else DENSE
         own = prepared.modules[name, DENSE] if prepared.formats[form].kind == "packed" else module
-        key = (own.out_features, own.in_features, _biased(own), kernel, *own_rows.get(name, ()))
+        key: tuple[object, ...] = (own.out_features, own.in_features, _biased(own), kernel)
+        key += own_rows.get(name, ())
         alike.setdefault(key, {})[id(own)] = own
         of_layer[name, form] = key
     calls = {}

@@ -41,7 +41,7 @@ def test_counts_are_those_of_tokens_routed_by_hand(family: str, monkeypatch: pyt
     assert len(table) == 2 * 8
     routing = expert_tables.sink_routing_table(found, SINKS, seed=0, permutations=99)
     assert routing["sinks"].tolist() == [4, 4] and routing["tokens"].tolist() == [36, 36]
-    assert (routing["p"] >= 0.01).all()
+    assert min(routing["p"].tolist()) >= 0.01
 
 
 def routed(chosen: Tensor) -> Routes:

@@ -123,7 +123,8 @@ def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> di
         of_layer[name, form] = key
     calls = {}
     for key, modules in alike.items():
-        count = int(str(key[4])) if len(key) > 4 else rows
+        own = key[4:]
+        count = int(str(own[0])) if own else rows
         values = torch.randn(count, int(str(key[1])), generator=generator(seed, "latency", str(key)))
         inputs = values.to(prepared.model.device, prepared.model.network.dtype)
         calls[str(key)] = partial(_run, tuple(modules.values()), inputs)

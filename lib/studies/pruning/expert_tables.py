@@ -58,8 +58,8 @@ def sink_routing_table(found: Calibrations, method: Method, *, seed: int, permut
 
     Returns:
         One row a layer: `sinks` and `tokens`; `distance`, the total variation between where choices of sinks and of all tokens
-        go, in [0, 1]; `low` and `high`, 95 % of what it is when as many tokens of each sample are marked at random; `p`, the share
-        of permutations with at least that distance, the observed one among them. NaN without sinks; empty without experts.
+        go, in [0, 1]; `low` and `high`, 95 % of what it is when as many tokens of each sample are marked at random; `p`, the
+        share of permutations with at least that distance, the observed one among them. NaN without sinks; empty without experts.
 
     Raises:
         InputError: a method without sink weights.

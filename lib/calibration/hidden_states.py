@@ -48,6 +48,13 @@ class HiddenStates:
         stored, dtype = self._stored[block, batch]
         return read(stored, dtype=dtype, device=self.device)
 
+    def rows(self, block: int, batch: int, tokens: Int[Tensor, "row"]) -> Float[Tensor, "row feature"]:
+        """Return some of its tokens, by their flat numbers, on the device."""
+        if self.folder is None:
+            kept = self._kept[block, batch].flatten(0, 1)
+            return kept[tokens.to(kept.device)].to(self.device)
+        return self.get(block, batch).flatten(0, 1)[tokens.to(self.device)]
+
     def drop(self, block: int, batch: int) -> None:
         """Forget it, if it is there."""
         self._kept.pop((block, batch), None)

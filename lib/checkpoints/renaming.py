@@ -5,7 +5,7 @@ A plan says of every tensor of the network which stored ones it is made of. Load
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,24 @@ def plan(keys: Iterable[str], family: Family, config: Any, *, folder: object) ->
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             _check_experts(name, pieces, config)
     return made
+
+
+def unstacked(made: Plan) -> Plan:
+    """Return a plan in which every matrix of an expert has a name of its own, as checkpoints and lists of linear layers have it.
+
+    Args:
+        made: a plan. Stacks that are stored merged stay as they are.
+    """
+    found: Plan = {}
+    for name, pieces in made.items():
+        experts, _, kind = name.rpartition(".")
+        for piece in pieces:
+            if piece.expert < 0:
+                found.setdefault(name, []).append(piece)
+                continue
+            role = next(role for role, place in STACKS.items() if place == (kind, piece.half))
+            found[f"{experts}.{piece.expert}.{role}_proj.weight"] = [replace(piece, expert=-1, half=0)]
+    return found
 
 
 def shape(pieces: list[Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -55,6 +55,12 @@ What is left is a smaller dense network, which takes less memory and time as it 
 """
 
 
+WITHOUT_EXPERTS = """\
+removing whole experts with their rows of the router, without any training afterwards; a token is given to as many as before.
+What is left is a smaller network of the same kind.
+"""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a calibration read.
@@ -149,11 +155,12 @@ def write(
     require((reading is not None) == method.needs_calibration, rule, str(reading), "describe what was read, or leave it out")
     got = f"{pruner.measured_sparsity(model) if cut is None else cut:.2%}"
     name = f"{_base_name(model)}, {got} of its block weights pruned"
+    how = ZEROED if cut is None else WITHOUT_EXPERTS if model.has_experts else CUT
     parts = [
         f"---\n{_front_matter(model, license_id)}\n---\n\n# {name}\n",
-        f"Made from `{_base_name(model)}` by {ZEROED if cut is None else CUT}",
+        f"Made from `{_base_name(model)}` by {how}",
         "## What was done\n",
-        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(target, got, cut), *_read(reading), _code()]),
+        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(model, target, got, cut), *_read(reading), _code()]),
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
@@ -207,14 +214,16 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _how_much(target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
+def _how_much(model: LanguageModel, target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
     if cut is not None:
-        yield "asked for", f"{target.sparsity:.1%} of the key-value groups and MLP channels of every block, rounded down"
+        what = "experts of every block that has them" if model.has_experts else "key-value groups and MLP channels of every block"
+        yield "asked for", f"{target.sparsity:.1%} of the {what}, rounded down"
         yield "measured", f"{got} of the weights of the blocks gone; embedding, norms and head are dense"
         return
     exact = "" if target.removed is None else ", exact numbers by layer"
     yield "sparsity asked for", f"{target.sparsity:.1%} of every matrix of a block{exact}"
-    yield "sparsity measured", f"{got} exact zeros in these matrices; embedding, norms and head are dense"
+    others = "embedding, norms, routers and head" if model.has_experts else "embedding, norms and head"
+    yield "sparsity measured", f"{got} exact zeros in these matrices; {others} are dense"
     yield "pattern", target.pattern
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lib.checkpoints import facts
 from lib.checkpoints.files import local_path, read_json
 from lib.core.config import typed_path
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.provenance import PARTIAL, write_text
 from lib.models.language_model import LanguageModel
 
@@ -104,7 +104,8 @@ def save_packed(
 
     Raises:
         InputError: the folder exists, an unknown name, shapes or bits that do not fit, scales that the dtype of the network
-            cannot hold, or weights that are not what the codes say.
+            cannot hold, weights that are not what the codes say, or a mixture of experts: transformers 5.23 stacks their
+            matrices and leaves those of a packed file at random, without a word.
 
     Source: compressed-tensors 0.20.0, `compressors/pack_quantized`. Whatever dtype scales have in the file, they are read in the
         dtype of the network, so they must be exact in it: bfloat16 ones are in float32 and bfloat16 networks.
@@ -114,6 +115,8 @@ def save_packed(
 
     check_quantized(model, quantized)
     check_kept(model, kept)
+    remedy = "transformers cannot unpack experts, use save_sparse or save_plain"
+    require(not model.has_experts, "a packed checkpoint must be of a dense model", f"the experts of {model.name}", remedy)
     weights = state(model)
     for name, weight in quantized.items():
         del weights[name]
@@ -184,11 +187,19 @@ def write_beside(
 
 
 def state(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the tensors of the network by name, without the LM head when it is the embedding."""
-    weights = {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+    """Return the tensors of the network by name, without the LM head when it is the embedding.
+
+    Matrices of experts are copies: they are parts of one storage, which writers of files refuse.
+    """
+    weights = {name: _whole(tensor.detach()) for name, tensor in model.network.state_dict().items()}
     if model.network.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is all of its storage."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _quantization_config(model: LanguageModel, quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A loaded network with what this project asks of it: its prunable layers, its tokenizer, and logits where they are wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -13,9 +14,11 @@ from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models import visibility
+from lib.models.experts import experts_of, shared_expert
 from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ExpertNumber = int | Literal["shared"]
 BY_BLOCKS: tuple[Attention, ...] = ("block-causal", "context-causal")
 
 ROLES: dict[Role, str] = {
@@ -27,16 +30,21 @@ ROLES: dict[Role, str] = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+MLP: tuple[Role, ...] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One prunable matrix: block number, role in it, parameter name, and the module."""
+    """One prunable matrix: block number, role in it, parameter name, the module, and whose expert's it is, if any.
+
+    `expert` is a number for those that the router chooses, and `"shared"` for the one that every token passes.
+    """
 
     block: int
     role: Role
     name: str
     module: torch.nn.Linear = field(repr=False, compare=False)
+    expert: ExpertNumber | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class LanguageModel:
         mask_token_id: None for an autoregressive model.
         logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
         is_causal: whether attention looks at earlier positions only.
-        layers: the prunable linear layers, block by block in the order q k v o gate up down.
+        layers: the prunable linear layers, block by block in the order q k v o gate up down; where a block has experts, gate up
+            down of each, then of the shared one. Routers and their biases are none.
         fingerprint: hash of config and weights.
         attention: which keys a query may see.
         block_length: positions of a block where attention goes by blocks, else None.
@@ -90,6 +99,23 @@ class LanguageModel:
         """Tell whether attention goes by blocks, so that a pass needs a mask which says where they lie."""
         return self.attention in BY_BLOCKS
 
+    @cached_property
+    def by_block(self) -> dict[int, tuple[LinearLayer, ...]]:
+        """The linear layers of each block, in their order."""
+        found: dict[int, list[LinearLayer]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.block, []).append(layer)
+        return {block: tuple(layers) for block, layers in found.items()}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router chooses some of the layers."""
+        return any(map(self.has_experts_in, self.by_block))
+
+    def has_experts_in(self, block: int) -> bool:
+        """Tell whether a block is a mixture of experts."""
+        return any(layer.expert is not None for layer in self.by_block[block])
+
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
         notes: dict[str, object] = {"notes": list(self.notes)} if self.notes else {}
@@ -118,21 +144,33 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
 
 
 def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
-    """Return the table of prunable linear layers by block and role.
+    """Return the table of prunable linear layers by block, role and expert.
 
     Raises:
-        InputError: nothing to prune under the expected names.
+        InputError: nothing to prune under the expected names, or experts that are not linear layers yet.
     """
     found = []
     for block, layer in enumerate(cast(Any, network.get_decoder()).layers):
-        modules = dict(layer.named_modules())
-        for role, path in ROLES.items():
-            module = modules.get(path)
-            if isinstance(module, torch.nn.Linear):  # not in a mixture of experts
-                found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
+        for role, path, expert in _places(layer):
+            module = cast(torch.nn.Linear, layer.get_submodule(path))
+            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module, expert))
     if not found:
         raise InputError("a network must have decoder blocks to prune, got none: check num_hidden_layers in its config")
     return tuple(found)
+
+
+def _places(block: torch.nn.Module) -> Iterator[tuple[Role, str, ExpertNumber | None]]:
+    """Yield role, path in the block and expert of every prunable matrix of a decoder block."""
+    experts, shared = experts_of(block), shared_expert(block)
+    for role, path in ROLES.items():
+        if experts is None or role not in MLP:
+            yield role, path, None
+    owners: dict[ExpertNumber, str] = {number: f"mlp.experts.{number}" for number in range(len(experts or ()))}
+    if shared is not None:
+        owners["shared"] = shared[0]
+    for owner, path in owners.items():
+        for role in MLP:
+            yield role, f"{path}.{role}_proj", owner
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from lib.checkpoints.families import Family
 from lib.checkpoints.files import read_json
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
-from lib.models import spread
+from lib.models import experts, spread
 from lib.models.language_model import LanguageModel, linear_layers
 
 
@@ -120,7 +120,7 @@ def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, n
     """Put a network together with all that its folder says.
 
     Args:
-        network: in evaluation mode.
+        network: in evaluation mode; its experts become linear layers, if they are not yet.
         found: what the folder says.
         source: where it was loaded from.
         name: short name; the last part of the source when None.
@@ -133,7 +133,7 @@ def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, n
         source=source,
         network=network,
         tokenizer=found.tokenizer,
-        layers=linear_layers(network),
+        layers=linear_layers(experts.as_linears_(network)),
         fingerprint=lookup.fingerprint(found.folder),
         notes=contents.notes(found.folder),
         **dataclasses.asdict(found.facts),
@@ -179,7 +179,7 @@ def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
         loaded = found.network.from_pretrained(
             None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
         )
-    return cast(PreTrainedModel, loaded)
+    return experts.as_linears_(cast(PreTrainedModel, loaded))
 
 
 def _joined(made: renaming.Plan, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from lib.checkpoints.files import check_safetensors
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
-from lib.models import export, loading
+from lib.models import experts, export, loading
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
@@ -87,7 +87,7 @@ def stored_tensors(found: loading.Opened) -> dict[str, StoredTensor]:
     }
     rotary = {name: _as_stored(where.pop(name)) for name in list(where) if name.endswith(contents.FREQUENCIES)}
     contents.without_frequencies(rotary, found.config)
-    made = renaming.plan(where, found.family, found.config, folder=found.files)
+    made = renaming.unstacked(renaming.plan(where, found.family, found.config, folder=found.files))
     loading.untie_(found.config, made, lambda key: mapped(where[key]))
     for name, pieces in made.items():
         rule, remedy = "a streamed matrix must lie in one piece", "load the model whole"
@@ -111,10 +111,12 @@ def _network(
     """Build the network without weights, read those that stay, and let the others be fetched."""
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+        experts.as_linears_(network)
     network.eval().requires_grad_(False)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
-    kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
+    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # some stay in float32
+    kept = {name: read(place, dtype=own[name], device=device) for name, place in stored.items() if name not in names}
     network.load_state_dict(kept, strict=False, assign=True)
     network.requires_grad_(False).tie_weights()
     for module in network.modules():
@@ -166,7 +168,7 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
     """
     require(max_shard_bytes > 0, "max_shard_bytes must be positive", str(max_shard_bytes), f"the default is {SHARD_BYTES}")
     # a tied head is there once, streamed matrices without values
-    tensors = {**dict(model.network.named_parameters()), **_kept_buffers(model.network)}
+    tensors = {**dict(model.network.named_parameters()), **kept_buffers(model.network)}
     plan = split_torch_state_dict_into_shards(cast(Any, tensors), max_shard_size=max_shard_bytes)
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -178,13 +180,13 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
     return Path(folder)
 
 
-def _kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the buffers that belong to a checkpoint, such as the bias of a router."""
-    owners = {name: network.get_submodule(name.rpartition(".")[0]) for name, _ in network.named_buffers()}
+def kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, such as the biases of a router, by name."""
     return {
-        name: buffer
-        for name, buffer in network.named_buffers()
-        if name.rpartition(".")[2] not in owners[name]._non_persistent_buffers_set
+        f"{name}.{key}": buffer
+        for name, module in network.named_modules()
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
     }
 
 

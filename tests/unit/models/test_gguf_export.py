@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.core.config import ROOT
 from lib.core.errors import InputError
-from lib.models import gguf_export, gguf_tokenizer, loading
+from lib.models import loading
 from lib.models.export import Kept, QuantizedWeight
-from lib.models.gguf_export import GgufFile, save_gguf
+from lib.models.gguf import export as gguf_export
+from lib.models.gguf import tokenizer as gguf_tokenizer
+from lib.models.gguf.export import GgufFile, save_gguf
 from lib.models.language_model import LanguageModel
 from lib.pruning import shrink
 from lib.quantization.rounding import Grid, round_to_nearest

@@ -11,8 +11,9 @@ from torch import Tensor
 from lib.attention import masses, sinks
 from lib.attention.blocking import KeyBlocker, largest_keys
 from lib.calibration import measured_weights, one_shot, sets
+from lib.calibration.reads import statistics_of
 from lib.calibration.sets import Inputs
-from lib.calibration.statistics import CalibrationSet, statistics_of
+from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.decoding import late_steps, refresh
 from lib.decoding.decoder import DecodingPlan, decode

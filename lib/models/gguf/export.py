@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lib.core.errors import InputError, require
 from lib.core.provenance import replacing
 from lib.models.export import Kept, QuantizedWeight, check_kept, check_quantized, state
-from lib.models.gguf_tokenizer import write_tokenizer
+from lib.models.gguf.tokenizer import write_tokenizer
 from lib.models.language_model import LanguageModel
 
 BLOCK = 32  # neighbours in a row that share a scale, in both formats of codes

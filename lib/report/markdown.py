@@ -7,12 +7,10 @@ from typing import Any
 
 from lib.core import config, provenance
 from lib.core.errors import InputError
-from lib.report.results import interval_text, load_results
+from lib.report.results import SIGNS, interval_text, load_results
 
 PROFILE = "full"  # the only profile with enough prompts, windows and calibrations for a verdict, and whose results git tracks
 README, VERDICT_PAGE = "README.md", "docs/verdicts.md"
-# A reader tells them apart without colour.
-SIGNS = {"reproduced": "✔", "not reproduced": "✘", "inconclusive": "?", "not tested": "–"}
 # What the first page shows of all claims: notebook, key, model.
 HEADLINES = (
     ("01", "ar-sinks-stay-first", "smollm2"),

@@ -28,7 +28,7 @@ def test_block_lists_claims_and_notebooks(pages: Path) -> None:
     assert markdown.verdict_block().splitlines() == [
         "| claim | verdict | estimate [95 % interval] | n | model | source | rule | note |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| Sinks move. | ✔ **reproduced** | 2.00 [1.50, 2.50] positions | 8 | dlm | paper, abstract | {CLAIM['rule']} |  |",
+        f"| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 | dlm | paper, abstract | {CLAIM['rule']} |  |",
         f"| Sinks move. | – **not tested** | - | 0 | smollm2 | paper, abstract | {CLAIM['rule']} | no file |",
         "",
         "- [Notebook 01](../notebooks/01_sink_traces.ipynb), Do sinks move? (full, commit "
@@ -41,7 +41,7 @@ def test_headlines_are_the_chosen_claims_that_were_run(pages: Path, monkeypatch:
     asked = (("02", "none-such", "dlm"), ("01", "sinks-move", "dlm"))
     monkeypatch.setattr(markdown, "HEADLINES", asked)
     assert markdown.headline_block().splitlines()[2:] == [
-        "| Sinks move. | ✔ **reproduced** | 2.00 [1.50, 2.50] positions | dlm | [01](notebooks/01_sink_traces.ipynb) |"
+        "| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | dlm | [01](notebooks/01_sink_traces.ipynb) |"
     ]
 
 

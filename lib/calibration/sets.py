@@ -18,7 +18,7 @@ from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.diffusion import likelihood, sampler
+from lib.diffusion import likelihood, noise, sampler
 from lib.diffusion.sampler import DenoisingStep
 from lib.models.language_model import LanguageModel
 
@@ -179,7 +179,7 @@ def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[flo
     if levels < 1:
         raise InputError(f"noise levels must be at least 1, got {levels}: the release uses {GRID_STEPS}")
     if kind == "uniform":
-        return likelihood.stratified_times(levels, generator=generator(seed, "calibration times", window)).tolist()
+        return noise.stratified_times(levels, generator=generator(seed, "calibration times", window)).tolist()
     steps = levels if kind == "grid" else levels + 1
     return [(level + 1) / steps for level in range(levels)]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.core.runtime import generator
+from lib.diffusion.noise import NOISE_EPS, stratified_times
 from lib.models.language_model import LanguageModel, logits_at
 
 Schedule = Literal["llada", "dream"]
 CountRule = Literal["stratified", "release"]
-NOISE_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,6 @@ class Noised:
     input_ids: Int[Tensor, "batch position"]
     is_masked: Bool[Tensor, "batch position"]
     mask_rate: Float[Tensor, "batch"]
-
-
-def stratified_times(batch: int, *, generator: torch.Generator) -> Float[Tensor, "batch"]:
-    """Draw one diffusion time per row, one from each of `batch` equal parts of [0, 1).
-
-    Source: LLaDA and MDLM draw the times of a batch on a shifted grid, which lowers the variance of the loss.
-
-    >>> times = stratified_times(4, generator=torch.Generator().manual_seed(0))
-    >>> sorted((times * 4).long().tolist())
-    [0, 1, 2, 3]
-    """
-    offset = torch.rand((), generator=generator)
-    return (offset + torch.arange(batch) / batch) % 1.0
 
 
 def forward_noise(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment if needed, run the notebooks, build the report. ./run_all.sh --help says more.
 set -eu
+export SINKS_CWD="${SINKS_CWD:-$PWD}"  # relative paths start where the command was typed
 cd "$(dirname "$0")"
 
 fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }

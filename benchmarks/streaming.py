@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.calibration.hidden_states import States
-from lib.checkpoints import layouts
+from lib.checkpoints import renaming
 from lib.core.provenance import write_json
 from lib.core.runtime import generator
 from lib.models import export, loading, streaming
@@ -89,7 +89,7 @@ def write_random(folder: Path, shape: Shape, *, positions: int) -> Path:
     sizes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (hidden, hidden))
     sizes |= {"ff_proj": (mlp, hidden), "up_proj": (mlp, hidden), "ff_out": (hidden, mlp)}
     block = {name: _random(size, stream) for name, size in sizes.items()}
-    block |= {name: torch.ones(hidden, dtype=torch.bfloat16) for name in layouts.LLADA_BLOCK.keys() - block.keys()}
+    block |= {name: torch.ones(hidden, dtype=torch.bfloat16) for name in renaming.LLADA_BLOCK.keys() - block.keys()}
     index: dict[str, str] = {}
     top = {"wte": _random((shape.vocab, hidden), stream), "ff_out": _random((shape.vocab, hidden), stream)}
     top["ln_f"] = torch.ones(hidden, dtype=torch.bfloat16)

@@ -11,8 +11,6 @@ step, and glibc keeps every size it has seen.
 import argparse
 import csv
 import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,8 +19,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,6 +28,7 @@ from lib.core.runtime import generator
 from lib.diffusion.likelihood import forward_noise
 from lib.texts import articles as data
 from recipes import corpus, tokenizer
+from recipes.family.recipe import learning_rate, load_state, make_optimizers, save_state, update_
 
 
 @dataclass(frozen=True)
@@ -134,52 +131,6 @@ def held_out_loss(model: LlamaForCausalLM, windows: Tensor, *, objective: str, r
     return total / len(windows)
 
 
-def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    outside = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    return [
-        torch.optim.Muon(inside, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Warm-up, plateau, linear decay to zero: the plateau does not depend on the budget, so a run can be lengthened."""
-    decay_steps = max(1, math.ceil(recipe.steps * recipe.decay_fraction))
-    return recipe.learning_rate * min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / decay_steps, 1.0)
-
-
-def save_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Write weights, optimizer moments and progress to one safetensors file, atomically."""
-    tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in model.named_parameters()}
-    for number, optimizer in enumerate(optimizers):
-        for index, entry in optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
-                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(tensors, str(partial), metadata={"state": json.dumps(state)})
-    os.replace(partial, path)
-
-
-def load_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Restore what `save_state` wrote; returns its `state`."""
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-    for number, optimizer in enumerate(optimizers):
-        packed = optimizer.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                index, key = name.split(".")[2:]
-                packed["state"].setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict(packed)
-    return json.loads(metadata["state"])
-
-
 def train(objective: str, recipe: Recipe, *, out: Path, work: Path, compile_network: bool, save_every: int = 200) -> None:
     """Train until the token budget is spent, resuming from `work` when a state is there; write the model to `out`."""
     work.mkdir(parents=True, exist_ok=True)
@@ -207,12 +158,7 @@ def train(objective: str, recipe: Recipe, *, out: Path, work: Path, compile_netw
         with autocast(device):
             loss, _ = weighted_loss(model, network, ids, objective=objective, rng=generator(recipe.seed, "masking", step))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
+        update_(model, optimizers, rate=learning_rate(step, recipe))
         state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - started
         last = step + 1 == recipe.steps
         if (step + 1) % save_every == 0 or last:

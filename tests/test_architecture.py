@@ -24,6 +24,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MOST_MODULES = 12
 PURE = {
+    "models": ("visibility",),
     "attention": ("sinks", "variance", "stability", "planted"),
     "calibration": ("token_weights",),
     "pruning": ("importances", "sparsegpt", "structured", "allocation"),
@@ -199,6 +200,10 @@ def test_no_foreign_code_and_no_pickle_is_run(path: Path) -> None:
         assert call not in ("torch.load", "pickle.load", "pickle.loads", "eval", "exec"), f"{call} runs what a file says"
         trusting = [key for key in node.keywords if key.arg == "trust_remote_code" and ast.unparse(key.value) != "False"]
         assert not trusting, f"{call} would run code of a checkpoint"
+        asking = (
+            "Auto" in call and call.endswith(".from_pretrained") and "trust_remote_code" not in [key.arg for key in node.keywords]
+        )
+        assert not asking, f"{call} would ask whether to run code of a checkpoint: say trust_remote_code=False"
 
 
 @every_program

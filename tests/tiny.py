@@ -1,6 +1,7 @@
 """Tiny random checkpoints for tests, and slow formulas to compare with."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from lib.models import loading
-from lib.models.language_model import LanguageModel
+from lib.models import experts, loading
+from lib.models.language_model import LanguageModel, linear_layers
 
 PARITY = Path(__file__).resolve().parent / "parity"
 LLADA = PARITY / "llada_tiny"
@@ -61,6 +73,56 @@ def folder(path: Path, *, shard_size: str = "1GB", dtype: torch.dtype = torch.fl
 def model(path: Path, **options: Any) -> LanguageModel:
     """Save a tiny network and load it as the library does."""
     return loading.load(folder(path, **options))
+
+
+def copied(source: Path, path: Path) -> Path:
+    """Copy a checkpoint that a test may change, without what was recorded of it."""
+    return Path(shutil.copytree(source, path, ignore=shutil.ignore_patterns("expected*", "rope_cases*")))
+
+
+MIXTURES = ("qwen3_moe", "glm4_moe")  # LLaDA-MoE and LLaDA 2 as transformers knows them
+
+
+def stacked(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build a bidirectional mixture of experts as transformers makes it, its experts in stacks; one block in three is dense."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 16, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
+        "max_position_embeddings": 64, "initializer_range": 0.3, "tie_word_embeddings": False, "use_cache": False,
+    }  # fmt: skip
+    if family == "qwen3_moe":
+        own: dict[str, Any] = {"num_experts": 8, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [1]}
+        config: Any = Qwen3MoeConfig(**{**shape, **own, **changes})
+        network_class: Any = Qwen3MoeForCausalLM
+    else:
+        own = {
+            "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+            "norm_topk_prob": True, "routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": False,
+            "num_mtp_layers": 0,
+        }  # fmt: skip
+        config, network_class = Glm4MoeConfig(**{**shape, **own, **changes}), Glm4MoeForCausalLM
+    config.is_causal, config.mask_token_id = False, MASK
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = network_class(config).eval().requires_grad_(False)
+        for name, buffer in network.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)
+    network.set_attn_implementation("sdpa")
+    return network
+
+
+def of_network(network: PreTrainedModel, **changes: Any) -> LanguageModel:
+    """Make a diffusion model of a network that lies nowhere; its experts become linear layers."""
+    layers = linear_layers(experts.as_linears_(network))
+    values: dict[str, Any] = {"tokenizer": None, "mask_token_id": MASK, "logit_shift": 0, "is_causal": False, "fingerprint": ""}
+    source = loading.ModelSource("tiny")
+    return LanguageModel(name="tiny", source=source, network=network, layers=layers, **{**values, **changes})
+
+
+def mixture(family: str, **changes: Any) -> LanguageModel:
+    """Make a model of `stacked(family, **changes)`."""
+    return of_network(stacked(family, **changes))
 
 
 def edit_config(path: Path, **changes: Any) -> Path:

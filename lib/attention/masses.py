@@ -7,7 +7,7 @@ probabilities over the queries, a chunk of queries at a time.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,11 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lib.attention import sinks
 from lib.attention.recorder import QUERY_CHUNK, Extra, MassRecorder, probabilities
 from lib.core.errors import InputError
-from lib.models.language_model import LanguageModel, network_body
+from lib.models import visibility
+from lib.models.language_model import LanguageModel, network_body, own_mask
 
-__all__ = ["MassRecorder", "blocking", "probabilities", "read_prefixes", "record", "sink_mass"]
+__all__ = ["MassRecorder", "blocking", "per_viewer", "probabilities", "read_prefixes", "record", "sink_mass"]
 
 NAME = "sink_mass"
 Chooser = Callable[[int, Tensor], Tensor | None]  # (layer, mass [batch, head, key]) -> keys to block [batch, head, key], or None
@@ -39,16 +41,20 @@ def _recording_attention(
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     recorder, choose = _ACTIVE.get(), _CHOOSER.get()
     if recorder is not None:
-        # On a CPU the probabilities that are summed give the output too; a second softmax would cost as much as the first.
-        once = choose is None and attention_mask is None and query.device.type == "cpu" and query.dtype != torch.bfloat16
-        asked = {"scaling": scaling, "is_causal": is_causal, "value": value.detach() if once else None}
-        output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
+        # On a CPU the probabilities that are summed give the output too; a second softmax would cost as much as the first. They
+        # are float32 and carry no gradient.
+        plain = all(each.dtype == torch.float32 and not each.requires_grad for each in (query, key, value))
+        once = plain and choose is None and attention_mask is None and query.device.type == "cpu"
+        asked = {"scaling": scaling, "is_causal": is_causal, "value": value if once else None}
+        with torch.autocast(query.device.type, enabled=False):  # sums of rounded probabilities are off by a thousandth
+            output = recorder.add(query.detach(), key.detach(), attention_mask, **asked)
         recorder.add_values(value.detach())
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
     if choose is not None:
         own = MassRecorder()
-        own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
+        with torch.autocast(query.device.type, enabled=False):
+            own.add(query.detach(), key.detach(), attention_mask, scaling=scaling, is_causal=is_causal)
         blocked = choose(int(module.layer_idx), own.pop()[0, :, :, 0])  # type: ignore[arg-type]
         if blocked is not None:
             attention_mask = allowed_keys(attention_mask, blocked, queries=query.shape[2], is_causal=is_causal)
@@ -76,7 +82,7 @@ def record(
     *,
     query_chunk: int = QUERY_CHUNK,
     marks: Sequence[int] | None = None,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | Bool[Tensor, "_ 1 query key"] | None = None,
     keep: Collection[Extra] = (),
 ) -> Iterator[MassRecorder]:
     """Record the attention mass of every forward pass inside the context.
@@ -85,7 +91,8 @@ def record(
         model: any loaded model.
         query_chunk: queries handled at one time; changes memory, not the result.
         marks: rising prefix lengths for which a mass is kept (autoregressive models: every prefix of a text in one pass).
-        attention_mask: the mask given to the forward pass; its padding is excluded as query too.
+        attention_mask: the mask given to the forward pass; its padding is excluded as query too. In a ready mask of as many
+            queries as keys, padding is what does not see itself.
         keep: what to keep beside the masses, see `MassRecorder`.
 
     Yields:
@@ -98,7 +105,7 @@ def record(
     """
     if query_chunk < 1:
         raise InputError(f"query_chunk must be at least 1, got {query_chunk}: use the default")
-    real = None if attention_mask is None else attention_mask.bool()
+    real = None if attention_mask is None else _real_queries(attention_mask)
     recorder = MassRecorder(query_chunk, tuple(marks) if marks else None, real, keep)
     token = _ACTIVE.set(recorder)
     try:
@@ -106,6 +113,13 @@ def record(
             yield recorder
     finally:
         _ACTIVE.reset(token)
+
+
+def _real_queries(attention_mask: Tensor) -> Bool[Tensor, "batch query"] | None:
+    if attention_mask.dim() == 2:
+        return attention_mask.bool()
+    square = attention_mask.shape[2] == attention_mask.shape[3]
+    return attention_mask[:, 0].diagonal(dim1=-2, dim2=-1) if square else None
 
 
 @contextmanager
@@ -162,25 +176,51 @@ def sink_mass(
     model: LanguageModel,
     input_ids: Int[Tensor, "batch position"],
     *,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | Bool[Tensor, "_ 1 position position"] | None = None,
     query_chunk: int = QUERY_CHUNK,
+    by_viewer: bool | None = None,
 ) -> Float[Tensor, "layer batch head key"]:
     """Return the attention mass of each key, per layer and head, in one forward pass without the LM head.
 
     Args:
         model: any loaded model.
         input_ids: token ids.
-        attention_mask: 1 for real tokens, 0 for padding; padding gives and receives nothing.
+        attention_mask: 1 for real tokens, 0 for padding, or a ready mask; padding gives and receives nothing.
         query_chunk: queries handled at one time.
+        by_viewer: divide by the number of queries that may see a key, see `per_viewer`; None does so where attention goes by
+            blocks, and not for causal models, whose first keys have the most viewers too.
 
     Returns:
-        Column sums of the attention matrices: 1 on average over the real keys.
+        Column sums of the attention matrices, or what one viewer gives: 1 on average over the real keys.
 
     Source: incoming mass m(i), paper section 3.1 (there summed over layers and heads too).
     """
-    with record(model, query_chunk=query_chunk, attention_mask=attention_mask) as recorder:
-        network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return recorder.pop()[:, :, :, 0]
+    mask = attention_mask
+    if model.goes_by_blocks and (mask is None or mask.dim() == 2):
+        mask = own_mask(model, input_ids, real=None if mask is None else mask.bool())
+    with record(model, query_chunk=query_chunk, attention_mask=mask) as recorder:
+        network_body(model)(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        mass = recorder.pop()[:, :, :, 0]
+    if by_viewer is False or not model.goes_by_blocks:
+        return mass
+    return per_viewer(mass, cast(Tensor, mask))
+
+
+def per_viewer(
+    mass: Float[Tensor, "layer batch head key"], mask: Bool[Tensor, "batch_or_one 1 query key"]
+) -> Float[Tensor, "layer batch head key"]:
+    """Return what a query that may see a key gives it on average, scaled to mean 1 over the keys.
+
+    An early key of a model that looks backwards receives much because many see it; this takes that out, and leaves masses of full
+    attention as they are.
+
+    Args:
+        mass: column sums over the queries of the mask.
+        mask: under which they were recorded; padding sees nothing of itself.
+    """
+    real = _real_queries(mask)
+    seen = mask if real is None else mask & real[:, None, :, None]
+    return sinks.per_viewer(mass, visibility.viewers(seen)[None, :, None])
 
 
 @torch.inference_mode()

@@ -88,6 +88,9 @@ class MassRecorder:
                 probs = probabilities(query, key, mask, rows=(start, stop), scaling=scaling, is_causal=is_causal)
                 if value is not None:
                     outputs.append(attended(probs, value).to(query.dtype))
+                if start >= marks[-1]:  # of these only the output is wanted
+                    start = stop
+                    continue
                 real = None if self.query_is_real is None else self.query_is_real[:, start:stop]
                 if real is not None:
                     # where, not a product: a padding query may see no key at all, and its row is then NaN

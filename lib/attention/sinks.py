@@ -5,7 +5,7 @@ Masses have mean 1 over keys (see `mean_one`), so that a threshold means the sam
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,20 @@ def mean_one(mass: Float[Tensor, "*batch key"], real: Bool[Tensor, "*batch key"]
     if not bool((total > 0).all()):
         raise InputError("every row of masses must have a positive sum, got one without: record it with a forward pass first")
     return kept * real.sum(-1, keepdim=True) / total
+
+
+def per_viewer(mass: Float[Tensor, "*batch key"], viewers: Int[Tensor, "*shared key"]) -> Float[Tensor, "*batch key"]:
+    """Return the attention that a key receives from a query that may see it, scaled to mean 1 over the keys that are seen.
+
+    Args:
+        mass: attention received, summed over queries.
+        viewers: how many queries may see each key; broadcast.
+
+    >>> per_viewer(torch.tensor([3.0, 1.0]), torch.tensor([3, 1])).tolist()
+    [1.0, 1.0]
+    """
+    is_seen = (viewers > 0).expand(mass.shape)
+    return mean_one(mass / viewers.clamp(min=1), is_seen)
 
 
 def aggregate(mass: Float[Tensor, "layer batch head key"]) -> Float[Tensor, "batch key"]:
@@ -129,7 +143,12 @@ def rulli_count(mass: Float[Tensor, "*batch key"], *, epsilon: float = RULLI_EPS
 
 
 def gu_sink_rate(
-    column_sums: Float[Tensor, "*batch key"], *, is_causal: bool, epsilon: float = GU_EPSILON, real_keys: int | None = None
+    column_sums: Float[Tensor, "*batch key"],
+    *,
+    is_causal: bool,
+    epsilon: float = GU_EPSILON,
+    real_keys: int | None = None,
+    viewers: Int[Tensor, "key"] | None = None,
 ) -> Float[Tensor, "*batch key"]:
     """Return 1 where a key's mean received attention exceeds epsilon; average over layers and heads for the sink rate.
 
@@ -138,6 +157,7 @@ def gu_sink_rate(
         is_causal: key k is then seen by `real_keys` - k queries, else by all of them.
         epsilon: threshold on the mean attention, in [0, 1].
         real_keys: length of the sequence when the tensor is longer.
+        viewers: how many queries may see each key, where that is neither.
 
     Returns:
         Indicator per key. Gu's Sink_k is its mean over layers and heads at key k (k = 0 for the first token).
@@ -147,6 +167,7 @@ def gu_sink_rate(
     keys = column_sums.shape[-1] if real_keys is None else real_keys
     positions = torch.arange(column_sums.shape[-1], device=column_sums.device)
     seen_by = (keys - positions).clamp(min=1) if is_causal else torch.full_like(positions, keys)
+    seen_by = seen_by if viewers is None else viewers.to(seen_by.device).clamp(min=1)
     return ((column_sums / seen_by > epsilon) & (positions < keys)).float()
 
 
@@ -190,17 +211,24 @@ def dominant_position(mass: Float[Tensor, "*batch key"]) -> Int[Tensor, "*batch"
     return top_k_positions(mass, k=1)[..., 0]
 
 
-def wander_rate(positions: Int[Tensor, "*batch step"]) -> Float[Tensor, "*batch"]:
+def wander_rate(positions: Int[Tensor, "*batch step"], *, groups: Int[Tensor, "step"] | None = None) -> Float[Tensor, "*batch"]:
     """Return the share of steps at which the dominant sink is not at its most frequent position: 0 = it never moves.
 
     Args:
         positions: dominant position at each step.
+        groups: number of each step's group; a step is then compared with those of its own group only.
 
     >>> float(wander_rate(torch.tensor([0, 0, 0, 7])))
     0.25
+    >>> float(wander_rate(torch.tensor([0, 0, 0, 7]), groups=torch.tensor([0, 0, 0, 1])))
+    0.0
     """
     same = positions[..., :, None] == positions[..., None, :]
-    return 1.0 - same.sum(-1).max(-1).values / positions.shape[-1]
+    if groups is None:
+        return 1.0 - same.sum(-1).max(-1).values / positions.shape[-1]
+    counts = (same & (groups[:, None] == groups)).sum(-1)
+    most = sum(counts[..., groups == group].max(-1).values for group in groups.unique())
+    return 1.0 - cast(Tensor, most) / positions.shape[-1]
 
 
 TokenKind = Literal["mask", "bos", "special", "newline", "punctuation", "digit", "word start", "word piece"]

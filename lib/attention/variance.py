@@ -94,12 +94,16 @@ def centroid(mass: Float[Tensor, "*batch key"], marked: Bool[Tensor, "*batch key
     return (kept * torch.arange(mass.shape[-1], device=mass.device)).sum(-1) / kept.sum(-1)
 
 
-def temporal_variance(centroids: Float[Tensor, "*batch step"], *, length: int = 1) -> Float[Tensor, "*batch"]:
+def temporal_variance(
+    centroids: Float[Tensor, "*batch step"], *, length: int = 1, groups: Int[Tensor, "step"] | None = None
+) -> Float[Tensor, "*batch"]:
     """Return the (population) variance of the centroid over the steps that have sinks.
 
     Args:
         centroids: one per step, NaN where a step has no sink.
         length: divide positions by it first, the same at all steps; the final length makes texts of different length comparable.
+        groups: number of each step's group; the variance is then that within groups. Where a text is written by blocks they are
+            the blocks: that the next one stands further right is no movement.
 
     Returns:
         Variance in squared tokens, or in squared fractions of the sequence; NaN where no step has a sink.
@@ -110,9 +114,14 @@ def temporal_variance(centroids: Float[Tensor, "*batch step"], *, length: int = 
     1.0
     >>> float(temporal_variance(torch.tensor([2.0, 4.0]), length=4))
     0.0625
+    >>> float(temporal_variance(torch.tensor([2.0, 4.0, 7.0, 9.0]), groups=torch.tensor([0, 0, 1, 1])))
+    1.0
     """
     scaled = centroids / length
-    return ((scaled - scaled.nanmean(-1, keepdim=True)) ** 2).nanmean(-1)
+    if groups is None:
+        return ((scaled - scaled.nanmean(-1, keepdim=True)) ** 2).nanmean(-1)
+    parts = [scaled[..., groups == group] for group in groups.unique()]
+    return torch.cat([(part - part.nanmean(-1, keepdim=True)) ** 2 for part in parts], -1).nanmean(-1)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ class HiddenStates:
         stored, dtype = self._stored[block, batch]
         return read(stored, dtype=dtype, device=self.device)
 
+    def rows(self, block: int, batch: int, tokens: Int[Tensor, "row"]) -> Float[Tensor, "row feature"]:
+        """Return some of its tokens, by their flat numbers, on the device."""
+        if self.folder is None:
+            kept = self._kept[block, batch].flatten(0, 1)
+            return kept[tokens.to(kept.device)].to(self.device)
+        return self.get(block, batch).flatten(0, 1)[tokens.to(self.device)]
+
     def drop(self, block: int, batch: int) -> None:
         """Forget it, if it is there."""
         self._kept.pop((block, batch), None)
@@ -88,18 +95,21 @@ class ReachedError(Exception):
 
 def first_inputs(
     model: LanguageModel, ids: Int[Tensor, "sample position"], states: HiddenStates, batch_size: int
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Put what the first block reads, batch by batch, where hidden states wait.
 
     Returns:
-        The other arguments of the first block, which are the same for all batches and blocks.
+        The other arguments of the first block by batch: the same for all blocks, and but for the mask for all batches.
     """
-    options: dict[str, Any] = {}
+    options: list[dict[str, Any]] = []
     numbers = iter(range(len(ids)))
 
     def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
         states.put(0, next(numbers), arguments[0])
-        options.update(named)
+        before = options[-1] if options else named
+        mask, kept = named.get("attention_mask"), before.get("attention_mask")
+        is_same = mask is None or kept is None or (mask.shape == kept.shape and torch.equal(mask, kept))
+        options.append(before if is_same else {**before, "attention_mask": mask})
         raise ReachedError
 
     first = cast(Any, model.network.get_decoder()).layers[0]

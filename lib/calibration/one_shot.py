@@ -1,6 +1,7 @@
 """Statistics of all blocks of the dense model at once, for one-shot methods: token weights and norms from one forward pass."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,11 @@ from torch import Tensor
 
 from lib.attention import masses
 from lib.calibration.hidden_states import States, waiting
-from lib.calibration.statistics import (  # fmt: skip
-    READS,
-    CalibrationSet,
-    InputStatistics,
-    Weights,
-    add_shared,
-    add_weighted,
-    check_masses,
-    check_weights,
-    new_statistics,
-    of_layer,
-    reading,
-    stream,
-)
-from lib.models.language_model import LanguageModel, Role, network_body
+from lib.calibration.reads import READS, Read, add_read, new_statistics, reading
+from lib.calibration.statistics import CalibrationSet, Weights, check_masses, check_weights, of_layer, stream
+from lib.calibration.sums import InputStatistics, add_shared
+from lib.models import experts
+from lib.models.language_model import LanguageModel, LinearLayer, Role, network_body, own_mask
 
 LEAST_BUDGET = 2**28  # bytes of kept inputs that are allowed beside the smallest model
 
@@ -33,8 +24,17 @@ LEAST_BUDGET = 2**28  # bytes of kept inputs that are allowed beside the smalles
 def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
     """Return how much memory the inputs of all linear layers of one batch take, in bytes."""
     # `v` reads the same tensor as `q`: it is kept twice by name, not in memory
-    width = sum(layer.module.in_features for layer in model.layers if READS[layer.role] == layer.role)
-    return width * samples * positions * model.layers[0].module.weight.element_size()
+    chosen = experts.choices(model.network)
+    width = sum(_kept_width(model, layer, chosen) for layer in model.layers if READS[layer.role] == layer.role)
+    return math.ceil(width * samples * positions) * model.layers[0].module.weight.element_size()
+
+
+def _kept_width(model: LanguageModel, layer: LinearLayer, chosen: int) -> float:
+    """Return how many numbers of a token are kept for a layer: of experts those that it went to, what they share once."""
+    if layer.expert is None or layer.expert == "shared":
+        return 0 if layer.expert == "shared" and layer.role == "gate" else layer.module.in_features
+    there = sum(other.role == "gate" and isinstance(other.expert, int) for other in model.by_block[layer.block])
+    return layer.module.in_features * (chosen if layer.role == "down" else 1) / there
 
 
 @torch.no_grad()
@@ -63,11 +63,20 @@ def dense_statistics(
     Raises:
         InputError: as `calibration.stream`; another place for states, or a scratch folder that is not there.
     """
-    collected: list[dict[Role, InputStatistics]] = []
+    collected: list[dict[Role, InputStatistics]] = [{} for _ in model.by_block]
     with waiting(states, model.device, scratch) as place:
         given: dict[str, Any] = {"hessian": hessian, "sequential": False, "batch_size": batch_size, "states": place}
-        stream(model, calibration, lambda _, found: collected.append(found), **given)
+        stream(model, calibration, lambda block, found: _merge_(collected[block], found), **given)
     return collected
+
+
+def _merge_(known: dict[Role, InputStatistics], found: Mapping[Role, InputStatistics]) -> None:
+    """Put statistics of a block that come one after another together: those with a Hessian in the place of norms."""
+    for role, new in found.items():
+        experts_so_far = known[role].experts if role in known else {}
+        if role not in known or new.products is not None:
+            known[role] = new
+        known[role].experts = {**experts_so_far, **new.experts}
 
 
 @torch.no_grad()
@@ -95,19 +104,18 @@ def shared_statistics(
     found = [[new_statistics(model, block, hessian=False, by_head=by_head) for block in blocks] for by_head in is_by_head]
     for rows in torch.arange(len(input_ids)).split(batch_size):
 
-        def add(read: tuple[int, Role, Tensor], rows: Tensor = rows) -> None:
+        def add(read: Read, rows: Tensor = rows) -> None:
             """Add what one layer read to the statistics of every weight."""
-            block, role, inputs = read
             alike: list[tuple[InputStatistics, Tensor | None]] = []
             for of_weight, weight, by_head in zip(found, weights, is_by_head, strict=True):
-                layer = of_layer(weight, block)
+                layer = of_layer(weight, read.block)
                 part = None if layer is None else layer[rows]
-                if by_head:
-                    add_weighted(of_weight[block], role, inputs, part)
-                elif role in of_weight[block]:
-                    alike.append((of_weight[block][role], part))
+                if by_head or read.routing is not None or read.expert is not None:
+                    add_read(of_weight[read.block], read, part)
+                elif read.role in of_weight[read.block]:
+                    alike.append((of_weight[read.block][read.role], part))
             if alike:
-                add_shared([each for each, _ in alike], inputs, [part for _, part in alike])
+                add_shared([each for each, _ in alike], read.inputs, [part for _, part in alike])
 
         with reading(model, blocks, add):
             network_body(model)(input_ids=input_ids[rows].to(model.device), use_cache=False)
@@ -146,10 +154,12 @@ def one_shot_statistics(
     fitting = budget // input_bytes(model, samples=1, positions=input_ids.shape[1])
     fits, found = fitting > 0, list[dict[Role, InputStatistics]]()
     for batch in input_ids.split(min(batch_size, fitting) if fits else batch_size):
-        kept: list[tuple[int, Role, Tensor]] = []
+        kept: list[Read] = []
         with masses.record(model) as recorder, reading(model, blocks if fits else (), kept.append):
             network_body(model)(input_ids=batch.to(model.device), use_cache=False)
             mass = recorder.pop()[:, :, :, 0]
+        if model.goes_by_blocks:
+            mass = masses.per_viewer(mass, own_mask(model, batch.to(model.device)))
         check_masses(model, mass)
         weight = weigh(mass)
         found = found or [new_statistics(model, block, hessian=False, by_head=weight.dim() == 4) for block in blocks]
@@ -169,7 +179,6 @@ def default_budget(model: LanguageModel) -> int:
     return max(LEAST_BUDGET, weights // 2)
 
 
-def _add_read(found: Sequence[dict[Role, InputStatistics]], weight: Tensor, read: tuple[int, Role, Tensor]) -> None:
+def _add_read(found: Sequence[dict[Role, InputStatistics]], weight: Tensor, read: Read) -> None:
     """Add what one layer read, weighted, to its statistics."""
-    block, role, inputs = read
-    add_weighted(found[block], role, inputs, of_layer(weight, block))
+    add_read(found[read.block], read, of_layer(weight, read.block))

@@ -16,11 +16,11 @@ from lib.calibration.hidden_states import ReachedError
 from lib.calibration.measured_weights import Masses
 from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, noise, sampler
-from lib.diffusion.sampler import DenoisingStep
-from lib.models.language_model import LanguageModel
+from lib.diffusion.commits import DenoisingStep
+from lib.models.language_model import LanguageModel, blocks_of
 
 Times = Literal["grid", "grid_below_one", "uniform"]
 GRID_STEPS = 10  # the release takes every fifth of 50 steps
@@ -187,7 +187,7 @@ def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[flo
 def noised_windows(
     model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs = NOISED, *, seed: int
 ) -> Int[Tensor, "window level position"]:
-    """Mask every window at several noise levels.
+    """Mask every window at several noise levels; of a model with a causal context the last block, as it has one open at a time.
 
     Args:
         model: a diffusion model.
@@ -210,7 +210,11 @@ def noised_windows(
             noised = likelihood.forward_noise(
                 window[None], mask_token_id=model.mask_token_id, generator=stream, t=at, schedule=inputs.schedule
             )
-            rows.append(noised.input_ids[0])
+            ids = noised.input_ids[0]
+            if model.attention == "context-causal":
+                blocks = blocks_of(model, len(ids))[0].to(ids.device)
+                ids = torch.where(blocks == blocks[-1], ids, window.to(ids.device))
+            rows.append(ids)
     return torch.stack(rows).view(len(windows), inputs.levels, windows.shape[1])
 
 
@@ -236,12 +240,14 @@ def trajectory_states(
         temperature: 0 is greedy.
 
     Raises:
-        InputError: a fraction out of range, or settings that the sampler refuses.
+        InputError: a fraction out of range, settings that the sampler refuses, or a causal context (later blocks are not there).
 
     Source: "rollout" calibration of Traj-MC (Zishan-Shao/traj-mc).
     """
     if not at or not all(0 <= fraction < 1 for fraction in at):
         raise InputError(f"fractions of a trajectory must be in [0, 1), got {list(at)}: 0 is the all-masked state")
+    rule, remedy = "states of a trajectory must be whole texts", "calibrate on noised or clean text"
+    require(model.attention != "context-causal", rule, f"blocks behind a causal context with {model.name}", remedy)
     wanted = [int(fraction * steps) for fraction in at]
     kept: dict[int, Tensor] = {}
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lib.checkpoints.lookup import cache_folder, read_json, weight_files
+from lib.checkpoints.files import INDEX, cache_folder, read_json, weight_files
 from lib.core.errors import InputError, require
 from lib.core.provenance import file_hash, write_json, write_text
 
-INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 SUMS = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -97,14 +96,18 @@ def check_hashes(folder: Path, *, remembered: bool = False) -> int:
     """
     known = known_hashes(folder)
     for name, sha256 in sorted(known.items()):
-        got = _remembered_hash(folder / name) if remembered else file_hash(folder / name)
+        got = remembered_hash(folder / name) if remembered else file_hash(folder / name)
         if got != sha256:
             raise InputError(f"{folder / name} must have SHA-256 {sha256[:16]}..., got {got[:16]}...: download it again")
     return len(known)
 
 
-def _remembered_hash(file: Path) -> str:
-    """Hash a file, unless it was hashed when it had this size and time of change."""
+def remembered_hash(file: Path) -> str:
+    """Return the SHA-256 of a file, read again only when its size or time of change is not what it was.
+
+    Args:
+        file: any file.
+    """
     file = file.resolve()  # links of the hub's cache, whose file is one for all of them
     record = cache_folder() / "hashes" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:24]}.json"
     before = _state(file)

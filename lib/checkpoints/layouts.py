@@ -1,98 +1,82 @@
-"""Translate the LLaDA, Dream and GGUF layouts to plain Llama and Qwen2: configuration fields, tensor names and tokenizers."""
+"""Translate every family's configuration to that of a class of transformers."""
 
-import json
-import os
-import tempfile
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.checkpoints import lookup
+from lib.checkpoints.families import Family
 from lib.core.errors import InputError
 
-Family = LlamaForCausalLM | Qwen2ForCausalLM
-# LLaDA's names inside a block -> Llama's. The block's ff_out and the head share a name and differ by prefix.
-LLADA_BLOCK = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ff_norm": "post_attention_layernorm",
+# Settings of every configuration that say nothing about the computation, or that are set here.
+OWN = {"transformers_version", "architectures", "dtype", "rope_parameters", "use_cache", "output_hidden_states", "return_dict"}
+# What any version of transformers means by a rotation: nothing but these settings goes from one to the other.
+ROPE_SETTINGS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 
 
-def configuration(raw: dict[str, Any], folder: Path) -> tuple[type[Family], PretrainedConfig]:
-    """Return the network class and the configuration that a config.json asks for.
+def configuration(raw: Mapping[str, Any], family: Family, folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the network class and the configuration that a config.json of a family asks for.
+
+    Args:
+        raw: the checkpoint's config.json.
+        family: as `lookup.family_of` recognises it.
+        folder: of the checkpoint, for the error.
 
     Raises:
-        InputError: another `model_type`, an option that the class cannot express, or an incomplete or damaged configuration.
+        InputError: an incomplete configuration, or one with values that the class cannot use.
     """
-    model_type = raw.get("model_type")
-    if model_type not in lookup.MODEL_TYPES:  # a GGUF file tells its architecture only after conversion
-        raise InputError(
-            f"model_type must be one of {', '.join(lookup.MODEL_TYPES)}, got {model_type!r} in {folder}: use another"
-        )
+    network = cast(type[PreTrainedModel], getattr(transformers, f"{family.network}ForCausalLM"))
     try:
-        if model_type in lookup.LLADA_TYPES:
-            return LlamaForCausalLM, llada_config(raw)
-        if model_type == "Dream":
-            return Qwen2ForCausalLM, dream_config(raw)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM, config
-    except InputError:
-        raise
+        config = TRANSLATIONS[family.layout](dict(raw), cast(Any, network).config_class)
     except Exception as error:  # a missing key, or whatever transformers raises for a value it cannot use
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(
-            f"{folder / 'config.json'} must hold a complete configuration, got {reason}: download it again"
+            f"{folder / 'config.json'} must hold a complete configuration of {family.name}, got {reason}: compare it with the "
+            "original"
         ) from error
+    if family.attention != "causal":
+        config.is_causal = False
+    return network, config
 
 
-def llada_config(raw: dict[str, Any]) -> LlamaConfig:
-    """Translate LLaDA's configuration to Llama's.
+def _plain(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Read a configuration that transformers wrote."""
+    return config_class.from_dict(raw)
 
-    Raises:
-        InputError: an option is set that the released LLaDA models do not use and Llama cannot express.
-    """
-    plain = {
-        "alibi": (False,),
-        "attention_layer_norm": (False,),
-        "include_bias": (False,),
-        "include_qkv_bias": (False, None),
-        "input_emb_norm": (False,),
-        "scale_logits": (False,),
-        "layer_norm_type": ("rms",),
-        "rope": (True,),
-        "activation_type": ("silu", "swiglu"),
-        "block_type": ("llama",),
-    }
-    for key, allowed in plain.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise InputError(f"a LLaDA layout must have {key}: {allowed[0]}, got {raw[key]!r}: this variant is not supported")
-    config = LlamaConfig(
+
+def _translated(raw: Mapping[str, Any], config_class: Any, **changes: Any) -> PretrainedConfig:
+    """Take over every setting that the class knows by the same name, and rotations that mean the same everywhere."""
+    known = {each.name for each in dataclasses.fields(config_class)} - OWN | {"head_dim"}
+    same = {key: raw[key] for key in known & raw.keys() if key != "head_dim" or raw[key] is not None}
+    return config_class(**{**same, "rope_parameters": _rope(raw), **changes, "use_cache": False})
+
+
+def _copy(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate the configuration of a copy of the class that names everything as the class does."""
+    return _translated(raw, config_class)
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotations of a configuration, whose base may stand beside their scaling or in it."""
+    scaling = {**(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    base = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    scaling.pop("type", None)
+    if kind == "default" or kind in ROPE_SETTINGS:
+        scaling = {key: scaling[key] for key in ROPE_SETTINGS.get(kind, ()) if key in scaling}
+    return {**scaling, "rope_type": kind, "rope_theta": base}
+
+
+def _llada(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate LLaDA's configuration to Llama's."""
+    return config_class(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],
         hidden_size=raw["d_model"],
         intermediate_size=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
@@ -102,106 +86,75 @@ def llada_config(raw: dict[str, Any]) -> LlamaConfig:
         max_position_embeddings=raw["max_sequence_length"],
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
         tie_word_embeddings=raw.get("weight_tying", False),
-        rope_parameters={"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)},
+        rope_parameters=_rope(raw),
         eos_token_id=raw.get("eos_token_id"),
         pad_token_id=raw.get("pad_token_id"),
         use_cache=False,
     )
-    return cast(LlamaConfig, _bidirectional(config, raw))
 
 
-def dream_config(raw: dict[str, Any]) -> Qwen2Config:
-    """Translate Dream's configuration to Qwen2's, of which it is a copy with a mask token."""
-    own = {"architectures", "auto_map", "model_type", "mask_token_id", "rope_theta", "rope_scaling", "torch_dtype", "dtype"}
-    known = {key: value for key, value in raw.items() if key not in own and not key.startswith("_")}
-    rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
-    return cast(Qwen2Config, _bidirectional(Qwen2Config(**{**known, "rope_parameters": rope, "use_cache": False}), raw))
+def _dream(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate Dream's configuration to Qwen2's, and its rotations as transformers 4.46 reads them, for which it was written.
 
-
-def _bidirectional(config: PretrainedConfig, raw: dict[str, Any]) -> PretrainedConfig:
-    config.is_causal = False
-    config.mask_token_id = raw.get("mask_token_id")
-    return config
-
-
-def all_weights(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a checkpoint folder under its own name."""
-    return {name: tensor for file in lookup.weight_files(folder) for name, tensor in load_file(file).items()}
-
-
-def llada_weights(folder: Path) -> dict[str, Tensor]:
-    """Read LLaDA's tensors under Llama's names.
-
-    Raises:
-        InputError: a tensor has a name outside the layout.
+    There YaRN takes the longest position for the length of pretraining, and LongRoPE uses its long factors always.
     """
-    return {llada_name(name, folder): tensor for name, tensor in all_weights(folder).items()}
+    rope = _rope(raw)
+    kept = {
+        "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow"),
+        "longrope": ("factor", "attention_factor", "long_factor"),
+    }
+    if rope["rope_type"] in kept:
+        same = {key: rope[key] for key in ("rope_type", "rope_theta", *kept[rope["rope_type"]]) if key in rope}
+        rope = {**same, "factor": rope["factor"], "original_max_position_embeddings": raw["max_position_embeddings"]}
+    if rope["rope_type"] == "longrope":
+        rope["short_factor"] = rope["long_factor"]
+    return _translated(raw, config_class, rope_parameters=rope)
 
 
-def llada_name(name: str, folder: Path) -> str:
-    """Return Llama's name for a tensor of the LLaDA layout.
-
-    Args:
-        name: LLaDA's.
-        folder: of the checkpoint, for the error.
-
-    Raises:
-        InputError: a name outside the layout.
-
-    >>> llada_name("model.transformer.blocks.3.attn_out.weight", Path("LLaDA"))
-    'model.layers.3.self_attn.o_proj.weight'
-    """
-    parts = name.removeprefix("model.transformer.").removesuffix(".weight").split(".")
-    if parts[0] == "blocks" and len(parts) == 3 and parts[2] in LLADA_BLOCK:
-        return f"model.layers.{parts[1]}.{LLADA_BLOCK[parts[2]]}.weight"
-    if len(parts) == 1 and parts[0] in LLADA_TOP:
-        return f"{LLADA_TOP[parts[0]]}.weight"
-    raise InputError(f"a LLaDA layout must hold only known tensors, got {name!r} in {folder}: not a LLaDA text trunk")
+def _nemotron(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate to Ministral3's, whose rotations are the same."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    return _translated(raw, config_class, rope_parameters={**rope, "rope_theta": _rope(raw)["rope_theta"]})
 
 
-def tokenizer_and_shift(raw: Mapping[str, Any], folder: Path) -> tuple[PreTrainedTokenizerBase | None, int]:
-    """Return the tokenizer of a layout, and how far the logits of a bidirectional network are shifted.
-
-    Args:
-        raw: the checkpoint's config.json.
-        folder: of the checkpoint.
-    """
-    if raw["model_type"] in lookup.LLADA_TYPES:
-        return _tokenizer(PreTrainedTokenizerFast, folder, "tokenizer.json"), 0
-    if raw["model_type"] == "Dream":
-        return _tokenizer(Qwen2Tokenizer, folder, "vocab.json"), 1
-    return _tokenizer(AutoTokenizer, folder, "tokenizer_config.json"), int(raw.get("logit_shift", 0))
+def _qwen3_moe(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate a copy of Qwen3's mixture of experts, whose weights of experts are made to add up to one."""
+    return _translated(raw, config_class, norm_topk_prob=raw.get("norm_topk_prob", True))
 
 
-def _tokenizer(family: Any, folder: Path, needed: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer with a class of transformers itself, or return None when its file is not there."""
-    return family.from_pretrained(folder) if (folder / needed).exists() else None
+def _llada_moe(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate LLaDA-MoE's, in which every layer has experts, whose weights are left as the softmax gives them."""
+    experts = {"moe_intermediate_size": raw["expert_intermediate_size"], "num_experts": raw["num_experts"]}
+    dense = raw.get("dense_intermediate_size") or raw["expert_intermediate_size"]
+    every = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+    return _translated(raw, config_class, intermediate_size=dense, **experts, **every)
 
 
-def converted_gguf(gguf: Path) -> Path:
-    """Return a folder with the weights of a GGUF file as float32 safetensors, converting once (7 to 40 s for 135 M weights).
+def _llada2(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Translate LLaDA 2's, whose keys and queries are normed and whose weights of experts add up to one, whatever it says."""
+    share = raw.get("partial_rotary_factor") or raw["rotary_dim"] / raw["head_dim"]
+    return _translated(
+        raw,
+        config_class,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        rope_parameters={**_rope(raw), "partial_rotary_factor": share},
+        n_routed_experts=raw["num_experts"],
+        n_shared_experts=raw["num_shared_experts"],
+        use_qk_norm=True,
+        norm_topk_prob=True,
+        attention_bias=False,
+        num_mtp_layers=0,
+    )
 
-    Raises:
-        InputError: the file is cut, or holds another kind of network.
-    """
-    target = gguf.parent / f"{gguf.stem}-float32"
-    if target.exists():
-        return target
-    where: dict[str, Any] = {"gguf_file": gguf.name}
-    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".partial-") as folder:
-        partial = Path(folder) / "whole"
-        try:
-            with open(os.devnull, "w") as hole, redirect_stderr(hole):  # transformers' conversion bar cannot be turned off
-                network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-                AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(partial)
-        except Exception as error:  # the reader of the format raises many kinds for a cut or unknown file
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise InputError(f"{gguf} must be a whole GGUF file of a Llama or Qwen2, got {reason}: download it again") from error
-        dropped = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
-        weights = {name: value.contiguous() for name, value in network.state_dict().items() if name not in dropped}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        config = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        if not target.exists():  # another process may have been faster
-            partial.rename(target)
-    return target
+
+TRANSLATIONS: dict[str, Callable[[dict[str, Any], Any], PretrainedConfig]] = {
+    "plain": _plain,
+    "copy": _copy,
+    "llada": _llada,
+    "llava": _copy,
+    "dream": _dream,
+    "nemotron": _nemotron,
+    "qwen3-moe": _qwen3_moe,
+    "llada-moe": _llada_moe,
+    "llada2": _llada2,
+}

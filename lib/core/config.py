@@ -27,10 +27,10 @@ from lib.core.sections import (
     between,
 )
 
-__all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict"]
+__all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict", "typed_path"]
 
 ROOT = Path(__file__).resolve().parents[2]
-PROFILES = ("quick", "full", "paper", "rehearsal")
+PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
 KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -62,7 +62,7 @@ for _kind, _pattern, _read in (
 class Config(Section):
     """All settings of one run."""
 
-    profile: Literal["quick", "full", "paper", "rehearsal"]
+    profile: Literal["quick", "full", "laptop", "paper", "rehearsal"]
     seed: Annotated[StrictInt, between(0, 2**31 - 1)]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -96,7 +96,7 @@ def load(profile: str, *, seed: int | None = None, overrides: Mapping[str, objec
     """Read `configs/<profile>.yaml`, put the overrides in, and check every value.
 
     Args:
-        profile: `quick`, `full`, `paper` or `rehearsal`.
+        profile: one of PROFILES.
         seed: replaces the seed of the file.
         overrides: dotted key to value, such as `{"sink_traces.prompts": 4}`; a string is read as YAML, as on the command line.
 
@@ -133,7 +133,18 @@ def to_dict(config: Config) -> dict[str, object]:
 
 def output_root() -> Path:
     """Return the folder that `figures/`, `results/` and `runs/` go to: the project, or the folder named by SINKS_OUTPUT."""
-    return Path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+    return typed_path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+
+
+def typed_path(path: str | Path) -> Path:
+    """Return what a path means that somebody wrote: a relative one starts where the command was typed.
+
+    That is the working folder, or the one that the launcher remembers in SINKS_CWD: its notebooks and workers run elsewhere.
+
+    >>> typed_path("/models/mine").as_posix()
+    '/models/mine'
+    """
+    return Path(os.environ.get("SINKS_CWD") or Path.cwd()) / Path(path)
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Path]:

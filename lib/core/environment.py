@@ -88,9 +88,10 @@ def _lacks(python: Path, lock: Path) -> str:
     """Let pip say what an interpreter lacks of a lock; the answer is empty when nothing, else one short phrase."""
     if not _runs(python, NEW_ENOUGH):
         return f"its Python is older than {'.'.join(map(str, OLDEST_PYTHON))}"
-    # With no index nothing can be found but what is installed.
-    command = [*_pip(python), "--dry-run", "--no-index", "--no-deps", "-r", str(lock)]
-    answer = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    # With no index, and none of the user's settings (a folder of wheels), nothing can be found but what is installed.
+    command = [*_pip(python), "--isolated", "--dry-run", "--no-index", "--no-deps", "-r", str(lock)]
+    environ = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
+    answer = subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     missing = re.findall(r"[\w.-]+==[\w.+]+", answer.stderr)
     return "" if not answer.returncode else f"it lacks {missing[-1]}" if missing else _last_line(answer.stderr)
 

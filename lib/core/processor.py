@@ -43,9 +43,12 @@ def use_products() -> Products:
 
     MKL takes its AVX2 path on processors that are not Intel's, where oneDNN's AVX-512 kernels are more than twice as fast. The
     precision "medium" selects oneDNN, and allows it to round to bfloat16 where the processor has units for that (AMX): therefore
-    they are left out, and a product is compared with float64.
+    they are left out, and a product is compared with float64. It lets a GPU round to TF32 as well, and torch has no way to ask
+    for the one without the other that its own functions can read back.
     """
     torch.set_float32_matmul_precision("highest")
+    if torch.cuda.is_available():
+        return Products("MKL", "MKL: what selects oneDNN lets a GPU round float32 to TF32")
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX512"):
         return Products("MKL", f"MKL: the processor offers {capability.lower()}, oneDNN is faster with AVX-512 only")
@@ -68,7 +71,8 @@ def is_bfloat16_faster() -> bool:
     A flag does not say it: among processors with avx512_bf16, bfloat16 was four times as fast as float32 on one, a third slower
     on another.
     """
-    left, right = torch.randn(1024, 512), torch.randn(512, 1024)
+    stream = torch.Generator().manual_seed(0)
+    left, right = torch.randn(1024, 512, generator=stream), torch.randn(512, 1024, generator=stream)
     halves = left.bfloat16(), right.bfloat16()
     single, half = _seconds(lambda: left @ right), _seconds(lambda: halves[0] @ halves[1])
     return half < FASTER * single

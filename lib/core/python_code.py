@@ -13,7 +13,7 @@ def code_only(source: str) -> str:
     >>> code_only("# why\\ndef f(x):  # how\\n    'What.'\\n\\n    return '# not a comment'\\n")
     "def f(x):\\n    return '# not a comment'"
     """
-    lines, previous = source.splitlines(), tokenize.NEWLINE
+    lines, previous = source.split("\n"), tokenize.NEWLINE  # as tokenize counts them: a form feed ends none
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 import joblib
+import psutil
 
 from lib.core.environment import ROOT
 
@@ -22,8 +23,10 @@ def physical_cores() -> int:
     """Count the physical cores that this process may use, at least 1.
 
     Two threads on one core slow matrix products down, so hyper-threads do not count; a container's share of processors does.
+    Only where a process is bound to both processors of a core they count as two.
     """
-    return int(joblib.cpu_count(only_physical_cores=True))
+    usable = int(joblib.cpu_count())  # with only_physical_cores it would count hyper-threads wherever there is a share
+    return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lib.core.errors import InputError
+from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, network_body
 
 BlockCache = Literal["prefix", "dual"]
@@ -95,8 +96,11 @@ def new_store(model: LanguageModel) -> KeyValueStore:
     """Return an empty store for a network.
 
     Raises:
-        InputError: a layer sees a sliding window only, so that it needs a mask which follows the positions.
+        InputError: a layer sees a sliding window only, or attention goes by blocks, so that a mask is needed.
     """
+    if model.goes_by_blocks:
+        rule = "a cache of masked text must go with attention that is not by blocks"
+        raise InputError(f"{rule}, got {model.attention} with {model.name}: use cache='prefix', which is exact there")
     config = model.network.config
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise InputError(f"a cache must see all positions in every layer, got sliding windows in {model.name}: use cache='none'")
@@ -157,15 +161,39 @@ def states_at(model: LanguageModel, hidden: Hidden, where: Bool[Tensor, "batch p
     return hidden.states[rows, (positions - model.logit_shift).clamp(min=0) - hidden.first]
 
 
-def logits_from(model: LanguageModel, hidden: Hidden, where: Bool[Tensor, "batch position"]) -> Float[Tensor, "selected vocab"]:
+def logits_from(
+    model: LanguageModel, hidden: Hidden, where: Bool[Tensor, "batch position"], *, again: Callable[[], object] = lambda: None
+) -> Float[Tensor, "selected vocab"]:
     """Run the LM head on `states_at`.
+
+    Args:
+        model: any loaded model.
+        hidden: what a pass gave.
+        where: positions whose token is to be predicted.
+        again: repeats that pass, to find the layer at fault.
 
     Returns:
         Float32 logits as `models.logits_at` gives them.
+
+    Raises:
+        InputError: a logit that is no finite number.
     """
-    return read_out(model, states_at(model, hidden, where))
+    return read_out(model, states_at(model, hidden, where), again=again)
 
 
-def read_out(model: LanguageModel, states: Float[Tensor, "selected feature"]) -> Float[Tensor, "selected vocab"]:
-    """Run the LM head, in float32 afterwards."""
-    return cast(torch.nn.Linear, model.network.get_output_embeddings())(states).float()
+def read_out(
+    model: LanguageModel, states: Float[Tensor, "selected feature"], *, again: Callable[[], object] = lambda: None
+) -> Float[Tensor, "selected vocab"]:
+    """Run the LM head, in float32 afterwards.
+
+    Args:
+        model: any loaded model.
+        states: final hidden states.
+        again: repeats the pass that they come from, to find the layer at fault.
+
+    Raises:
+        InputError: a logit that is no finite number.
+    """
+    logits = cast(torch.nn.Linear, model.network.get_output_embeddings())(states).float()
+    require_finite(logits, again, network=model.network, name=model.name)
+    return logits

@@ -4,19 +4,21 @@ The end of a block may also be written without further passes: by the best token
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.decoding.caches import Hidden, Pass, block_pass, logits_from, new_store, states_at, whole_pass
 from lib.decoding.late_steps import LateStep, beside, most_left
 from lib.decoding.refresh import adaptive_pass
-from lib.diffusion import sampler
-from lib.models.language_model import LanguageModel
+from lib.diffusion import block_sampler, commits, sampler
+from lib.diffusion.block_rules import rule_of
+from lib.models.language_model import LanguageModel, check_length
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
 
@@ -119,15 +121,21 @@ def decode(
 
     Raises:
         InputError: an autoregressive model, a length that does not divide, an early stop without its token, layers with sliding
-            windows in a cached plan.
+            windows in a cached plan; what a model whose attention goes by blocks has no use for.
 
     Source: Fast-dLLM (arXiv 2505.22618) for block caches and the threshold, Streaming-dLLM (arXiv 2601.17917) for the trimmed
         suffix and the early stop, dLLM-Cache (arXiv 2506.06295) for the adaptive refresh. Known deviations: the suffix is cut at
-        a block's border with nothing kept beyond it, and the threshold is constant.
+        a block's border with nothing kept beyond it, and the threshold is constant. A model whose attention goes by blocks is
+        decoded by `block_sampler.generate`: it sees no suffix, and its prefix cache is exact.
     """
+    if model.goes_by_blocks:
+        return _decode_by_blocks(
+            model, prompt, new_tokens=new_tokens, block_length=block_length, plan=plan, stop_token_id=stop_token_id
+        )
     _check(model, new_tokens=new_tokens, block_length=block_length, plan=plan, stop_token_id=stop_token_id)
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     total = start + new_tokens
+    check_length(model, total)  # passes over a trimmed suffix would find out late
     ids = torch.full((len(prompt), total), mask_id, dtype=torch.long, device=model.device)
     ids[:, :start] = prompt.to(model.device)
     stop = stop_token_id if plan.early_stop else None
@@ -144,6 +152,41 @@ def decode(
     return Decoded(ids, forwards, computed)
 
 
+def _decode_by_blocks(
+    model: LanguageModel,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    block_length: int,
+    plan: DecodingPlan,
+    stop_token_id: int | None,
+) -> Decoded:
+    """Decode with a model whose attention goes by blocks; behind an early stop stand end tokens."""
+    sampler.check_blocks(model, block_length=block_length)
+    useless = {
+        "cache": plan.cache in ("dual", "adaptive"),
+        "refresh_every": plan.refresh_every is not None,
+        "suffix_blocks": plan.suffix_blocks not in (None, 0),
+        "late_share": plan.late_share is not None,
+    }
+    got = ", ".join(f"{name}={getattr(plan, name)!r}" for name, given in useless.items() if given)
+    require(not got, "a plan must fit a model whose attention goes by blocks", got, "leave it out; cache='prefix' is exact there")
+    _check_stop(model, plan, stop_token_id)
+    rule = replace(
+        rule_of(model),
+        rule="quota" if plan.threshold is None else "above or best",
+        threshold=plan.threshold,
+        steps=plan.steps_per_block,
+        edit_threshold=None,
+    )
+    stops = [cast(int, stop_token_id)] if plan.early_stop else []
+    options = {"rule": rule, "stop_token_ids": stops, "use_cache": plan.cache == "prefix"}
+    text = block_sampler.generate(model, prompt, new_tokens=new_tokens, **options)
+    behind = torch.arange(text.ids.shape[1], device=text.ids.device) >= text.ends[:, None]
+    ids = text.ids.masked_fill(behind, stops[0]) if stops else text.ids
+    return Decoded(ids, text.forwards, text.computed_tokens)
+
+
 def _finish_block(
     model: LanguageModel, ids: Tensor, *, start: int, block: range, end: int, plan: DecodingPlan, stop: int | None
 ) -> Decoded:
@@ -153,21 +196,22 @@ def _finish_block(
     in_block[:, block.start : block.stop] = True
     # At least one token is committed a step, so a threshold needs no more steps than the block has tokens.
     steps = plan.steps_per_block or len(block)
-    counts = sampler.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
+    counts = commits.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
     forwards = computed = 0
     with _passes(model, plan, block) as forward:
         for step in range(steps):
             where = (ids == mask_id) & in_block
             if not bool(where.any()):
                 break
-            hidden = forward(ids[:, :end], step % (plan.refresh_every or steps) == 0)
+            run = partial(forward, ids[:, :end], step % (plan.refresh_every or steps) == 0)
+            hidden = run()
             forwards, computed = forwards + 1, computed + hidden.computed
-            logits = logits_from(model, hidden, where[:, :end])
-            chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+            logits = logits_from(model, hidden, where[:, :end], again=run)
+            chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
             confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-            confidence[where] = sampler.probability_of(logits, chosen)
+            confidence[where] = commits.probability_of(logits, chosen)
             if plan.threshold is None:
-                committed = sampler.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
+                committed = commits.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
             else:
                 committed = confident_positions(confidence, threshold=plan.threshold)
             guessed = ids.masked_scatter(where, chosen)
@@ -238,9 +282,13 @@ def fill_finished(generated: Int[Tensor, "batch position"], *, mask_id: int, sto
 
 def _check(model: LanguageModel, *, new_tokens: int, block_length: int, plan: DecodingPlan, stop_token_id: int | None) -> None:
     sampler.check_sampling(model, new_tokens=new_tokens, steps=new_tokens, block=block_length)
-    if plan.early_stop and (stop_token_id is None or stop_token_id == model.mask_token_id):
-        raise InputError(f"an early stop must know an end token that is not the mask, got {stop_token_id}: pass stop_token_id")
+    _check_stop(model, plan, stop_token_id)
     if plan.late_share is not None:
         most_left(plan.late_share, block_length=block_length)
     if plan.cache != "none":
         new_store(model)
+
+
+def _check_stop(model: LanguageModel, plan: DecodingPlan, stop_token_id: int | None) -> None:
+    if plan.early_stop and (stop_token_id is None or stop_token_id == model.mask_token_id):
+        raise InputError(f"an early stop must know an end token that is not the mask, got {stop_token_id}: pass stop_token_id")

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.decoding.caches import read_out, states_at, whole_pass
 from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 
 Method = Literal["ridge", "nearest"]
@@ -110,6 +110,8 @@ def collect(
     Raises:
         InputError: a share that leaves no position of a block, or what the sampler refuses.
     """
+    rule = "a late step must be fitted on a model whose attention is not by blocks"
+    require(not model.goes_by_blocks, rule, f"{model.attention} with {model.name}", "its own sampler is block_sampler.generate")
     most = most_left(share, block_length=block_length)
     steps: list[DenoisingStep] = []
     keep = steps.append

@@ -1,5 +1,6 @@
 """Sampling backwards through any noise: a step at a time from the mixing to clean tokens."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,13 +42,17 @@ def sample_back(
         The ids with the positions filled.
 
     Raises:
-        InputError: fewer than one step.
+        InputError: fewer than one step, or probabilities that are no finite numbers.
     """
     require(steps >= 1, "steps must be at least 1", f"{steps}", "use 8 or more")
     everywhere = torch.ones(input_ids.shape)
     ids = noise.corrupt(input_ids, everywhere, generator=generator, may_change=where).input_ids
     for step in range(steps, 0, -1):
         probs = denoiser(ids)[where].double()
+        got = "others" if bool(probs.isinf().any()) else "NaN"
+        require(
+            math.isfinite(float(probs.sum())), "probabilities of a denoiser must be finite", got, "check its weights and dtype"
+        )
         back = noise.reverse(probs, ids[where], t=step / steps, s=(step - 1) / steps)
         if greedy == "always" or (greedy == "last" and step == 1):
             chosen = back.argmax(-1)

@@ -1,6 +1,6 @@
 """The masked diffusion process: noising, the NELBO, and the log-likelihood of a continuation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.core.runtime import generator
+from lib.diffusion.block_reader import block_logits
 from lib.diffusion.noise import NOISE_EPS, stratified_times
-from lib.models.language_model import LanguageModel, logits_at
+from lib.models.language_model import LanguageModel, blocks_of, logits_at
 
 Schedule = Literal["llada", "dream"]
 CountRule = Literal["stratified", "release"]
@@ -125,6 +126,24 @@ def exact_count_masks(
     return masks
 
 
+def parts(model: LanguageModel, maskable: Bool[Tensor, "position"]) -> list[Bool[Tensor, "position"]]:
+    """Split the positions to score into those that are predicted together: all of them, or block by block.
+
+    Args:
+        model: a diffusion model.
+        maskable: positions to score; where blocks are counted from the prompt's end, the first of them ends it.
+    """
+    if not model.goes_by_blocks:
+        return [maskable]
+    numbers = blocks_of(model, len(maskable), origin=int(maskable.int().argmax()))[0].to(maskable.device)
+    return [maskable & (numbers == number) for number in numbers[maskable].unique()]
+
+
+def part_sums(values: Float[Tensor, "row position"], split: Sequence[Tensor]) -> Float[Tensor, "row part"]:
+    """Sum over the positions of each part, on the CPU."""
+    return torch.stack([values.masked_fill(~part.to(values.device), 0.0).sum(1) for part in split], 1).cpu()
+
+
 @torch.inference_mode()
 def masked_log_likelihood(
     model: LanguageModel,
@@ -139,7 +158,8 @@ def masked_log_likelihood(
     """Estimate the log-likelihood of the maskable tokens given the others, one estimate per draw.
 
     With k of n tokens masked, n / k times the summed log-probability of the masked tokens is an unbiased estimate of a lower
-    bound of log p (in nats, for all n tokens together).
+    bound of log p (in nats, for all n tokens together). Where attention goes by blocks, this holds for each block given those
+    before it, and the estimates of the blocks are added.
 
     Args:
         model: a diffusion model.
@@ -158,16 +178,19 @@ def masked_log_likelihood(
 
     Source: LLaDA (arXiv 2502.09992), Eq. 6, and its `get_log_likelihood`.
     """
+    _check_scored(model, int(maskable.sum()), draws)
+    split = parts(model, maskable.cpu())
+    masks = torch.stack([exact_count_masks(part, draws, generator=generator, count_rule=count_rule) for part in split], 1)
+    weight = masks.sum(2).reciprocal() * torch.stack(split).sum(1)
+    losses = masked_losses(model, input_ids, masks.any(1), batch_size=batch_size, origin=int(maskable.int().argmax()))
+    return (torch.cat([-part_sums(batch, split) for batch in losses]) * weight).sum(1)
+
+
+def _check_scored(model: LanguageModel, tokens: int, draws: int) -> None:
     if model.mask_token_id is None:
         raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
-    if not bool(maskable.any()) or draws < 1:
-        raise InputError(
-            f"a likelihood must have tokens to score and draws >= 1, got {int(maskable.sum())} and {draws}: give some"
-        )
-    masks = exact_count_masks(maskable.cpu(), draws, generator=generator, count_rule=count_rule)
-    weight = maskable.sum().item() / masks.sum(1)
-    sums = [-losses.sum(1).cpu() for losses in masked_losses(model, input_ids, masks, batch_size=batch_size)]
-    return torch.cat(sums) * weight
+    if tokens < 1 or draws < 1:
+        raise InputError(f"a likelihood must have tokens to score and draws >= 1, got {tokens} and {draws}: give some")
 
 
 @torch.inference_mode()
@@ -177,19 +200,25 @@ def masked_losses(
     masks: Bool[Tensor, "row position"],
     *,
     batch_size: int,
+    origin: int = 0,
 ) -> Iterator[Float[Tensor, "batch position"]]:
     """Yield the cross-entropy of each masked token under each mask, 0 elsewhere, a batch of masks at a time.
 
     Args:
         model: a diffusion model.
         input_ids: one sequence for all masks, or one for each; clean.
-        masks: positions to hide, on the CPU.
+        masks: positions to hide, on the CPU. Where attention goes by blocks, those of one block do not hide it from the others.
         batch_size: masks of a forward pass.
+        origin: where the prompt ends, for blocks that are counted from there.
     """
     ids, mask_token_id = input_ids.to(model.device).expand(masks.shape), cast(int, model.mask_token_id)
     for rows, part in zip(ids.split(batch_size), masks.split(batch_size), strict=True):
         where = part.to(model.device)
-        logits = logits_at(model, rows.masked_fill(where, mask_token_id), where)
+        noisy = rows.masked_fill(where, mask_token_id)
+        if model.goes_by_blocks:
+            logits = block_logits(model, rows, noisy, where, origin=origin)
+        else:
+            logits = logits_at(model, noisy, where)
         losses = torch.zeros(where.shape, device=model.device)
         losses[where] = F.cross_entropy(logits, rows[where], reduction="none")
         yield losses
@@ -208,18 +237,23 @@ def nelbo(
         batch_size: masks of any windows per forward pass; does not change the result.
 
     Returns:
-        The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t.
+        The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t. Where attention
+        goes by blocks, it is the sum of the bounds of the blocks, each given those before it.
+
+    Raises:
+        InputError: the model has no mask token, or there is nothing to score.
 
     Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """
-    if model.mask_token_id is None:
-        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
-    everything = torch.ones(windows.shape[1], dtype=torch.bool)
+    _check_scored(model, windows.numel(), draws)
+    split = parts(model, torch.ones(windows.shape[1], dtype=torch.bool))
     streams = [generator(seed, "nelbo", index) for index in range(len(windows))]
-    masks = torch.cat([exact_count_masks(everything, draws, generator=stream) for stream in streams])
-    rows = windows.repeat_interleave(draws, dim=0)
-    losses = torch.cat([part.sum(1).cpu() for part in masked_losses(model, rows, masks, batch_size=batch_size)])
-    return summarise((losses / masks.sum(1)).view(len(windows), draws).mean(1).double())
+    drawn = [torch.stack([exact_count_masks(part, draws, generator=stream) for part in split], 1) for stream in streams]
+    masks, rows = torch.cat(drawn), windows.repeat_interleave(draws, dim=0)
+    losses = masked_losses(model, rows, masks.any(1), batch_size=batch_size)
+    means = torch.cat([part_sums(batch, split) for batch in losses]) / masks.sum(2)
+    share = torch.stack(split).sum(1) / windows.shape[1]
+    return summarise((means * share).sum(1).view(len(windows), draws).mean(1).double())
 
 
 @torch.inference_mode()

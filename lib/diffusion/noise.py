@@ -139,7 +139,8 @@ class Noise:
         # log(b / q_theta) = -log(1 + alpha x_theta / (t pi))
         scale = torch.where(pi > 0, 1.0 / pi.clamp(min=1e-30), 0.0)
         odds = ((1.0 - t) / t)[:, None] * log_probs.exp() * scale
-        return -t * (odds.log1p() @ pi)
+        with torch.autocast(t.device.type, enabled=False):  # training runs under it; the terms cancel, so none may be rounded
+            return -t * (odds.log1p() @ pi)
 
     def reverse(
         self,

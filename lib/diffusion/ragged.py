@@ -1,6 +1,8 @@
 """Generate after prompts of unequal length in one batch: padding takes no part, so each row gets what it gets alone."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,8 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.diffusion import sampler
-from lib.models.language_model import LanguageModel
+from lib.diffusion import commits, sampler
+from lib.models.finite import require_finite
+from lib.models.language_model import LanguageModel, check_length
 
 PADDING = 0  # any valid id, even the mask's: padding is known by its place, never by its id
 
@@ -32,6 +35,7 @@ def denoise(
         new_tokens: tokens to generate after each.
         steps: forward passes in all, split evenly over the blocks.
         block_length: tokens of a semi-autoregressive block, which begins where the prompt of its own row ends; None is one block.
+            A model whose attention goes by blocks has its own, and takes one text at a time.
         cfg_scale: classifier-free guidance as in `sampler.sample`.
 
     Returns:
@@ -43,6 +47,11 @@ def denoise(
 
     Source: ML-GSAI/LLaDA, generate.py, for each text. Padding stands on the right, where it moves no position.
     """
+    if model.goes_by_blocks:
+        require(len(prompts) > 0, "a batch must have at least one prompt", "none", "leave the call out")
+        given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "cfg_scale": cfg_scale}
+        alone = [sampler.sample(model, torch.tensor([list(prompt)], dtype=torch.long), **given) for prompt in prompts]
+        return torch.cat([ids[:, -new_tokens:] for ids in alone])
     block = block_length or new_tokens
     sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     if _are_equally_long(prompts):
@@ -55,14 +64,14 @@ def denoise(
     column = torch.arange(ids.shape[1], device=model.device)
     prompt_positions = (ids != mask_id) & real
     # A block is all masks when it begins, so that its schedule is the same for every row and block.
-    counts = sampler.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
+    counts = commits.commit_schedule(torch.full((len(prompts),), block), steps=per_block)
     for step in range(steps):
         first = starts + step // per_block * block
         where = (ids == mask_id) & (column >= first) & (column < first + block)
         logits = sampler.guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale, attention_mask=real.long())
-        chosen = sampler.choose_tokens(logits, temperature=0.0, generator=None)
+        chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-        confidence[where] = sampler.probability_of(logits, chosen)
+        confidence[where] = commits.probability_of(logits, chosen)
         committed = _most_confident(confidence, counts[:, step % per_block], ends)
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids.gather(1, starts + torch.arange(new_tokens, device=ids.device))
@@ -92,6 +101,7 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
     if are_equal:
         ids = sampler.continue_text(model, torch.tensor(prompts, dtype=torch.long), new_tokens=new_tokens)
         return ids[:, len(prompts[0]) :]
+    check_length(model, max(map(len, prompts)) + new_tokens - 1)
     # Padding on the left: the newest token of every row stands in the last column, where the next ones are appended.
     flipped, real = _padded([prompt[::-1] for prompt in prompts], device=model.device)
     read, real = flipped.flip(1), real.flip(1)
@@ -99,12 +109,22 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
     for _ in range(new_tokens):
         given = {"input_ids": read, "attention_mask": real.long(), "position_ids": positions, "past_key_values": past}
         output = model.network(**given, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        read = sampler.choose_tokens(output.logits[:, -1].float(), temperature=0.0, generator=None)[:, None]
+        past, logits = output.past_key_values, output.logits[:, -1].float()
+        _check_rows(model, logits, prompts, made)
+        read = commits.choose_tokens(logits, temperature=0.0, generator=None)[:, None]
         made.append(read)
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
     return torch.cat(made, dim=1)
+
+
+def _check_rows(model: LanguageModel, logits: Tensor, prompts: Sequence[Sequence[int]], made: Sequence[Tensor]) -> None:
+    """Refuse logits that are not finite; the layer is found on the first such text alone, where no padding is in the way."""
+    spoiled = [row for row, total in enumerate(logits.sum(1).tolist()) if not math.isfinite(total)]
+    for row in spoiled:
+        text = torch.tensor([[*prompts[row], *torch.cat(list(made), dim=1)[row].tolist()]], device=model.device)
+        alone = partial(model.network, input_ids=text, use_cache=False)
+        require_finite(logits[row], alone, network=model.network, name=model.name)
 
 
 def _are_equally_long(prompts: Sequence[Sequence[int]]) -> bool:
@@ -127,5 +147,5 @@ def _most_confident(confidence: Tensor, counts: Tensor, ends: Sequence[int]) -> 
     """Mark the `counts[row]` most confident positions of each row, cut at its end: which of equals wins depends on the width."""
     marked = torch.zeros_like(confidence, dtype=torch.bool)
     for row, end in enumerate(ends):
-        marked[row : row + 1, :end] = sampler.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
+        marked[row : row + 1, :end] = commits.most_confident(confidence[row : row + 1, :end], counts[row : row + 1])
     return marked

@@ -11,8 +11,9 @@ from torch import Tensor
 from lib.attention import masses, sinks
 from lib.core.errors import InputError
 from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
-from lib.models.language_model import LanguageModel
+from lib.diffusion.block_reader import viewers_of
+from lib.diffusion.commits import DenoisingStep, Remasking
+from lib.models.language_model import Attention, LanguageModel, blocks_of
 
 MARKS = (0.25, 0.5, 0.75)
 
@@ -41,7 +42,8 @@ class SinkTrace:
     """Sink masses along the generation of several prompts by one model.
 
     Masses have mean 1 over the keys that exist at a step: all positions of a diffusion model, the prefix of an autoregressive
-    one (later keys hold 0).
+    one, what is written and the current block where attention goes by blocks (later keys hold 0). There they are what a query
+    that may see the key gives it, see `masses.per_viewer`.
 
     Attributes:
         ids: what the network read at each step.
@@ -56,6 +58,9 @@ class SinkTrace:
         rulli: mean number of sinks in a layer and head by Rulli's rule.
         texts: prompt and all generated tokens.
         heads: single layers and heads, when asked for.
+        attention: of the model.
+        blocks: number of each position's block where attention goes by blocks.
+        opened: number of the block that each step writes.
     """
 
     name: str
@@ -72,11 +77,24 @@ class SinkTrace:
     rulli: Float[Tensor, "prompt step"]
     texts: Int[Tensor, "prompt position"]
     heads: HeadTrace | None = None
+    attention: Attention = "full"
+    blocks: Int[Tensor, "position"] | None = None
+    opened: Int[Tensor, "step"] | None = None
+
+    @property
+    def goes_by_blocks(self) -> bool:
+        """Tell whether the model writes block after block."""
+        return self.opened is not None
+
+    @property
+    def keys_grow(self) -> bool:
+        """Tell whether the keys grow with the steps."""
+        return bool((self.keys[0] != self.keys[-1]).item())
 
     @property
     def is_causal(self) -> bool:
-        """Tell whether the keys grow with the steps."""
-        return bool((self.keys[0] != self.keys[-1]).item())
+        """Tell whether the model is autoregressive: its keys grow, and not by blocks."""
+        return self.keys_grow and not self.goes_by_blocks
 
     @property
     def frontier(self) -> Int[Tensor, "prompt step"]:
@@ -114,7 +132,7 @@ def trace(
     steps: int,
     block_length: int | None = None,
     temperature: float = 0.0,
-    remasking: sampler.Remasking = "low_confidence",
+    remasking: Remasking = "low_confidence",
     heads: bool = False,
     generator: torch.Generator | None = None,
 ) -> SinkTrace:
@@ -125,7 +143,7 @@ def trace(
         prompts: token ids of equal length.
         positions: length of prompt and generated text together.
         steps: denoising steps, or prefix lengths.
-        block_length: semi-autoregressive block of a diffusion model; None is one block.
+        block_length: semi-autoregressive block of a diffusion model; None is one block, or the model's own blocks.
         temperature: 0 is greedy.
         remasking: which predictions a diffusion model keeps first.
         heads: also keep what single layers and heads do (two bytes for each head, step and position).
@@ -174,23 +192,27 @@ def _trace_denoising(
 ) -> SinkTrace:
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
-    kept, ids, masked, at_marks, parts, value_norms = [], [], [], [], [], []
+    kept, ids, masked, at_marks, parts, value_norms, lengths, opened = [], [], [], [], [], [], [], []
     with masses.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
             sums = recorder.pop()[:, : len(prompts), :, 0].transpose(0, 1).cpu()
-            keys = [sums.shape[-1]] * len(prompts)
-            kept.append(_reduce(sums, keys=keys, is_causal=False))
+            keys, size = [sums.shape[-1]] * len(prompts), step.input_ids.shape[1]
+            viewers, block = viewers_of(model, step, prompt_tokens=prompts.shape[1])
+            mass = sums if viewers is None else sinks.per_viewer(sums, viewers)
+            kept.append(_reduce(sums, mass, keys=keys, is_causal=False, viewers=viewers, size=size))
             ids.append(step.input_ids.cpu())
             masked.append(step.is_masked.cpu())
+            lengths.append(keys[0])
+            opened.append(block)
             if step.step in marks:
-                at_marks.append(sums)
+                at_marks.append(_grown(mass, size))
             if heads:
                 favourites = recorder.pop_argmax()[:, : len(prompts), 0].transpose(0, 1).cpu()
-                parts.append(_reduce_heads(sums, favourites, keys=keys))
+                parts.append(_reduce_heads(sums, mass, favourites, keys=keys, size=size))
                 norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
-                value_norms.extend([norms] if step.step in marks else [])
+                value_norms.extend([_grown(norms, size)] if step.step in marks else [])
 
         texts = sample(on_step=on_step)
     return SinkTrace(
@@ -198,11 +220,14 @@ def _trace_denoising(
         prompt_tokens=prompts.shape[1],
         ids=torch.stack(ids, 1),
         is_masked=torch.stack(masked, 1),
-        keys=torch.full((steps,), texts.shape[1]),
+        keys=torch.tensor(lengths),
         mark_steps=marks,
         head_mass=torch.stack(at_marks, 1),
         texts=texts.cpu(),
         heads=HeadTrace(**_joined(parts, dim=1), value_norm=torch.stack(value_norms, 1)) if heads else None,
+        attention=model.attention,
+        blocks=blocks_of(model, texts.shape[1], origin=prompts.shape[1])[0].cpu() if model.goes_by_blocks else None,
+        opened=torch.tensor(opened) if model.goes_by_blocks else None,
         **_joined(kept, dim=1),
     )
 
@@ -217,10 +242,11 @@ def _trace_prefixes(
     for text in texts:  # one at a time: all prefixes of all heads of one text are already 10^8 numbers for a large model
         recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
         by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
-        kept.append(_reduce(by_step, keys=lengths, is_causal=True))
+        kept.append(_reduce(by_step, by_step, keys=lengths, is_causal=True))
         at_marks.append(by_step[list(marks)])
         if heads:
-            parts.append(_reduce_heads(by_step, recorder.pop_argmax()[:, 0].transpose(0, 1).cpu(), keys=lengths))
+            favourites = recorder.pop_argmax()[:, 0].transpose(0, 1).cpu()
+            parts.append(_reduce_heads(by_step, by_step, favourites, keys=lengths, size=by_step.shape[-1]))
             # a causal model's values do not change when the text grows
             value_norms.append(recorder.pop_value_norms()[:, 0].cpu().expand(len(marks), -1, -1, -1))
     ids = texts.cpu()[:, None].expand(-1, steps, -1)
@@ -234,18 +260,33 @@ def _trace_prefixes(
         head_mass=torch.stack(at_marks),
         texts=texts.cpu(),
         heads=HeadTrace(**_joined(parts, dim=0), value_norm=torch.stack(value_norms)) if heads else None,
+        attention=model.attention,
         **_joined(kept, dim=0),
     )
 
 
-def _reduce(sums: Float[Tensor, "row layer head position"], *, keys: Sequence[int], is_causal: bool) -> dict[str, Tensor]:
-    """Reduce column sums to what a trace keeps, by name; row r has `keys[r]` keys, and as many queries."""
-    gu = torch.stack([sinks.gu_sink_rate(row, is_causal=is_causal, real_keys=n) for row, n in zip(sums, keys, strict=True)])
+def _grown(values: Tensor, size: int) -> Tensor:
+    """Add keys that do not exist yet."""
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def _reduce(
+    sums: Float[Tensor, "row layer head position"],
+    mass: Float[Tensor, "row layer head position"],
+    *,
+    keys: Sequence[int],
+    is_causal: bool,
+    viewers: Tensor | None = None,
+    size: int | None = None,
+) -> dict[str, Tensor]:
+    """Reduce column sums, and masses of mean 1, to what a trace keeps, by name; row r has `keys[r]` keys, and as many queries."""
+    size, options = size or sums.shape[-1], {"is_causal": is_causal, "viewers": viewers}
+    gu = torch.stack([sinks.gu_sink_rate(row, real_keys=n, **options) for row, n in zip(sums, keys, strict=True)])
     by_key = gu.mean(dim=(1, 2))
-    counts = [sinks.rulli_count(row[..., :n]).mean() for row, n in zip(sums, keys, strict=True)]
+    counts = [sinks.rulli_count(row[..., :n]).mean() for row, n in zip(mass, keys, strict=True)]
     return {
-        "mass": sums.mean(dim=(1, 2)),
-        "layer_mass": sums.mean(dim=2),
+        "mass": _grown(mass.mean(dim=(1, 2)), size),
+        "layer_mass": _grown(mass.mean(dim=2), size),
         "gu_rate": by_key[:, 0],
         "gu_best": by_key.max(-1).values,
         "rulli": torch.stack(counts),
@@ -253,21 +294,25 @@ def _reduce(sums: Float[Tensor, "row layer head position"], *, keys: Sequence[in
 
 
 def _reduce_heads(
-    sums: Float[Tensor, "row layer head position"], favourites: Bool[Tensor, "row layer position"], *, keys: Sequence[int]
+    sums: Float[Tensor, "row layer head position"],
+    mass: Float[Tensor, "row layer head position"],
+    favourites: Bool[Tensor, "row layer position"],
+    *,
+    keys: Sequence[int],
+    size: int,
 ) -> dict[str, Tensor]:
     """Mark the sinks of each head; row r has `keys[r]` keys, and as many queries."""
-    size = sums.shape[-1]
 
     def mark(rule: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a rule to the keys that exist."""
-        rows = [torch.nn.functional.pad(rule(row[..., :n]), (0, size - n)) for row, n in zip(sums, keys, strict=True)]
+        rows = [_grown(rule(row[..., :n]), size) for row, n in zip(mass, keys, strict=True)]
         return torch.stack(rows)
 
     scores = [sinks.first_token_score(row, queries=n).mean(-1) for row, n in zip(sums, keys, strict=True)]
     return {
         "rulli_sets": mark(sinks.sinks_leave_one_out),
         "sets": mark(sinks.sinks_mean_std),
-        "favourites": favourites,
+        "favourites": _grown(favourites, size),
         "first_score": torch.stack(scores),
     }
 

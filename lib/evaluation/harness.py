@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from lib.core.errors import require
 from lib.diffusion import ragged, sampler
+from lib.evaluation import generation_options
 from lib.evaluation.scoring import EvaluationSettings, Passage, batched, grouped, score
 from lib.models.language_model import LanguageModel, tokenizer_of
-from lib.texts.encoding import encode, encode_pair, first_tokens
+from lib.texts.encoding import encode, encode_pair, first_tokens, is_merged
 
 Messages = list[dict[str, str]]
 Request = tuple[Sequence[int], int, list[str]]  # prompt ids, tokens to generate, stop strings
@@ -27,6 +28,8 @@ class HarnessModel(LM):
 
     Attributes:
         truncated: how many requests lost the beginning of their context so far, because the model takes no more.
+        merged: how many continuations so far were scored with tokens of their context's end, which the tokenizer writes as one
+            token with their beginning.
     """
 
     def __init__(self, model: LanguageModel, *, settings: EvaluationSettings) -> None:
@@ -38,7 +41,7 @@ class HarnessModel(LM):
             f"cfg_scale {settings.cfg_scale} for {model.name}",
             "set cfg_scale to 0",
         )
-        self.model, self.settings, self.truncated = model, settings, 0
+        self.model, self.settings, self.truncated, self.merged = model, settings, 0, 0
         self.tokenizer = tokenizer_of(model)
         longest = int(cast(Any, model.network.config).max_position_embeddings)
         self.max_length = min(longest, settings.max_length or longest)
@@ -48,7 +51,8 @@ class HarnessModel(LM):
         """Score continuations given contexts.
 
         Args:
-            requests: with (context, continuation); white space at the end of a context counts as the continuation's.
+            requests: with (context, continuation); white space at the end of a context counts as the continuation's, and so does
+                a token that both share (counted in `merged`).
 
         Returns:
             (nats, greedy) of each continuation. An autoregressive model gives both exactly. A diffusion model gives LLaDA's
@@ -62,6 +66,7 @@ class HarnessModel(LM):
         for request in requests:
             context, continuation = cast(tuple[str, str], request.args)
             ids, target = encode_pair(self.tokenizer, context, continuation)
+            self.merged += is_merged(self.tokenizer, context, ids)
             passages.append(self._passage(ids, target, ("likelihood", context, continuation)))
         return score(self.model, passages, settings=self.settings)
 
@@ -101,15 +106,16 @@ class HarnessModel(LM):
         """Generate greedily, requests with prompts of one length together.
 
         Args:
-            requests: with (context, options); `until` and `max_gen_toks` are obeyed, the latter up to `gen_length`. An answer to
-                a prompt of `apply_chat_template` also ends where that template ends the assistant's turn.
+            requests: with (context, options); options as `generation_options.read` takes them, the length up to `gen_length`. An
+                answer to a prompt of `apply_chat_template` also ends where that template ends the assistant's turn.
 
         Returns:
             Texts in the order of the requests, cut at the first end-of-text token and the first of the stop strings. Neither
             order nor batch size changes them.
 
         Raises:
-            InputError: random sampling is asked for, or the tokens to generate leave no room for a prompt.
+            InputError: an option that is not honoured, random sampling among them, or the tokens to generate leave no room for a
+                prompt.
         """
         asked = [self._generation(*cast(tuple[str, dict[str, Any]], request.args)) for request in requests]
         answers = [""] * len(requests)
@@ -189,14 +195,12 @@ class HarnessModel(LM):
 
     def _generation(self, context: str, options: dict[str, Any]) -> Request:
         """Read one request; a chat has its BOS, if any, already."""
-        random = bool(options.get("do_sample")) and float(options.get("temperature", 1.0)) > 0
-        require(not random, "generation must be greedy", f"do_sample with {options}", "set temperature: 0 in the task")
-        new = min(int(options.get("max_gen_toks", self.settings.gen_length)), self.settings.gen_length)
+        asked = generation_options.read(options)
+        new = min(asked.new_tokens or self.settings.gen_length, self.settings.gen_length)
         length = new if self.model.is_causal else denoising_plan(new, self.settings)[0]
         room = self.max_length - length
         require(room >= 1, f"gen_length must leave room in the model's {self.max_length} tokens", str(length), "lower it")
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        stops = list(asked.until)
         if context in self._chats:
             return self._fit(encode(self.tokenizer, context, special=False), room), new, [*stops, *self.turn_end()]
         return self._fit(encode(self.tokenizer, context) or first_tokens(self.tokenizer), room), new, stops
@@ -212,8 +216,9 @@ class HarnessModel(LM):
         if self.model.is_causal:
             return sampler.continue_text(self.model, ids, new_tokens=new)[:, start:]
         length, steps, block = denoising_plan(new, self.settings)
+        own = None if self.model.goes_by_blocks else block
         guidance = self.settings.cfg_scale
-        ids = sampler.sample(self.model, ids, new_tokens=length, steps=steps, block_length=block, cfg_scale=guidance)
+        ids = sampler.sample(self.model, ids, new_tokens=length, steps=steps, block_length=own, cfg_scale=guidance)
         return ids[:, start : start + new]
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
@@ -245,7 +250,7 @@ class BatchedHarness(HarnessModel):
         if self.model.is_causal:
             return ragged.continue_texts(self.model, prompts, new_tokens=new)
         length, steps, block = denoising_plan(new, self.settings)
-        plan = {"new_tokens": length, "steps": steps, "block_length": block}
+        plan = {"new_tokens": length, "steps": steps, "block_length": None if self.model.goes_by_blocks else block}
         return ragged.denoise(self.model, prompts, **plan, cfg_scale=self.settings.cfg_scale)[:, :new]
 
 

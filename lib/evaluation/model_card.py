@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lib.checkpoints import lookup
+from lib.checkpoints.files import local_path
 from lib.core import provenance
 from lib.core.errors import require
 from lib.evaluation.tasks import TaskResult
@@ -51,6 +52,12 @@ ordinary floats: the files are as large as the dense ones, and nothing is faster
 CUT = """\
 cutting whole attention heads and MLP channels out, without any training afterwards.
 What is left is a smaller dense network, which takes less memory and time as it is.
+"""
+
+
+WITHOUT_EXPERTS = """\
+removing whole experts with their rows of the router, without any training afterwards; a token is given to as many as before.
+What is left is a smaller network of the same kind.
 """
 
 
@@ -141,18 +148,19 @@ def write(
     Raises:
         InputError: no checkpoint in the folder, no tokenizer, or a calibration that the method does not have (or lacks).
     """
-    folder = Path(folder)
+    folder = local_path(str(folder))
     lookup.check_folder(folder)
     tokenizer_of(model)
     rule = f"{method.importance} pruning must come {'with' if method.needs_calibration else 'without'} a calibration"
     require((reading is not None) == method.needs_calibration, rule, str(reading), "describe what was read, or leave it out")
     got = f"{pruner.measured_sparsity(model) if cut is None else cut:.2%}"
     name = f"{_base_name(model)}, {got} of its block weights pruned"
+    how = ZEROED if cut is None else WITHOUT_EXPERTS if model.has_experts else CUT
     parts = [
         f"---\n{_front_matter(model, license_id)}\n---\n\n# {name}\n",
-        f"Made from `{_base_name(model)}` by {ZEROED if cut is None else CUT}",
+        f"Made from `{_base_name(model)}` by {how}",
         "## What was done\n",
-        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(target, got, cut), *_read(reading), _code()]),
+        _table(("", ""), [*_origin(model, folder), *_how(method), *_how_much(model, target, got, cut), *_read(reading), _code()]),
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
@@ -206,14 +214,16 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _how_much(target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
+def _how_much(model: LanguageModel, target: Target, got: str, cut: float | None) -> Iterator[tuple[str, str]]:
     if cut is not None:
-        yield "asked for", f"{target.sparsity:.1%} of the key-value groups and MLP channels of every block, rounded down"
+        what = "experts of every block that has them" if model.has_experts else "key-value groups and MLP channels of every block"
+        yield "asked for", f"{target.sparsity:.1%} of the {what}, rounded down"
         yield "measured", f"{got} of the weights of the blocks gone; embedding, norms and head are dense"
         return
     exact = "" if target.removed is None else ", exact numbers by layer"
     yield "sparsity asked for", f"{target.sparsity:.1%} of every matrix of a block{exact}"
-    yield "sparsity measured", f"{got} exact zeros in these matrices; embedding, norms and head are dense"
+    others = "embedding, norms, routers and head" if model.has_experts else "embedding, norms and head"
+    yield "sparsity measured", f"{got} exact zeros in these matrices; {others} are dense"
     yield "pattern", target.pattern
 
 

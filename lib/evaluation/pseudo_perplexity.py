@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.diffusion.likelihood import masked_losses
+from lib.diffusion.likelihood import masked_losses, part_sums, parts
 from lib.models.language_model import LanguageModel
 
 
@@ -68,6 +68,13 @@ def answer_masks(length: int, *, answer_tokens: int, draws: int, generator: torc
     return masks
 
 
+def _masks_of(part: Bool[Tensor, "position"], *, draws: int, generator: torch.Generator) -> Bool[Tensor, "draw position"]:
+    """Hide as `answer_masks` does, the answer being the positions of a part."""
+    count, masks = int(part.sum()), torch.zeros((draws, len(part)), dtype=torch.bool)
+    masks[:, part] = answer_masks(count, answer_tokens=count, draws=draws, generator=generator)
+    return masks
+
+
 def pseudo_perplexity(
     model: LanguageModel,
     windows: Int[Tensor, "window position"] | Sequence[Int[Tensor, "_length"]],
@@ -90,7 +97,8 @@ def pseudo_perplexity(
     Returns:
         The figure: lower is better. A mean over the k masked tokens, k uniform on 1..n, has the same expectation as the sum over
         them with weight n / k, divided by n. The log of the figure thus estimates the NELBO of the answers *given their
-        context*, in nats per answer token; `diffusion.nelbo` masks whole windows instead.
+        context*, in nats per answer token; `diffusion.nelbo` masks whole windows instead. Where attention goes by blocks, each
+        block has its own masks and counts by its length.
 
     Raises:
         InputError: an autoregressive model, no windows or draws, or an answer that does not fit into a window.
@@ -112,10 +120,11 @@ def pseudo_perplexity(
         )
     losses = []
     for index, ids in enumerate(windows):
-        stream = generator(seed, "pseudo_perplexity", index)
-        masks = answer_masks(len(ids), answer_tokens=answer_tokens, draws=draws, generator=stream)
-        batches = zip(masks.split(batch_size), masked_losses(model, ids, masks, batch_size=batch_size), strict=True)
-        means = torch.cat([found.cpu().double().sum(1) / part.sum(1) for part, found in batches])
-        losses.append(float(means.mean()))
+        stream, start = generator(seed, "pseudo_perplexity", index), len(ids) - answer_tokens
+        split = parts(model, torch.arange(len(ids)) >= start)
+        masks = torch.stack([_masks_of(part, draws=draws, generator=stream) for part in split], 1)
+        found = masked_losses(model, ids, masks.any(1), batch_size=batch_size, origin=start)
+        means = torch.cat([part_sums(batch.cpu().double(), split) for batch in found]) / masks.sum(2)
+        losses.append(float((means * (torch.stack(split).sum(1) / answer_tokens).double()).sum(1).mean()))
     per_window = torch.tensor(losses, dtype=torch.float64)
     return PseudoPerplexity(math.exp(float(per_window.mean())), per_window)

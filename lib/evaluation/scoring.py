@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lib.core.errors import require
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, own_mask
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,18 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
 
 
 def _rows(model: LanguageModel, index: int, passage: Passage, settings: EvaluationSettings) -> Iterator[_Row]:
-    """Yield the rows that score one passage: one per draw, or the only one of an autoregressive model."""
-    ids, count = torch.tensor(passage.ids), len(passage.ids) - passage.start
+    """Yield the rows that score one passage: one per draw (and block), or the only one of an autoregressive model."""
+    ids = torch.tensor(passage.ids)
     target = torch.arange(len(ids)) >= passage.start
     if model.is_causal:
         yield _Row(index, ids, target, passage.start, 1.0)
         return
-    draws = 1 if count == 1 else settings.draws
-    masks = likelihood.exact_count_masks(target, draws, generator=generator(settings.seed, *passage.stream))
-    for mask in masks:
-        yield _Row(index, ids, mask, passage.start, count / int(mask.sum()) / draws)
+    stream = generator(settings.seed, *passage.stream)
+    for part in likelihood.parts(model, target):
+        count = int(part.sum())
+        draws = 1 if count == 1 else settings.draws
+        for mask in likelihood.exact_count_masks(part, draws, generator=stream):
+            yield _Row(index, ids, mask, passage.start, count / int(mask.sum()) / draws)
 
 
 @torch.inference_mode()
@@ -124,7 +126,8 @@ def _log_likelihoods(
     read = ids if model.mask_token_id is None else ids.masked_fill(where, model.mask_token_id)
     distinct, origin = torch.unique(torch.cat([read, where.long(), prompt.long()], dim=1), dim=0, return_inverse=True)
     read, asked, context = distinct.chunk(3, dim=1)
-    logits = sampler.guided_logits(model, read, asked.bool(), context.bool(), cfg_scale=cfg_scale)
+    mask = own_mask(model, read, origin=context.sum(1)) if model.goes_by_blocks else None
+    logits = sampler.guided_logits(model, read, asked.bool(), context.bool(), cfg_scale=cfg_scale, attention_mask=mask)
     slots = torch.zeros_like(asked).masked_scatter(asked.bool(), torch.arange(len(logits), device=model.device))
     picked, tokens, owner = slots[origin][where], ids[where], where.nonzero()[:, 0].cpu()
     values = (logits[picked, tokens] - logits.logsumexp(-1)[picked]).double().cpu()

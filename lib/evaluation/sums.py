@@ -12,7 +12,7 @@ from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
 from lib.evaluation.scoring import grouped
 from lib.models.language_model import LanguageModel, logits_at, tokenizer_of
-from lib.texts.encoding import encode
+from lib.texts.encoding import encode, encode_pair
 
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
 
@@ -62,7 +62,8 @@ def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: 
 
     Args:
         model: diffusion (a Monte-Carlo upper bound) or autoregressive (exact).
-        rows: questions with answers; the end of the document counts as part of the answer.
+        rows: questions with answers; the end of the document counts as part of the answer, once, whether the tokenizer appends
+            it or not. Which tokens are the answer's says `encode_pair`.
         draws: masks per question, for a diffusion model.
         seed: of the masks, which depend on it and the question's index alone: all variants of a model see the same ones.
 
@@ -71,8 +72,7 @@ def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: 
     tokenizer = tokenizer_of(model)
     losses = []
     for index, row in enumerate(rows):
-        question = encode(tokenizer, row["question"])
-        answer = encode(tokenizer, f" {row['answer']}", special=False)
+        question, answer = encode_pair(tokenizer, row["question"], f" {row['answer']}")
         ids = torch.tensor([*question, *answer, cast(int, tokenizer.eos_token_id)], device=model.device)
         scored = torch.arange(len(ids), device=model.device) >= len(question)
         if model.is_causal:

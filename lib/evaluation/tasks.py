@@ -109,6 +109,7 @@ class TaskResult:
         chance: what guessing gets.
         truncated: requests that lost the beginning of their context.
         settings: how requests were answered.
+        merged: continuations that were scored with a token which holds the end of their context, too; the tokenizer decides.
     """
 
     task: str
@@ -118,6 +119,7 @@ class TaskResult:
     chance: float
     truncated: int
     settings: EvaluationSettings
+    merged: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -310,7 +312,7 @@ def _evaluate(adapter: HarnessModel, task: LoadedTask, asking: Mapping[str, Any]
     scores = _document_scores(task, logged["samples"])
     if task.metric not in scores:
         raise InputError(f"the score of {task.name} must be one of {', '.join(scores)}, got {task.metric}: change its metric")
-    found = (scores[task.metric], MappingProxyType(scores), task.chance, adapter.truncated, adapter.settings)
+    found = (scores[task.metric], MappingProxyType(scores), task.chance, adapter.truncated, adapter.settings, adapter.merged)
     return TaskResult(task.name, task.metric, *found)
 
 

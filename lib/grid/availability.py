@@ -42,6 +42,10 @@ def checkpoint(source: ModelSource) -> Found:
         return Found("here", size=_bytes(lookup.local_path(source)))
     if source.source.startswith(lookup.WHEEL_PREFIX):
         return Found("to be fetched")
+    try:
+        lookup.check_hub_config(source)
+    except InputError as error:  # a family that cannot be loaded: known before any weight is fetched
+        return Found("cannot be had", reason=str(error))
     folder = _cached_snapshot(source)
     if folder is not None and _is_whole(folder):
         return Found("cached", size=_bytes(folder))

@@ -13,8 +13,9 @@ from typing import Any, Literal, cast
 from lib.calibration.sets import Inputs
 from lib.calibration.token_weights import Weighting
 from lib.checkpoints import lookup
+from lib.checkpoints.files import local_path
 from lib.core import provenance, python_code
-from lib.core.config import ROOT, Config, ModelSource, output_root
+from lib.core.config import Config, ModelSource, output_root
 from lib.core.errors import InputError, require
 from lib.core.runtime import choose_device
 from lib.core.sections import CalibrationText, Grid
@@ -286,8 +287,8 @@ def _corpus(corpus: Literal["wikitext2", "c4", "articles"] | str, grid: Grid) ->
 
 
 def rows_folder(grid: Grid) -> Path:
-    """Return the folder of local rows; a relative one starts at the project."""
-    return ROOT / Path(grid.rows or "").expanduser()
+    """Return the folder of local rows; a relative one is looked for as `files.local_path` does."""
+    return local_path(grid.rows or "")
 
 
 def _rows_hash(rows: Path, name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.core import hub
+from lib.core.config import typed_path
 from lib.core.errors import InputError, require
 from lib.core.variables import physical_cores, settings
 
@@ -133,4 +134,5 @@ def variables() -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1"} if hub.problem() else {}
     wanted = settings({}) | {"PYTHONFAULTHANDLER": "1"}
     chosen = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    return chosen | PASSIVE | {"PYTHONPATH": settings()["PYTHONPATH"]} | offline
+    own = {"PYTHONPATH": settings()["PYTHONPATH"], "SINKS_CWD": str(typed_path("."))}
+    return chosen | PASSIVE | own | offline

@@ -11,15 +11,34 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from lib.checkpoints import layouts, lookup
+from lib.checkpoints import contents, layouts, lookup
 from lib.core import hub
 from lib.core.config import ModelSource
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Cell, Variant
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixtures of a network.
+
+    Attributes:
+        count: experts of a block.
+        chosen: of them, by each token.
+        width: channels of one.
+        shared: channels of the expert that every token passes, 0 where there is none.
+        dense_blocks: blocks without experts.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    shared: int = 0
+    dense_blocks: int = 0
+
+
+@dataclass(frozen=True)
 class Shape:
-    """What a forward pass costs of a network."""
+    """What a forward pass costs of a network; `mlp` is that of dense blocks."""
 
     hidden: int
     layers: int
@@ -27,17 +46,59 @@ class Shape:
     kv_heads: int
     mlp: int
     vocab: int
+    head_dim: int = 0  # hidden / heads where it is 0
+    experts: Experts | None = None
 
     @property
     def block_weights(self) -> int:
-        """Weights of one decoder block's linear layers."""
-        head = self.hidden // self.heads
-        return 2 * self.hidden * (self.heads + self.kv_heads) * head + 3 * self.hidden * self.mlp
+        """Weights of the linear layers of one decoder block, of one with experts where there are any."""
+        own = self.experts
+        return self._block(self.mlp if own is None else own.count * own.width + own.shared)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of all blocks."""
+        dense = 0 if self.experts is None else self.experts.dense_blocks
+        return (self.layers - dense) * self.block_weights + dense * self._block(self.mlp)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of them, those of experts that a router chooses."""
+        own = self.experts
+        return 0 if own is None else (self.layers - own.dense_blocks) * 3 * self.hidden * own.count * own.width
+
+    @property
+    def active_weights(self) -> int:
+        """Of them, those that one token meets."""
+        own = self.experts
+        return (
+            self.linear_weights
+            if own is None
+            else round(self.linear_weights - self.expert_weights * (1 - own.chosen / own.count))
+        )
+
+    @property
+    def active_mlp(self) -> int:
+        """Channels that a token meets in the widest block."""
+        own = self.experts
+        return self.mlp if own is None else max(own.chosen * own.width + own.shared, self.mlp * (own.dense_blocks > 0))
+
+    @property
+    def widest_reader(self) -> int:
+        """Input features of the widest `down`."""
+        own = self.experts
+        return self.mlp if own is None else max(own.width, own.shared, self.mlp * (own.dense_blocks > 0))
 
     @property
     def weights(self) -> int:
-        """All weights: blocks, embedding and an untied head."""
-        return self.layers * self.block_weights + 2 * self.hidden * self.vocab
+        """All weights: blocks, routers, embedding and an untied head."""
+        own = self.experts
+        routers = 0 if own is None else (self.layers - own.dense_blocks) * own.count * self.hidden
+        return self.linear_weights + routers + 2 * self.hidden * self.vocab
+
+    def _block(self, channels: int) -> int:
+        head = self.head_dim or self.hidden // self.heads
+        return 2 * self.hidden * (self.heads + self.kv_heads) * head + 3 * self.hidden * channels
 
 
 # paper.md section 4; used when a configuration can be neither found nor fetched.
@@ -48,6 +109,8 @@ SHAPES: Mapping[str, Shape] = MappingProxyType({
     "Dream-org/Dream-v0-Base-7B": Shape(3584, 28, 28, 4, 18944, 152064),
     "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 18944, 152064),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 14336, 128256),
+    "Qwen/Qwen3-0.6B": Shape(1024, 28, 16, 8, 3072, 151936, head_dim=128),
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": Shape(1024, 28, 16, 8, 3072, 151936, head_dim=128),
 })  # fmt: skip
 
 
@@ -96,8 +159,8 @@ class Cost:
         return math.ceil(self.rows / batch_size)
 
     def seconds(self, shape: Shape, *, teraflops: float) -> float:
-        """Return the time at a speed: two operations a weight and token, the head and the attention scores left out."""
-        return 2.0 * self.tokens * shape.layers * shape.block_weights / (teraflops * 1e12)
+        """Return the time at a speed: two operations a weight that a token meets, the head and the attention scores left out."""
+        return 2.0 * self.tokens * shape.active_weights / (teraflops * 1e12)
 
 
 def shape_of(source: ModelSource) -> Shape | None:
@@ -107,8 +170,7 @@ def shape_of(source: ModelSource) -> Shape | None:
         InputError: a local checkpoint of another layout.
     """
     if lookup.is_local(source):
-        folder = lookup.local_path(source)
-        return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), folder)[1])
+        return _shape_in(contents.folder_of(lookup.local_path(source)))
     from huggingface_hub import hf_hub_download
 
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": bool(hub.problem())}
@@ -116,12 +178,31 @@ def shape_of(source: ModelSource) -> Shape | None:
         path = Path(hf_hub_download(source.source, "config.json", **where))
     except hub.NETWORK_ERRORS:  # no network, no access, no such revision
         return SHAPES.get(source.source)
-    return _read_shape(layouts.configuration(lookup.read_json(path), path.parent)[1])
+    return _shape_in(path.parent, name=source.source)
+
+
+def _shape_in(folder: Path, *, name: str = "") -> Shape:
+    family = lookup.family_of(folder, name=name)
+    return _read_shape(layouts.configuration(lookup.read_json(folder / "config.json"), family, folder)[1])
 
 
 def _read_shape(config: Any) -> Shape:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return Shape(config.hidden_size, config.num_hidden_layers, heads, kv_heads, config.intermediate_size, config.vocab_size)
+    heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // heads
+    own = {"head_dim": 0 if head == hidden // heads else head, "experts": _read_experts(config)}
+    return Shape(hidden, config.num_hidden_layers, heads, kv_heads, config.intermediate_size, config.vocab_size, **own)
+
+
+def _read_experts(config: Any) -> Experts | None:
+    """Return the mixtures that a configuration describes, in the words of either family; None for a dense network."""
+    count = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        return None
+    width, blocks = config.moe_intermediate_size, range(config.num_hidden_layers)
+    step, only = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
+    first = getattr(config, "first_k_dense_replace", 0)
+    dense = sum(block < first or block in only or (block + 1) % step != 0 for block in blocks)
+    return Experts(count, config.num_experts_per_tok, width, (getattr(config, "n_shared_experts", 0) or 0) * width, dense)
 
 
 def measuring(cell: Cell) -> Cost:
@@ -183,11 +264,13 @@ def memory_bytes(
     tokens = 4096 * batch_size // 8
     if text is not None and method is not None:
         on_device = states == "device"
-        total += states_bytes(variant, shape, itemsize=itemsize) if on_device else 0
-        if method.importance == "sparsegpt":  # and a working copy of the largest
-            total += 4 * ((3 * shape.hidden**2 if on_device else 0) + 2 * shape.mlp**2)
+        kept = 2 if shape.experts is not None and method.importance == "sparsegpt" else 1  # also what a mixture reads
+        total += kept * states_bytes(variant, shape, itemsize=itemsize) if on_device else 0
+        if method.importance == "sparsegpt":  # and a working copy of the largest; experts have theirs one at a time
+            largest = max(shape.widest_reader, 0 if shape.experts is None else shape.hidden)
+            total += 4 * ((3 * shape.hidden**2 if on_device else 0) + 2 * largest**2)
         tokens = max(tokens, 4 * text.positions)
-    return total + itemsize * tokens * (4 * shape.hidden + 3 * shape.mlp)
+    return total + itemsize * tokens * (4 * shape.hidden + 3 * shape.active_mlp)
 
 
 def states_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
@@ -201,12 +284,15 @@ def states_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
 
 def kept_bytes(variant: Variant, shape: Shape, *, itemsize: int) -> int:
     """Return what the files of pruned weights take: zeros are stored, what was cut out is not."""
-    left = 1 - variant.sparsity if variant.pattern == STRUCTURED_PATTERN else 1
-    return itemsize * round(shape.layers * shape.block_weights * left + 2 * shape.hidden * shape.vocab)
+    cut = shape.linear_weights if shape.experts is None else shape.expert_weights
+    gone = variant.sparsity * cut if variant.pattern == STRUCTURED_PATTERN else 0
+    return itemsize * round(shape.weights - gone)
 
 
 def measured_teraflops(shape: Shape, *, device: torch.device, dtype: torch.dtype, tokens: int = 2048, repeats: int = 3) -> float:
     """Measure how fast one random block of a shape runs on the machine at hand, in 10^12 operations a second.
+
+    A mixture is measured as a dense block of as many channels as a token meets, which is faster: its experts get few tokens each.
 
     Args:
         shape: of the model.
@@ -216,10 +302,11 @@ def measured_teraflops(shape: Shape, *, device: torch.device, dtype: torch.dtype
     """
     config = LlamaConfig(
         hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
+        intermediate_size=shape.active_mlp,
         num_hidden_layers=1,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim or shape.hidden // shape.heads,
         vocab_size=8,
         max_position_embeddings=tokens,
         use_cache=False,
@@ -235,4 +322,6 @@ def measured_teraflops(shape: Shape, *, device: torch.device, dtype: torch.dtype
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2.0 * tokens * shape.block_weights / best / 1e12
+    return (
+        2.0 * tokens * sum(parameter.numel() for parameter in network.layers.parameters() if parameter.dim() == 2) / best / 1e12
+    )

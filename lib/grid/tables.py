@@ -124,7 +124,7 @@ def _answers(cell: Cell, result: Mapping[str, Any]) -> TaskResult:
     asked = {key: value for key, value in cell.settings["evaluation"].items() if key != "chat_template"}
     settings = EvaluationSettings(**asked)
     metric, chance, truncated = result["metric"], result["chance"], result["truncated"]
-    return TaskResult(cell.task, metric, scores[metric], scores, chance, truncated, settings)
+    return TaskResult(cell.task, metric, scores[metric], scores, chance, truncated, settings, result.get("merged", 0))
 
 
 def _what(variant: Variant) -> dict[str, object]:

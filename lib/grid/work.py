@@ -24,7 +24,7 @@ from lib.evaluation.sums import share_interval
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
 from lib.models import language_model, loading, streaming
 from lib.models.language_model import LanguageModel
-from lib.pruning import pruner, shrink
+from lib.pruning import expert_removal, pruner, shrink
 from lib.pruning.methods import Method, Target
 from lib.studies.variance.sink_effect import text_loss
 from lib.texts import corpora
@@ -75,7 +75,8 @@ def work(
     place = _place(shared["place"])
     variant = from_plain(shared["variant"], source=place.source)
     try:
-        model, gone = weights(variant, place, batch_size=batch_size)
+        model, made = weights(variant, place, batch_size=batch_size)
+        made = {"measured_sparsity": made.pop("sparsity"), **made}
     except REFUSALS as error:
         yield from ((cell["id"], error) for cell in cells)
         return
@@ -87,28 +88,33 @@ def work(
         except REFUSALS as error:
             yield cell["id"], error
         else:
-            yield cell["id"], {"measured_sparsity": gone, **found}
+            yield cell["id"], {**made, **found}
 
 
-def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[LanguageModel, float]:
-    """Return a variant's model and the share of its linear weights that is gone; kept weights are read, new ones kept.
+def weights(variant: Variant, place: Place, *, batch_size: int = 32) -> tuple[LanguageModel, dict[str, Any]]:
+    """Return a variant's model and what was measured on its weights; kept weights are read, new ones kept.
+
+    Returns:
+        The model; `sparsity`, the share of its linear weights that is gone; of a mixture also `fallbacks`, see `pruned`.
 
     Raises:
         UnavailableError: the checkpoint or the calibration text cannot be fetched.
         InputError: a method that does not fit the model, or a file that is not what its hash says.
     """
     if place.kept is not None and (place.kept / MEASURED).exists():
-        return _loaded(ModelSource(str(place.kept)), variant, place), read_json(place.kept / MEASURED)["sparsity"]
+        known = read_json(place.kept / MEASURED)
+        del known["variant"]
+        return _loaded(ModelSource(str(place.kept)), variant, place), known
     model = _loaded(place.source, variant, place)
     before = _linear_weights(model)
     if variant.options is None:
-        return model, 0.0
-    model = pruned(model, variant, place, batch_size=min(SAMPLES_AT_ONCE, batch_size))
+        return model, {"sparsity": 0.0}
+    model, fallen = pruned(model, variant, place, batch_size=min(SAMPLES_AT_ONCE, batch_size))
     left = sum(int(layer.module.weight.count_nonzero()) for layer in model.layers)
-    gone = round(1 - left / before, 6)
+    found = {"sparsity": round(1 - left / before, 6), **({"fallbacks": fallen} if model.has_experts else {})}
     if place.kept is not None:
-        _keep(model, variant, place, gone=gone)
-    return model, gone
+        _keep(model, variant, place, found=found)
+    return model, found
 
 
 def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageModel:
@@ -121,7 +127,7 @@ def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageMode
     return (streaming.load if streamed else loading.load)(source, **given, device=place.device)
 
 
-def _keep(model: LanguageModel, variant: Variant, place: Place, *, gone: float) -> None:
+def _keep(model: LanguageModel, variant: Variant, place: Place, *, found: Mapping[str, Any]) -> None:
     """Write pruned weights with their card and hashes; `MEASURED` comes last and says that all is there."""
     text, method, folder = variant.calibration, cast(Method, variant.options), cast(Path, place.kept)
     is_cut = variant.pattern == STRUCTURED_PATTERN
@@ -133,13 +139,18 @@ def _keep(model: LanguageModel, variant: Variant, place: Place, *, gone: float) 
     shutil.rmtree(folder, ignore_errors=True)  # of a worker killed before it had written MEASURED
     streaming.save(model, folder)
     if model.tokenizer is not None:
-        model_card.write(folder, model=model, method=method, target=target, reading=reading, cut=gone if is_cut else None)
+        model_card.write(
+            folder, model=model, method=method, target=target, reading=reading, cut=found["sparsity"] if is_cut else None
+        )
     integrity.write_hashes(folder)
-    write_json(folder / MEASURED, {"sparsity": gone, "variant": to_plain(variant)})
+    write_json(folder / MEASURED, {**found, "variant": to_plain(variant)})
 
 
-def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> LanguageModel:
+def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> tuple[LanguageModel, int]:
     """Prune a dense model as a variant says, in place unless it becomes smaller.
+
+    Returns:
+        The model, and how many matrices of experts used the statistics of their layer, see `pruner.prune_`.
 
     Raises:
         UnavailableError: the calibration text cannot be fetched.
@@ -147,7 +158,7 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
     """
     method, text, windows = variant.options, variant.calibration, None
     if method is None:
-        return model
+        return model, 0
     if text is not None:
         sizes: dict[str, Any] = {"count": text.windows, "length": text.positions, "seed": variant.seed}
         tokenizer = language_model.tokenizer_of(model)
@@ -155,19 +166,23 @@ def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: 
     if variant.pattern != STRUCTURED_PATTERN:
         given: dict[str, Any] = {"windows": windows, "seed": variant.seed, "batch_size": batch_size}
         by_role = place.states != "device"  # memory is short then; `costs.memory_bytes` counts the Hessians so
-        pruner.prune_(model, method, Target(variant.sparsity, variant.pattern), **given, states=place.states, by_role=by_role)
-        return model
+        target = Target(variant.sparsity, variant.pattern)
+        fallen = pruner.prune_(model, method, target, **given, states=place.states, by_role=by_role)
+        return model, len(fallen)
     norms = None
     if windows is not None:
         given = {"inputs": method.inputs, "weighting": method.weighting, "seed": variant.seed, "batch_size": batch_size}
         calibration = sets.build(model, windows, **given)
+        if model.has_experts:
+            given = {"sparsity": variant.sparsity, "batch_size": batch_size}
+            return expert_removal.by_routed_mass(model, method, calibration, **given), 0
         statistics = one_shot.dense_statistics(model, calibration, batch_size=batch_size, states=place.states)
         norms = {
             (block, role): found[role].input_norm(method.aggregate)[0]
             for block, found in enumerate(statistics)
             for role in ("o", "down")
         }
-    return shrink.shrunk(model, *shrink.choose(model, sparsity=variant.sparsity, input_norms=norms))
+    return shrink.shrunk(model, *shrink.choose(model, sparsity=variant.sparsity, input_norms=norms)), 0
 
 
 def loss(model: LanguageModel, _: Variant, settings: Mapping[str, Any], place: Place, *, batch_size: int) -> dict[str, Any]:
@@ -203,6 +218,7 @@ def accuracy(
         "high": round(high, 6),
         "chance": found.chance,
         "truncated": found.truncated,
+        "merged": found.merged,
         "scores": {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()},
     }
 

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from lib.core import environment
 
-PROFILES = ("quick", "full", "paper", "rehearsal")
-GRID_PROFILES = ("paper", "rehearsal")
-USAGE = """./run_all.sh [quick|full|paper|rehearsal] [options]   run the notebooks, then build the report
+PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
+GRID_PROFILES = ("laptop", "paper", "rehearsal")
+USAGE = """./run_all.sh [quick|full|laptop|paper|rehearsal] [options]   run the notebooks, then build the report
        ./run_all.sh lab [JupyterLab's options]    open JupyterLab on notebooks/ in the same environment
        ./run_all.sh --environment                 make the environment, print its variables for eval in a shell"""
 EPILOG = """A notebook whose inputs are unchanged and whose outputs are whole is skipped. Executed copies go to runs/PROFILE/,
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
         UsageError: a word that cannot be used.
     """
     parser = _Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument("profile", nargs="?", default="quick", help="quick (default), full, paper or rehearsal: see configs/")
+    parser.add_argument("profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)}; see configs/")
     parser.add_argument("--notebooks", metavar="01,04", help="only these, without the grid; default: all that exist")
     parser.add_argument("--seed", metavar="N", help="seed of every random stream; default: the profile's")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace one setting; repeatable")
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
         metavar="N",
         help="notebooks at one time; default: 2 on a CPU with two cores, else 1 (of a grid: models)",
     )
-    _add_grid(parser.add_argument_group("the experiment grid of the profiles paper and rehearsal"))
+    _add_grid(parser.add_argument_group("the experiment grid of the profiles laptop, paper and rehearsal"))
     chosen = parser.parse_args(arguments)
     if chosen.profile not in PROFILES:
         raise UsageError(
@@ -94,7 +94,9 @@ def _check_grid(chosen: argparse.Namespace) -> None:
     given = [name for name in ("plan", "grid_only", "limit", "retry_failed", "ray", "gpus_per_cell") if getattr(chosen, name)]
     if given and chosen.profile not in GRID_PROFILES:
         flag = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{flag} must go with a profile that has a grid, got {chosen.profile}: use {' or '.join(GRID_PROFILES)}")
+        raise UsageError(
+            f"{flag} must go with a profile that has a grid, got {chosen.profile}: use one of {', '.join(GRID_PROFILES)}"
+        )
     for name in ("limit", "jobs"):
         text = getattr(chosen, name)
         if text is not None and not (text.isascii() and text.isdigit() and int(text) > 0):
@@ -214,6 +216,7 @@ def _inside() -> bool:
 
 def _enter(words: Sequence[str]) -> None:
     """Go on in an environment that satisfies the lock, with the variables that a run needs."""
+    os.environ.setdefault("SINKS_CWD", os.getcwd())  # relative paths start there, wherever notebooks run
     if _inside():
         from lib.core import variables
 

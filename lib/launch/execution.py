@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lib.core import outputs, provenance
 
@@ -110,10 +111,14 @@ def why_run(job: Job) -> str:
 
 @dataclass(frozen=True)
 class Running:
-    """A notebook that runs in a process of its own: its memory is given back, and a crash cannot take the launcher along."""
+    """A notebook that runs in a process of its own: its memory is given back, and a crash cannot take the launcher along.
+
+    What it says goes to a file: nobody reads while it runs, and a full pipe would stop it for ever.
+    """
 
     job: Job
-    process: subprocess.Popen[str] = field(repr=False)
+    process: subprocess.Popen[bytes] = field(repr=False)
+    said: IO[str] = field(repr=False)
     started: float
     line: int = 0
 
@@ -139,7 +144,8 @@ def begin(job: Job, *, threads: int | None = None, line: int = 0) -> Running:
     order = {"notebook": str(job.notebook), "copy": str(copy), "parameters": parameters, "parent": os.getpid(), "line": line}
     command = [sys.executable, "-m", "lib.launch.execution", json.dumps(order)]
     environ = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return Running(job, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ), started, line)
+    said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed with the process)
+    return Running(job, subprocess.Popen(command, stdout=said, env=environ), said, started, line)
 
 
 def finish(running: Running) -> Outcome:
@@ -152,7 +158,7 @@ def finish(running: Running) -> Outcome:
         NotebookError: a cell failed or the process died; the copy executed so far is kept as `NN_name.failed.ipynb`.
     """
     job, failed = running.job, running.job.executed.with_suffix(".failed.ipynb")
-    problem = _problem(running.process)
+    problem = _problem(running)
     if problem:
         where = "no executed copy was written"
         if running.partial.exists():
@@ -173,7 +179,8 @@ def stop(running: Running) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         running.process.wait(10)
     running.process.kill()
-    running.process.communicate()
+    running.process.wait()
+    running.said.close()
 
 
 def sweep(job: Job) -> None:
@@ -202,15 +209,17 @@ def _record(job: Job, files: Mapping[str, str], seconds: float) -> None:
     provenance.write_json(job.status, record)
 
 
-def _problem(process: subprocess.Popen[str]) -> str:
+def _problem(running: Running) -> str:
     """Wait for a notebook's process; return what went wrong, or nothing."""
-    said, _ = process.communicate()
-    if process.returncode == 0:
+    code = running.process.wait()
+    with running.said as said:
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    if code == 0:
         return ""
-    if process.returncode < 0:
-        return f"because its process was ended by signal {-process.returncode} (9 mostly means out of memory)"
-    lines = said.strip().splitlines()
-    return lines[-1] if lines else f"with exit code {process.returncode} of its process"
+    if code < 0:
+        return f"because its process was ended by signal {-code} (9 mostly means out of memory)"
+    return lines[-1] if lines else f"with exit code {code} of its process"
 
 
 def _execute_here(order: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from lib.launch import execution
-from lib.launch.execution import Job, NotebookError, Outcome, Running
+from lib.launch.execution import Job, Outcome, Running
 
 ALONE = ("06",)  # measures times, so nothing may run beside it, and it has all threads
 LOOK_SECONDS = 0.2
@@ -45,11 +45,12 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
         peak: takes the memory.
 
     Raises:
-        NotebookError: the first that failed. No other is begun then, but those that run are waited for: they stay.
+        NotebookError: the first that failed; OSError where its record cannot be written. No other is begun then, but those that
+            run are waited for: they stay.
     """
     waiting = sorted(jobs, key=lambda job: job.number in ALONE)
     running: list[Running] = []
-    failed: list[NotebookError] = []
+    failed: list[Exception] = []
     try:
         while running or (waiting and not failed):
             while waiting and not failed and _may_begin(waiting[0], running, lanes):
@@ -60,7 +61,7 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
             running.remove(done)
             try:
                 yield done.job, execution.finish(done)
-            except NotebookError as error:
+            except Exception as error:  # also of a full disk: the others may have written what they need
                 failed.append(error)
     finally:
         for left in running:

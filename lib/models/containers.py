@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Int8, UInt8
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib.checkpoints import contents
+from lib.checkpoints.files import SPARSE, local_path
 from lib.core.config import ModelSource
-from lib.core.errors import InputError
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel
 
-SPARSE_FILE = "sparse.safetensors"  # not model.safetensors: transformers would load it and draw the missing weights at random
 KINDS = {
     "weight_packed": "codes",
     "codes": "codes",
@@ -68,9 +67,7 @@ def save_sparse(
             weights |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial, kept=kept)
-        save_file(
-            {name: value.contiguous() for name, value in weights.items()}, partial / SPARSE_FILE, {"layers": json.dumps(layers)}
-        )
+        save_file({name: value.contiguous() for name, value in weights.items()}, partial / SPARSE, {"layers": json.dumps(layers)})
     return Path(folder)
 
 
@@ -87,18 +84,11 @@ def unpack_sparse(source: Path | str, folder: Path | str) -> Path:
     Raises:
         InputError: no container there, or the folder exists.
     """
-    source = Path(source)
-    if not (source / SPARSE_FILE).is_file():
-        raise InputError(f"a sparse container must hold {SPARSE_FILE}, got none in {source}: name a folder of save_sparse")
-    with safe_open(source / SPARSE_FILE, framework="pt") as file:
-        layers = json.loads(file.metadata()["layers"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    for name, stored in layers.items():
-        found = [part for part in ("mask", "values", "codes", "scales") if f"{name}.{part}" in tensors]
-        tensors[name] = _expanded({part: tensors.pop(f"{name}.{part}") for part in found}, **stored)
+    source = local_path(str(source))
+    tensors = contents.read_sparse(source)
     with export.new_folder(folder) as partial:
         for path in source.iterdir():
-            if path.name != SPARSE_FILE:
+            if path.name != SPARSE:
                 shutil.copy(path, partial)
         save_torch_state_dict(tensors, partial, metadata={"format": "pt"})
     return Path(folder)
@@ -118,7 +108,7 @@ def load_sparse(folder: Path | str, *, dtype: torch.dtype = torch.float32, devic
     Raises:
         InputError: no container there, or damaged files.
     """
-    folder = Path(folder)
+    folder = local_path(str(folder))
     with tempfile.TemporaryDirectory() as temporary:
         plain = unpack_sparse(folder, Path(temporary) / folder.name)
         return replace(loading.load(plain, dtype=dtype, device=device), source=ModelSource(str(folder)))
@@ -135,7 +125,7 @@ def bytes_by_kind(folder: Path | str) -> dict[str, int]:
         `other tensors`, `headers` of safetensors files, `other files` (configuration, tokenizer, kept indices).
     """
     kinds = dict.fromkeys((*KINDS.values(), "linear weights", "embeddings", "other tensors", "headers", "other files"), 0)
-    for path in Path(folder).rglob("*"):
+    for path in local_path(str(folder)).rglob("*"):
         if path.suffix == ".safetensors":
             for name, size in _tensor_bytes(path).items():
                 kinds[_kind(name)] += size
@@ -184,31 +174,9 @@ def _stored_sparse(
     return parts, {"shape": list(weight.shape), "bits": bits, "count": values.numel(), "dtype": dtype}
 
 
-def _expanded(parts: Mapping[str, Tensor], *, shape: list[int], bits: int | None, count: int, dtype: str) -> Tensor:
-    """Put a matrix together again."""
-    values = parts["values"] if bits is None else _unpacked(parts["codes"], bits, count)
-    if "mask" in parts:
-        dense = values.new_zeros(shape)
-        dense[torch.from_numpy(np.unpackbits(parts["mask"].numpy(), count=dense.numel())).bool().reshape(shape)] = values
-    else:
-        dense = values.reshape(shape)
-    if bits is None:
-        return dense
-    size = shape[1] // parts["scales"].shape[1]
-    return export.QuantizedWeight(dense, parts["scales"], bits, size).dequantize(dtype=getattr(torch, dtype))
-
-
 def _packed(codes: Int8[Tensor, "kept"], bits: int) -> UInt8[Tensor, "byte"]:
     """Pack codes one after the other into as few bytes as hold them."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     words = pack_to_int32(codes[None], bits)[0].cpu()
     return words.view(torch.uint8)[: -(-len(codes) * bits // 8)].clone()
-
-
-def _unpacked(stored: UInt8[Tensor, "byte"], bits: int, count: int) -> Int8[Tensor, "kept"]:
-    """Undo `_packed`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    words = torch.nn.functional.pad(stored, (0, -len(stored) % 4)).view(torch.int32)
-    return unpack_from_int32(words[None], bits, torch.Size([1, count]))[0]

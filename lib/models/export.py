@@ -18,13 +18,16 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from lib.checkpoints.lookup import read_json
-from lib.core.errors import InputError
+from lib.checkpoints import facts
+from lib.checkpoints.files import local_path, read_json
+from lib.core.config import typed_path
+from lib.core.errors import InputError, require
 from lib.core.provenance import PARTIAL, write_text
 from lib.models.language_model import LanguageModel
 
 BITS = range(2, 9)  # what compressed-tensors packs, without the one bit that a symmetric code cannot use
-LOADING_SETTINGS = ("is_local", "local_files_only")  # how transformers found a tokenizer here; its writer would keep them
+# How transformers found a tokenizer here, and code that is never written here: its writer would keep them.
+LOADING_SETTINGS = ("is_local", "local_files_only", "auto_map")
 KEPT_FILE = "kept.json"  # not safetensors: servers load every such file of a folder as weights
 
 
@@ -101,7 +104,8 @@ def save_packed(
 
     Raises:
         InputError: the folder exists, an unknown name, shapes or bits that do not fit, scales that the dtype of the network
-            cannot hold, or weights that are not what the codes say.
+            cannot hold, weights that are not what the codes say, or a mixture of experts: transformers 5.23 stacks their
+            matrices and leaves those of a packed file at random, without a word.
 
     Source: compressed-tensors 0.20.0, `compressors/pack_quantized`. Whatever dtype scales have in the file, they are read in the
         dtype of the network, so they must be exact in it: bfloat16 ones are in float32 and bfloat16 networks.
@@ -111,6 +115,8 @@ def save_packed(
 
     check_quantized(model, quantized)
     check_kept(model, kept)
+    remedy = "transformers cannot unpack experts, use save_sparse or save_plain"
+    require(not model.has_experts, "a packed checkpoint must be of a dense model", f"the experts of {model.name}", remedy)
     weights = state(model)
     for name, weight in quantized.items():
         del weights[name]
@@ -129,7 +135,7 @@ def read_kept(folder: Path | str) -> Kept:
     Raises:
         InputError: the checkpoint was exported without them.
     """
-    path = Path(folder) / KEPT_FILE
+    path = local_path(str(folder)) / KEPT_FILE
     if not path.exists():
         raise InputError(f"a structurally pruned export must hold {KEPT_FILE}, got none in {folder}: export it with kept=...")
     read = read_json(path)
@@ -138,8 +144,11 @@ def read_kept(folder: Path | str) -> Kept:
 
 @contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
-    """Give a hidden folder beside the wanted one, and rename it when the block ends without an error."""
-    folder = Path(folder).absolute()
+    """Give a hidden folder beside the wanted one, and rename it when the block ends without an error.
+
+    A relative folder starts where the command was typed, as those that are read do.
+    """
+    folder = typed_path(Path(folder).expanduser())
     if folder.exists():
         raise InputError(f"an export must go to a new folder, got {folder}, which exists: name another one or delete it")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")
@@ -161,9 +170,7 @@ def write_beside(
     """Write configuration, tokenizer and kept indices."""
     config: Any = copy.deepcopy(model.network.config)
     config.architectures, config.dtype = [type(model.network).__name__], model.network.dtype
-    config.is_causal = model.is_causal
-    if not model.is_causal:  # both may come from a layout or a tokenizer, and a plain Llama or Qwen2 says them nowhere else
-        config.mask_token_id, config.logit_shift = model.mask_token_id, model.logit_shift
+    facts.remember_(config, model)
     if quantization is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder)
@@ -180,11 +187,19 @@ def write_beside(
 
 
 def state(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the tensors of the network by name, without the LM head when it is the embedding."""
-    weights = {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+    """Return the tensors of the network by name, without the LM head when it is the embedding.
+
+    Matrices of experts are copies: they are parts of one storage, which writers of files refuse.
+    """
+    weights = {name: _whole(tensor.detach()) for name, tensor in model.network.state_dict().items()}
     if model.network.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is all of its storage."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _quantization_config(model: LanguageModel, quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:

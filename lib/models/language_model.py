@@ -1,7 +1,8 @@
 """A loaded network with what this project asks of it: its prunable layers, its tokenizer, and logits where they are wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -9,14 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
+from lib.models import visibility
+from lib.models.experts import experts_of, shared_expert
+from lib.models.finite import require_finite
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-# Who may look at whom: everybody at everybody; at the own and earlier blocks; causally, but for the open block, which sees itself
-# whole; at earlier positions only.
-Attention = Literal["full", "block-causal", "context-causal", "causal"]
-BlockOrigin = Literal["start", "prompt"]
+ExpertNumber = int | Literal["shared"]
+BY_BLOCKS: tuple[Attention, ...] = ("block-causal", "context-causal")
 
 ROLES: dict[Role, str] = {
     "q": "self_attn.q_proj",
@@ -27,16 +30,21 @@ ROLES: dict[Role, str] = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+MLP: tuple[Role, ...] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One prunable matrix: block number, role in it, parameter name, and the module."""
+    """One prunable matrix: block number, role in it, parameter name, the module, and whose expert's it is, if any.
+
+    `expert` is a number for those that the router chooses, and `"shared"` for the one that every token passes.
+    """
 
     block: int
     role: Role
     name: str
     module: torch.nn.Linear = field(repr=False, compare=False)
+    expert: ExpertNumber | None = None
 
 
 @dataclass(frozen=True)
@@ -44,18 +52,20 @@ class LanguageModel:
     """A loaded checkpoint, diffusion or autoregressive.
 
     Attributes:
-        network: `LlamaForCausalLM` or `Qwen2ForCausalLM` in evaluation mode.
+        network: a `...ForCausalLM` of transformers in evaluation mode.
         tokenizer: None when the folder has none.
         mask_token_id: None for an autoregressive model.
         logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
         is_causal: whether attention looks at earlier positions only.
-        layers: the prunable linear layers, block by block in the order q k v o gate up down.
+        layers: the prunable linear layers, block by block in the order q k v o gate up down; where a block has experts, gate up
+            down of each, then of the shared one. Routers and their biases are none.
         fingerprint: hash of config and weights.
         attention: which keys a query may see.
         block_length: positions of a block where attention goes by blocks, else None.
         block_origin: whether blocks are counted from the first position or from the prompt's end.
         stop_token_ids: tokens that end a text; empty when unknown.
         family: name of the family in the registry.
+        notes: what is to be said about how it was read, such as an adapter that was merged.
     """
 
     name: str
@@ -72,6 +82,7 @@ class LanguageModel:
     block_origin: BlockOrigin = "prompt"
     stop_token_ids: tuple[int, ...] = ()
     family: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +94,32 @@ class LanguageModel:
         """Number of weights, embeddings included."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
+    @property
+    def goes_by_blocks(self) -> bool:
+        """Tell whether attention goes by blocks, so that a pass needs a mask which says where they lie."""
+        return self.attention in BY_BLOCKS
+
+    @cached_property
+    def by_block(self) -> dict[int, tuple[LinearLayer, ...]]:
+        """The linear layers of each block, in their order."""
+        found: dict[int, list[LinearLayer]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.block, []).append(layer)
+        return {block: tuple(layers) for block, layers in found.items()}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router chooses some of the layers."""
+        return any(map(self.has_experts_in, self.by_block))
+
+    def has_experts_in(self, block: int) -> bool:
+        """Tell whether a block is a mixture of experts."""
+        return any(layer.expert is not None for layer in self.by_block[block])
+
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
-        return {
+        notes: dict[str, object] = {"notes": list(self.notes)} if self.notes else {}
+        return notes | {
             "name": self.name,
             "source": self.source.source,
             "revision": self.source.revision,
@@ -93,6 +127,8 @@ class LanguageModel:
             "parameters": self.num_parameters,
             "dtype": str(self.network.dtype).removeprefix("torch."),
             "kind": "autoregressive" if self.is_causal else "masked diffusion",
+            "family": self.family,
+            "attention": self.attention,
         }
 
 
@@ -108,19 +144,33 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
 
 
 def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
-    """Return the table of prunable linear layers by block and role.
+    """Return the table of prunable linear layers by block, role and expert.
 
     Raises:
-        InputError: nothing to prune under the expected names.
+        InputError: nothing to prune under the expected names, or experts that are not linear layers yet.
     """
     found = []
     for block, layer in enumerate(cast(Any, network.get_decoder()).layers):
-        for role, path in ROLES.items():
+        for role, path, expert in _places(layer):
             module = cast(torch.nn.Linear, layer.get_submodule(path))
-            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module))
+            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module, expert))
     if not found:
         raise InputError("a network must have decoder blocks to prune, got none: check num_hidden_layers in its config")
     return tuple(found)
+
+
+def _places(block: torch.nn.Module) -> Iterator[tuple[Role, str, ExpertNumber | None]]:
+    """Yield role, path in the block and expert of every prunable matrix of a decoder block."""
+    experts, shared = experts_of(block), shared_expert(block)
+    for role, path in ROLES.items():
+        if experts is None or role not in MLP:
+            yield role, path, None
+    owners: dict[ExpertNumber, str] = {number: f"mlp.experts.{number}" for number in range(len(experts or ()))}
+    if shared is not None:
+        owners["shared"] = shared[0]
+    for owner, path in owners.items():
+        for role in MLP:
+            yield role, f"{path}.{role}_proj", owner
 
 
 @torch.inference_mode()
@@ -129,7 +179,7 @@ def logits_at(
     input_ids: Int[Tensor, "batch position"],
     where: Bool[Tensor, "batch position"],
     *,
-    attention_mask: Int[Tensor, "batch position"] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | Bool[Tensor, "_ 1 query key"] | None = None,
 ) -> Float[Tensor, "selected vocab"]:
     """Run the network and the LM head only where a prediction is wanted.
 
@@ -137,19 +187,109 @@ def logits_at(
         model: any loaded model.
         input_ids: token ids, masks included.
         where: positions whose token is to be predicted, in row-major order of the result.
-        attention_mask: 1 for real tokens, 0 for padding.
+        attention_mask: as `network_body` takes it.
 
     Returns:
         Float32 logits that predict the tokens at the chosen positions. With a logit shift of 1 position i is predicted by the
         output at i - 1, and position 0 keeps its own (Dream's rule).
+
+    Raises:
+        InputError: a logit that is no finite number; the message names the layer.
     """
-    hidden = network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def run() -> Tensor:
+        return network_body(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    hidden = run()
     if model.logit_shift:
         hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
     head = cast(torch.nn.Linear, model.network.get_output_embeddings())
-    return head(hidden[where]).float()
+    logits = head(hidden[where]).float()
+    require_finite(logits, run, network=model.network, name=model.name)
+    return logits
 
 
 def network_body(model: LanguageModel) -> Callable[..., Any]:
-    """Return the network without its LM head."""
-    return cast(Callable[..., Any], model.network.get_decoder())
+    """Return the network without its LM head, to be called with `input_ids` by name and, at will, `attention_mask`.
+
+    The mask is 1 for real tokens and 0 for padding, or a ready one, `[batch, 1, query, key]`, True = may look. Where attention
+    goes by blocks and no ready mask is given, the model's own takes its place, see `own_mask`. Texts that are longer than the
+    network has positions are refused, see `check_length`.
+    """
+    body = cast(Callable[..., Any], model.network.get_decoder())
+
+    def checked(**given: Any) -> Any:
+        """Check the positions, choose the mask, then run the network."""
+        ids, places = given["input_ids"], given.get("position_ids")
+        check_length(model, ids.shape[1] if places is None else int(places.max()) + 1)
+        mask = given.get("attention_mask")
+        if model.goes_by_blocks and (mask is None or mask.dim() == 2):
+            rule = "a pass with kept keys must be given a ready mask where attention goes by blocks"
+            require(given.get("past_key_values") is None, rule, "none", "pass attention_mask [batch, 1, query, key]")
+            given |= {"attention_mask": own_mask(model, ids, real=None if mask is None else mask.bool())}
+        return body(**given)
+
+    return checked
+
+
+def check_length(model: LanguageModel, positions: int) -> None:
+    """Refuse positions that the network was not made for: rotary embeddings compute any, and what comes out means nothing.
+
+    Args:
+        model: any loaded model.
+        positions: that a pass needs, from the first of the text.
+
+    Raises:
+        InputError: more than `max_position_embeddings` of the configuration, times the factor of stretched rotations.
+    """
+    config = getattr(model.network, "config", None)
+    most, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if most is not None:
+        most = int(most * max(rope.get("factor") or 1.0, 1.0))
+    rule, remedy = f"a text for {model.name} must have at most {most} positions", "shorten it, or the answer that is asked for"
+    require(most is None or positions <= most, rule, str(positions), remedy)
+
+
+def blocks_of(model: LanguageModel, length: int, *, origin: int | Tensor = 0) -> Int[Tensor, "batch_or_one {length}"]:
+    """Return the block of each position of a model whose attention goes by blocks, see `visibility.block_numbers`.
+
+    Args:
+        model: such a model.
+        length: number of positions.
+        origin: where the prompt ends, by row or for all; read only where blocks are counted from there.
+
+    Raises:
+        InputError: the model does not say how long a block is.
+    """
+    known = model.block_length is not None
+    require(known, "a model whose attention goes by blocks must say their length", f"none for {model.name}", "set block_length")
+    begins = origin if model.block_origin == "prompt" else 0
+    return visibility.block_numbers(length, block_length=cast(int, model.block_length), origin=begins, device=model.device)
+
+
+def own_mask(
+    model: LanguageModel,
+    input_ids: Int[Tensor, "batch position"],
+    *,
+    origin: int | Tensor = 0,
+    real: Bool[Tensor, "batch position"] | None = None,
+) -> Bool[Tensor, "_ 1 position position"]:
+    """Return the mask under which a model whose attention goes by blocks reads a text.
+
+    Args:
+        model: such a model.
+        input_ids: token ids, masks included.
+        origin: as `blocks_of` takes it.
+        real: False for padding.
+
+    Raises:
+        InputError: a causal context with masks in more than one block: there is one open block at a time.
+    """
+    blocks = blocks_of(model, input_ids.shape[1], origin=origin)
+    if model.attention == "block-causal":
+        return visibility.block_causal(blocks, real=real)
+    is_masked = input_ids == model.mask_token_id
+    last = torch.where(is_masked, blocks, -2).max(1, keepdim=True).values  # no mask, no open block
+    rule, remedy = "a causal context must have masks in one block at a time", "use nelbo or masked_log_likelihood for whole texts"
+    require(not bool((is_masked & (blocks != last)).any()), rule, f"several with {model.name}", remedy)
+    return visibility.open_block(blocks == last, real=real)

@@ -1,7 +1,10 @@
 """Load any supported checkpoint into plain transformers classes: no remote code, safetensors or GGUF only."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +13,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lib.checkpoints import layouts, lookup
-from lib.checkpoints.lookup import LLADA_TYPES, gguf_file, read_json
+from lib.checkpoints import contents, facts, layouts, lookup, renaming, tokenizers
+from lib.checkpoints.families import Family
+from lib.checkpoints.files import read_json
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
-from lib.models import spread
+from lib.models import experts, spread
 from lib.models.language_model import LanguageModel, linear_layers
 
 
@@ -49,8 +53,8 @@ def load(
             cannot work, see `spread.check`, or that comes with another device.
         UnavailableError: it lies elsewhere and cannot be fetched.
 
-    Source: key names and shapes of ML-GSAI/LLaDA and DreamLM/Dream (paper.md sections 4.1 and 4.3). LLaDA is a Llama, and Dream a
-        Qwen2, without the causal mask. Maps and hooks are accelerate's.
+    Source: the families' own modelling code, see `families`. LLaDA is a Llama, and Dream a Qwen2, without the causal mask. Maps
+        and hooks are accelerate's.
     """
     rule = "device must be left out where device_map says it"
     require(device_map is None or torch.device(device).type == "cpu", rule, str(device), "give one of them")
@@ -58,49 +62,81 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    network, tokenizer, shift = _read(folder, dtype)
+    found = opened(folder)
+    network = _assemble(found, dtype)
     network.eval().requires_grad_(False)
     if device_map is None:
         torch.nn.Module.to(network, torch.device(device))
     else:
         spread.over_devices_(network, device_map, max_memory)
-    return described(network, tokenizer, shift, source=source, folder=folder, name=name)
+    return described(network, found, source=source, name=name)
 
 
-def described(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    shift: int,
-    *,
-    source: ModelSource,
-    folder: Path,
-    name: str | None = None,
-) -> LanguageModel:
-    """Put a network and its tokenizer together with all that follows from them.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint folder before its weights are read.
+
+    Attributes:
+        folder: of the checkpoint or an adapter, or a GGUF file.
+        files: folder with config.json and safetensors: the base's of an adapter, the converted one of a GGUF.
+        family: as recognised.
+        network: class of transformers.
+        config: the network's, facts included.
+        tokenizer: None when the folder has none.
+        facts: what the model is for a diffusion model's algorithms.
+    """
+
+    folder: Path
+    files: Path
+    family: Family
+    network: type[PreTrainedModel]
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    facts: facts.Facts
+
+
+def opened(folder: Path) -> Opened:
+    """Read all of a checkpoint but its weights.
 
     Args:
-        network: in evaluation mode.
-        tokenizer: None when the folder has none.
-        shift: logit shift of a bidirectional network; a causal one has 1.
+        folder: as `lookup.resolve` returns it.
+
+    Raises:
+        InputError: a family or a variant that cannot be loaded, or sources that name different mask tokens.
+    """
+    files = contents.folder_of(folder)
+    raw = contents.configuration(files)
+    family = lookup.family_of(files)
+    network, config = layouts.configuration(raw, family, files)
+    tokenizer = tokenizers.load(contents.text_folder(folder), kind=family.tokenizer)
+    generation = read_json(files / facts.GENERATION) if (files / facts.GENERATION).exists() else {}
+    vocabulary = int(cast(Any, config).vocab_size)
+    found = facts.read(raw, family, tokenizer, vocabulary=vocabulary, folder=folder, generation=generation)
+    facts.remember_(config, found)
+    return Opened(folder, files, family, network, config, tokenizer, found)
+
+
+def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, name: str | None = None) -> LanguageModel:
+    """Put a network together with all that its folder says.
+
+    Args:
+        network: in evaluation mode; its experts become linear layers, if they are not yet.
+        found: what the folder says.
         source: where it was loaded from.
-        folder: of the checkpoint.
         name: short name; the last part of the source when None.
 
     Raises:
-        InputError: a bidirectional network without a mask token, or one without decoder blocks.
+        InputError: a network without decoder blocks.
     """
-    is_causal = bool(getattr(network.config, "is_causal", True))
     return LanguageModel(
         name=name or source.source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
         network=network,
-        tokenizer=tokenizer,
-        mask_token_id=_mask_token_id(network.config, tokenizer, is_causal=is_causal, folder=folder),
-        logit_shift=1 if is_causal else shift,
-        is_causal=is_causal,
-        layers=linear_layers(network),
-        fingerprint=lookup.fingerprint(folder),
-        attention="causal" if is_causal else "full",
+        tokenizer=found.tokenizer,
+        layers=linear_layers(experts.as_linears_(network)),
+        fingerprint=lookup.fingerprint(found.folder),
+        notes=contents.notes(found.folder),
+        **dataclasses.asdict(found.facts),
     )
 
 
@@ -129,32 +165,51 @@ def load_available(
     return loaded, missing
 
 
-def _read(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
-    """Return (network, tokenizer, logit shift of a bidirectional network) for any layout."""
-    gguf = gguf_file(folder)
-    if gguf is not None:
-        folder = layouts.converted_gguf(gguf)
-    raw = read_json(folder / "config.json")
-    family, config = layouts.configuration(raw, folder)
-    if raw["model_type"] in LLADA_TYPES:
-        network = _assemble(family, config, layouts.llada_weights(folder), dtype)
-    else:
-        network = _assemble(family, config, layouts.all_weights(folder), dtype)
-    return network, *layouts.tokenizer_and_shift(raw, folder)
-
-
-def _assemble(
-    family: type[layouts.Family], config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
+def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
     """Build the network and put the weights in, refusing any that are missing, surplus or of another shape."""
+    stored = contents.without_frequencies(contents.tensors(found.folder, dtype=dtype), found.config)
+    made = renaming.plan(stored, found.family, found.config, folder=found.files)
+    untie_(found.config, made, stored.__getitem__)
     with torch.device("meta"):
-        empty = family(cast(Any, config))
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    check_shapes(empty, {name: tuple(value.shape) for name, value in weights.items()})
+        empty = found.network(cast(Any, found.config))
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    check_shapes(empty, {name: renaming.shape(pieces, shapes) for name, pieces in made.items()})
+    weights = _joined(made, stored)
     with _quiet_loading():
-        network = family.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa")
-    return cast(PreTrainedModel, network)
+        loaded = found.network.from_pretrained(
+            None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+        )
+    return experts.as_linears_(cast(PreTrainedModel, loaded))
+
+
+def _joined(made: renaming.Plan, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the network's tensors together, letting go of each stored one after its last use."""
+    uses = Counter(piece.key for pieces in made.values() for piece in pieces)
+    weights = {}
+    for name, pieces in made.items():
+        weights[name] = renaming.join(pieces, stored.__getitem__)
+        uses.subtract(piece.key for piece in pieces)
+        for piece in pieces:
+            if not uses[piece.key]:
+                stored.pop(piece.key, None)
+    return weights
+
+
+def untie_(config: PretrainedConfig, made: renaming.Plan, take: Callable[[str], Tensor]) -> None:
+    """Drop a stored head that is the embedding; give the network one of its own where the stored head differs.
+
+    Args:
+        config: the network's; changed where it says that the head is the embedding and the files say otherwise.
+        made: plan of its tensors; changed where the stored head is not needed.
+        take: returns a stored tensor by name.
+    """
+    head, embedding = made.get("lm_head.weight"), made.get("model.embed_tokens.weight")
+    if not config.tie_word_embeddings or head is None or embedding is None:
+        return
+    if torch.equal(renaming.join(head, take), renaming.join(embedding, take)):
+        del made["lm_head.weight"]
+    else:
+        config.tie_word_embeddings = False
 
 
 def check_shapes(network: PreTrainedModel, got: Mapping[str, tuple[int, ...]]) -> None:
@@ -190,15 +245,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _mask_token_id(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, *, is_causal: bool, folder: Path
-) -> int | None:
-    """Return the mask id of the configuration, else the tokenizer's; a bidirectional model must have one."""
-    found = getattr(config, "mask_token_id", None)
-    if found is None and tokenizer is not None:
-        found = getattr(tokenizer, "mask_token_id", None)
-    if found is None and not is_causal:
-        raise InputError(f"a diffusion model must name its mask token, got none in {folder}: set mask_token_id in config.json")
-    return None if is_causal else found

@@ -81,15 +81,18 @@ def reused(model: LanguageModel, prefix: Prefix, *, first: int) -> Iterator[None
         require(same, "passes must be those that were recorded", "another one", "measure both on the same texts")
         return (cast(Tensor, kept), *arguments[1:])
 
-    for block in blocks[:first]:
+    skipped = [(block, vars(block).get("forward")) for block in blocks[:first]]  # one of its own where accelerate moves data
+    for block, _ in skipped:
         block.forward = _unchanged  # type: ignore[method-assign]
     handle = blocks[first].register_forward_pre_hook(replace)
     try:
         yield
     finally:
         handle.remove()
-        for block in blocks[:first]:
+        for block, own in skipped:
             del block.forward
+            if own is not None:
+                block.forward = own
 
 
 def _unchanged(hidden: Tensor, *_: Any, **__: Any) -> Tensor:

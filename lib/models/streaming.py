@@ -6,6 +6,7 @@ is kept in a scratch file when it goes. Embedding, norms and biases stay in memo
 ordinary one: a walk through the blocks reads each block once, a whole forward pass reads the whole checkpoint.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lib.checkpoints import layouts, lookup
-from lib.checkpoints.lookup import LLADA_TYPES
+from lib.checkpoints import contents, lookup, renaming
+from lib.checkpoints.files import check_safetensors
 from lib.core.config import ModelSource
 from lib.core.errors import require
 from lib.core.provenance import write_json
-from lib.models import export, loading
+from lib.models import experts, export, loading
 from lib.models.language_model import LanguageModel, linear_layers
-from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, read
+from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
 SHARD_BYTES = 2**29  # about one block of an 8B model in bfloat16
 
@@ -63,29 +64,39 @@ def load(
     if not isinstance(source, ModelSource):
         source = lookup.parse(str(source))
     folder = lookup.resolve(source)
-    gguf = lookup.gguf_file(folder)
-    files = folder if gguf is None else layouts.converted_gguf(gguf)
-    raw = lookup.read_json(files / "config.json")
-    config = layouts.configuration(raw, files)[1]
-    network = _network(config, stored_tensors(files), dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
-    tokenizer, shift = layouts.tokenizer_and_shift(raw, files)
-    return loading.described(network, tokenizer, shift, source=source, folder=folder, name=name)
+    contents.check_streamable(folder)
+    found = loading.opened(folder)
+    stored = stored_tensors(found)
+    network = _network(found.config, stored, dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
+    return loading.described(network, found, source=source, name=name)
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read from the headers of a checkpoint folder where each tensor lies, by the name it has in the network.
+def stored_tensors(found: loading.Opened) -> dict[str, StoredTensor]:
+    """Read from the headers of a checkpoint where each tensor of its network lies, by the name it has there.
+
+    Args:
+        found: the checkpoint; its configuration is changed where a stored head differs from the embedding it should be.
 
     Raises:
-        InputError: a tensor has a name outside the layout.
+        InputError: a tensor has a name outside the layout, or is put together from several stored ones.
     """
-    is_llada = lookup.read_json(folder / "config.json").get("model_type") in LLADA_TYPES
-    found = {}
-    for path in lookup.weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                shape = tuple(file.get_slice(key).get_shape())
-                found[layouts.llada_name(key, folder) if is_llada else key] = StoredTensor(path, key, shape)
-    return found
+    headers = {path: check_safetensors(path) for path in lookup.weight_files(found.files)}
+    where = {
+        name: StoredTensor(path, key, tuple(headers[path][key]["shape"]))
+        for name, (path, key) in contents.places(found.files).items()
+    }
+    rotary = {name: _as_stored(where.pop(name)) for name in list(where) if name.endswith(contents.FREQUENCIES)}
+    contents.without_frequencies(rotary, found.config)
+    made = renaming.unstacked(renaming.plan(where, found.family, found.config, folder=found.files))
+    loading.untie_(found.config, made, lambda key: mapped(where[key]))
+    for name, pieces in made.items():
+        rule, remedy = "a streamed matrix must lie in one piece", "load the model whole"
+        require(len(pieces) == 1, rule, f"{len(pieces)} pieces of {name}", remedy)
+    shapes = {key: place.shape for key, place in where.items()}
+    return {
+        name: replace(where[pieces[0].key], shape=renaming.shape(pieces, shapes), rows=pieces[0].rows)
+        for name, pieces in made.items()
+    }
 
 
 def _network(
@@ -100,12 +111,12 @@ def _network(
     """Build the network without weights, read those that stay, and let the others be fetched."""
     with init_empty_weights(include_buffers=False):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+        experts.as_linears_(network)
     network.eval().requires_grad_(False)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})
     names = _streamed_names(network)
-    kept = {name: read(place, dtype=dtype, device=device) for name, place in stored.items() if name not in names}
+    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # some stay in float32
+    kept = {name: read(place, dtype=own[name], device=device) for name, place in stored.items() if name not in names}
     network.load_state_dict(kept, strict=False, assign=True)
     network.requires_grad_(False).tie_weights()
     for module in network.modules():
@@ -119,6 +130,12 @@ def _network(
         module.__class__ = StreamedLinear
         module.store, module.key = store, name  # type: ignore[assignment]
     return network
+
+
+def _as_stored(place: StoredTensor) -> Tensor:
+    """Read a small tensor in its own dtype."""
+    with safe_open(place.file, framework="pt") as file:
+        return file.get_tensor(place.key)
 
 
 def _streamed_names(network: PreTrainedModel) -> list[str]:
@@ -150,7 +167,8 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
         InputError: the folder exists, or shards without room.
     """
     require(max_shard_bytes > 0, "max_shard_bytes must be positive", str(max_shard_bytes), f"the default is {SHARD_BYTES}")
-    tensors = dict(model.network.named_parameters())  # a tied head is there once, streamed matrices without values
+    # a tied head is there once, streamed matrices without values
+    tensors = {**dict(model.network.named_parameters()), **kept_buffers(model.network)}
     plan = split_torch_state_dict_into_shards(cast(Any, tensors), max_shard_size=max_shard_bytes)
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -160,6 +178,16 @@ def save(model: LanguageModel, folder: Path | str, *, max_shard_bytes: int = SHA
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
     return Path(folder)
+
+
+def kept_buffers(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, such as the biases of a router, by name."""
+    return {
+        f"{name}.{key}": buffer
+        for name, module in network.named_modules()
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }
 
 
 def _value(model: LanguageModel, name: str) -> Tensor:

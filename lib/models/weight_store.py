@@ -20,11 +20,12 @@ HELD_BY_STORE = 2  # references that sys.getrefcount sees of a tensor which the 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: a safetensors file, its name there, and its shape."""
+    """Where a tensor lies: a safetensors file, its name there, its shape, and which rows of the stored one it is."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None  # all when None
 
 
 class StreamedWeight(torch.nn.Parameter):
@@ -123,4 +124,11 @@ class StreamedLinear(torch.nn.Linear):
 def read(stored: StoredTensor, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Read one tensor into memory of its own; the file is closed again, so that none of its pages count as memory in use."""
     with safe_open(stored.file, framework="pt") as file:
-        return file.get_tensor(stored.key).to(device=device, dtype=dtype, copy=True)
+        found = file.get_tensor(stored.key) if stored.rows is None else file.get_slice(stored.key)[slice(*stored.rows)]
+        return found.to(device=device, dtype=dtype, copy=True)
+
+
+def mapped(stored: StoredTensor) -> Tensor:
+    """Return one whole tensor in the dtype of its file, whose pages are read when they are looked at."""
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.key)

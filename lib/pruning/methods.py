@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from lib.calibration.sets import CLEAN, NOISED, Inputs
-from lib.calibration.statistics import Aggregate
+from lib.calibration.sums import Aggregate
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.pruning import importances

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from lib.attention import masses
 from lib.core.errors import InputError, require
@@ -90,7 +90,7 @@ class PhasedDecoder(torch.nn.Module):
         attention_mask: AttentionMask = None,
         use_cache: bool | None = False,
         **others: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """Run each row through its phase's decoder and put the hidden states back in order.
 
         Args:
@@ -117,12 +117,13 @@ class PhasedDecoder(torch.nn.Module):
         if len(present) == 1:
             return self.decoders[present[0]](input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         rows = [(phase == number).nonzero()[:, 0].to(input_ids.device) for number in present]
-        parts = []
+        parts: list[Tensor] = []
+        output: Any = None
         for number, chosen in zip(present, rows, strict=True):
             mask = None if attention_mask is None else attention_mask[chosen]
             output = self.decoders[number](input_ids=input_ids[chosen], attention_mask=mask, use_cache=False)
             parts.append(output.last_hidden_state)
-        return BaseModelOutputWithPast(last_hidden_state=torch.cat(parts)[torch.cat(rows).argsort()])
+        return type(output)(last_hidden_state=torch.cat(parts)[torch.cat(rows).argsort()])  # a mixture has its own kind
 
 
 def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedModel], *, borders: Sequence[float]) -> LanguageModel:
@@ -145,6 +146,9 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
     """
     if model.mask_token_id is None:
         raise InputError(f"phases must follow the mask ratio of a diffusion model, got {model.name}: use one that has masks")
+    if model.goes_by_blocks:
+        rule = "phases must follow one mask ratio of the whole text"
+        raise InputError(f"{rule}, got {model.attention} with {model.name}: prune it with one mask for all")
     phase_widths(borders, phases=len(phases))  # refuses bad ones before the work
     networks = [phase.network if isinstance(phase, LanguageModel) else phase for phase in phases]
     config = copy.deepcopy(model.network.config)

@@ -12,7 +12,9 @@ from torch import Tensor
 from lib.calibration import measured_weights, one_shot, sets
 from lib.calibration import statistics as calibration
 from lib.calibration.hidden_states import HiddenStates, States, check_states, waiting
-from lib.calibration.statistics import READS, CalibrationSet, InputStatistics, statistics_of
+from lib.calibration.reads import fell_back, ready, statistics_of
+from lib.calibration.statistics import CalibrationSet
+from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import CONTROLS
 from lib.core.errors import InputError
 from lib.core.runtime import generator as stream
@@ -35,7 +37,7 @@ def prune_(
     states: States = "device",
     by_role: bool = False,
     scratch: Path | str | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Prune every linear layer of a model in place, from clean calibration windows.
 
     The defaults are the fastest where memory allows; `states` and `by_role` save memory, and give the same weights bit for bit.
@@ -55,6 +57,10 @@ def prune_(
         scratch: where to make a folder for states on disk, as many bytes as all of them and one batch (twice as many by role for
             a method that is not sequential); that of the system when None. It is removed at the end, also after an error.
 
+    Returns:
+        Names of the matrices of experts that used the statistics of their layer, because too few tokens went to the expert: none
+        for norms, fewer than the matrix has input features for a Hessian.
+
     Raises:
         InputError: a target that does not fit, weights or activations that are not finite, calibration missing or too short,
             another place for states, or a scratch folder that is not there.
@@ -65,7 +71,7 @@ def prune_(
         random = stream(seed, "pruning")
         for layer in model.layers:
             _write_(layer, _pruned(layer, method, target, None, random=random))
-        return
+        return ()
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
     sets.check_windows(model, windows)
@@ -73,12 +79,11 @@ def prune_(
         ids = sets.read(model, windows, method.inputs, seed=seed).flatten(0, 1)
         weigh = measured_weights.weigher(method.weighting or SINKS)
         found = one_shot.one_shot_statistics(model, ids, weigh, batch_size=batch_size, memory_budget=memory_budget)
-        prune_with_(model, method, target, found)
-        return
+        return prune_with_(model, method, target, found)
     given: dict[str, Any] = {"inputs": method.inputs, "weighting": method.weighting, "seed": seed, "batch_size": batch_size}
     with waiting(states, model.device, scratch) as place:  # before hours of work, should it be impossible
         built = sets.build(model, windows, **given)
-        prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role)
+        return prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role)
 
 
 def _is_one_pass(method: Method) -> bool:
@@ -98,7 +103,7 @@ def prune_on_(
     batch_size: int = 4,
     states: HiddenStates | None = None,
     by_role: bool = False,
-) -> None:
+) -> tuple[str, ...]:
     """Prune in place with a calibration set that is already noised and weighted as the method says.
 
     Args:
@@ -110,6 +115,9 @@ def prune_on_(
         states: where hidden states wait between blocks; on the device when None.
         by_role: one Hessian at a time, see `prune_`.
 
+    Returns:
+        Names of the matrices that used the statistics of their layer, see `prune_`.
+
     Raises:
         InputError: as `prune_`; or a set whose token weights contradict the method.
     """
@@ -120,20 +128,27 @@ def prune_on_(
         raise InputError(
             f"the calibration set must have {wanted} token weights for this method, got {got}: build it for the method"
         )
+    fallen: list[str] = []
     calibration.stream(
         model,
         calibration_set,
-        lambda block, found: prune_block_(model, block, method, target, found),
+        lambda block, found: fallen.extend(prune_block_(model, block, method, target, found)),
         hessian=method.importance == "sparsegpt",
         sequential=method.sequential,
         batch_size=batch_size,
         states=states,
         by_role=by_role,
     )
+    return tuple(fallen)
 
 
-def prune_with_(model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]) -> None:
+def prune_with_(
+    model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]
+) -> tuple[str, ...]:
     """Prune in place with statistics of the dense model, by block; they serve any number of targets.
+
+    Returns:
+        Names of the matrices that used the statistics of their layer, see `prune_`.
 
     Raises:
         InputError: as `prune_`; or a sequential method, whose statistics change with the target.
@@ -145,8 +160,10 @@ def prune_with_(model: LanguageModel, method: Method, target: Target, found: Seq
         raise InputError(f"statistics must be those of all {blocks} blocks, got {len(found)}: collect them on this model")
     if method.sequential:
         raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
+    fallen: list[str] = []
     for block, statistics in enumerate(found):
-        prune_block_(model, block, method, target, statistics)
+        fallen += prune_block_(model, block, method, target, statistics)
+    return tuple(fallen)
 
 
 def exact_target(model: LanguageModel, sparsity: float) -> Target:
@@ -199,7 +216,9 @@ def measured_sparsity(model: LanguageModel) -> float:
     return zeros / sum(layer.module.weight.numel() for layer in model.layers)
 
 
-def prune_block_(model: LanguageModel, block: int, method: Method, target: Target, found: Mapping[Role, InputStatistics]) -> None:
+def prune_block_(
+    model: LanguageModel, block: int, method: Method, target: Target, found: Mapping[Role, InputStatistics]
+) -> list[str]:
     """Prune in place the layers of a block whose statistics are there: SparseGPT needs a Hessian, others norms.
 
     Args:
@@ -209,16 +228,21 @@ def prune_block_(model: LanguageModel, block: int, method: Method, target: Targe
         target: how much.
         found: the block's statistics by reading role, all or some of them.
 
+    Returns:
+        Names of the matrices pruned now that used the statistics of their layer, see `prune_`.
+
     Raises:
         InputError: inputs that are not finite, also of a layer that waits for its Hessian; or what a method refuses.
     """
-    layers = [layer for layer in model.layers if layer.block == block and READS[layer.role] in found]
+    layers = ready(model, block, found)
     for layer in layers:
-        importances.check_finite(statistics_of(found, layer.role).squares, name=layer.name, what="inputs")
-    with_hessian = {role for role, each in found.items() if each.products is not None}
-    ready = with_hessian if method.importance == "sparsegpt" and with_hessian else found  # norms alone are refused by `hessian`
-    for layer in [layer for layer in layers if READS[layer.role] in ready]:
-        _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role)))
+        importances.check_finite(statistics_of(found, layer.role, layer.expert).squares, name=layer.name, what="inputs")
+    with_hessian = ready(model, block, found, hessian=True)
+    chosen = with_hessian if method.importance == "sparsegpt" and with_hessian else layers  # `hessian` refuses norms alone
+    fallen = [layer.name for layer in chosen if fell_back(found, layer)]
+    for layer in chosen:
+        _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role, layer.expert)))
+    return fallen
 
 
 def _pruned(

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
+from lib.models import experts
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.pruning import structured
 from lib.pruning.importances import check_finite
@@ -21,6 +22,11 @@ def head_shape(model: LanguageModel) -> HeadShape:
     config = model.network.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return HeadShape(config.num_attention_heads, config.num_key_value_heads, width)
+
+
+def refusal(model: LanguageModel) -> str | None:
+    """Return why heads and channels of a model cannot be cut out; None where they can."""
+    return f"{model.name} is a mixture of experts, which loses whole experts" if model.has_experts else None
 
 
 def choose(
@@ -37,10 +43,12 @@ def choose(
         Kept groups and kept channels by block.
 
     Raises:
-        InputError: bad sparsity, nothing left, or weights and norms that are not finite.
+        InputError: bad sparsity, nothing left, weights and norms that are not finite, or a mixture of experts.
 
     Source: Wanda-sp (arXiv 2312.11983) per block; the paper's structured baseline is not named.
     """
+    reason = refusal(model)
+    require(reason is None, "heads and channels must be those of dense blocks", str(reason), "use expert_removal")
     shape, groups, channels = head_shape(model), [], []
     for layer in model.layers:
         if layer.role not in ("o", "down"):
@@ -85,7 +93,18 @@ def shrunk(
         kept = groups[layer.block], channels[layer.block]
         rows, columns = _kept_indices(layer.role, *kept, shape=shape)
         _cut_(weights, layer.name.removesuffix(".weight"), rows, columns)
-    network = type(model.network)(config).eval().requires_grad_(False)
+    return rebuilt(model, config, weights)
+
+
+def rebuilt(model: LanguageModel, config: Any, weights: Mapping[str, Any]) -> LanguageModel:
+    """Return a model of the same class with another shape and its weights, in the dtype and on the device of the old one.
+
+    Args:
+        model: the old one.
+        config: with the new shape.
+        weights: by name.
+    """
+    network = experts.as_linears_(type(model.network)(config)).eval().requires_grad_(False)
     torch.nn.Module.to(network, device=model.device)
     for parameter in network.parameters():  # not the buffers: rotary frequencies stay in float32, as loaders leave them
         parameter.data = parameter.data.to(model.network.dtype)

@@ -114,7 +114,7 @@ def sparsegpt(
     return torch.where(kept, work, 0.0).to(weight.dtype), kept
 
 
-@np.errstate(all="ignore")  # numbers that overflow are found and refused afterwards, with the layer's name
+@np.errstate(all="ignore")  # as quiet as torch: what overflows is refused where the next layer reads it
 def _sweep_(part: Tensor, kept: Tensor, local: Tensor, groups: tuple[int, int] | None) -> Float[Tensor, "out column"]:
     """Prune a block column by column in place, moving each error to the columns that follow in it; return the errors.
 

@@ -189,7 +189,7 @@ def _compress(work: Tensor, kept: Tensor, plan: _Plan, *, block: int, dtype: tor
     return Compressed(quantized.dequantize(dtype=dtype), kept, quantized)
 
 
-@np.errstate(all="ignore")  # numbers that overflow are found and refused afterwards, with the layer's name
+@np.errstate(all="ignore")  # as quiet as torch: what overflows is refused where the next layer reads it
 def _sweep_(part: Tensor, kept: Tensor, scales: Tensor, plan: _Plan, start: int) -> Float[Tensor, "out column"]:
     """Prune and round a block column by column in place, moving each error to the columns that follow in it; return the errors.
 

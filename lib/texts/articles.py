@@ -1,9 +1,10 @@
 """Texts shipped in `data/`, how an article is written as a document, and token windows and prompts from them."""
 
+import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -12,29 +13,53 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.core.config import ROOT
 from lib.core.errors import InputError, require
+from lib.texts.encoding import encode
 
 DATA = ROOT / "data"
 EXTRACT_CHARS = 700  # about 160 tokens: leaves room for the description after the text in one 256-token window
 
 
-def read_rows(name: str, *, folder: Path = DATA) -> list[dict[str, str]]:
-    """Read one JSON-lines file of `data/`.
+def read_rows(name: str, *, folder: Path = DATA, fields: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Read one JSON-lines file: of `data/`, or one that a user brings.
+
+    Lines end at a newline alone (with a carriage return before it or without): U+2028 and the like are part of a text. Empty
+    lines and a byte order mark count for nothing.
 
     Args:
         name: file name without `.jsonl`, such as `articles_evaluation`.
         folder: where the file lies.
+        fields: what every line must have, as text; None is all that the first one has, of whatever type.
 
     Raises:
-        InputError: the file is missing, empty, or a line is not a JSON object.
+        InputError: the file is missing or empty, or a line is no JSON object, no UTF-8, or lacks a field.
     """
     path = folder / f"{name}.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be readable JSON lines, got {error}: restore the file from the repository") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} must hold one JSON object a line, got something else: restore the file from the repository")
-    return rows
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} must be readable JSON lines, got {error}: restore the file") from error
+    rows = [(number, _row(line, path, number)) for number, line in enumerate(lines, 1) if line.strip()]
+    require(bool(rows), f"{path} must hold one JSON object a line", "an empty file", "restore the file")
+    needed = fields if fields is not None else [key for key, value in rows[0][1].items() if value is not None]
+    for number, row in rows:
+        for field in needed:
+            value = row.get(field)
+            holds = value is not None if fields is None else isinstance(value, str)
+            kind = "a" if fields is None else "a text"
+            require(holds, f"line {number} of {path} must have {kind} {field!r}", repr(value), "add it, or take the line out")
+    return [row for _, row in rows]
+
+
+def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """Read one line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # half of a character pair is JSON, but no text that a tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:
+        raise InputError(f"line {number} of {path} must be a JSON object in UTF-8, got {error}: correct the line") from error
+    require(isinstance(row, dict), f"line {number} of {path} must be a JSON object", type(row).__name__, "correct the line")
+    return row
 
 
 def shorten(text: str, limit: int) -> str:
@@ -115,7 +140,7 @@ def article_prompts(
     if count > len(long_enough):
         raise InputError(f"prompts must be at most {len(long_enough)} (articles long enough), got {count}: lower prompts")
     chosen = [long_enough[index * len(long_enough) // count] for index in range(count)]
-    rows = tokenizer([format_article(row, description_last=False) for row in chosen])["input_ids"]
+    rows = [encode(tokenizer, format_article(row, description_last=False)) for row in chosen]
     shortest = min(len(row) for row in rows)
     if shortest < length:
         raise InputError(f"prompt_tokens must be at most {shortest} (the shortest article), got {length}: lower prompt_tokens")

@@ -136,7 +136,7 @@ def _enough(there: int, count: int) -> int:
 
 def _local(folder: Path, corpus: Corpus, split: Split) -> Iterator[str]:
     """Read local rows of a corpus."""
-    return (row["text"] for row in articles.read_rows(split, folder=folder / corpus))
+    return (row["text"] for row in articles.read_rows(split, folder=folder / corpus, fields=["text"]))
 
 
 def _fetched(source: HubText, split: Split) -> Iterable[str]:

@@ -124,6 +124,8 @@ def layer_shape(layer: LinearLayer, heads: HeadShape) -> LayerShape:
 
 def model_refusal(model: LanguageModel, form: Format) -> str | None:
     """Return why a model cannot be converted to a format: the reason of the first layer that has one, or None."""
+    if form.removed and shrink.refusal(model) is not None:
+        return shrink.refusal(model)
     heads, dtype = shrink.head_shape(model), model.network.dtype
     shapes = (layer_shape(layer, heads) for layer in model.layers)
     return next(filter(None, (form.unavailable(model.device, dtype=dtype, shape=shape) for shape in shapes)), None)

@@ -236,6 +236,6 @@ def held_out_windows(
 
 
 def save_windows(path: Path, windows: np.ndarray) -> None:
-    """Write the windows in one step, so that two members started together read whole files."""
+    """Write the windows in one step: the file says that all others are there."""
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, windows)

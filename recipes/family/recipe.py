@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -13,6 +13,35 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.core.provenance import replacing
 from recipes.family.objectives import Member
+
+
+class Course(Protocol):
+    """What of a recipe the optimizers and their learning rate follow."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Highest rate."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Of the matrices inside the blocks."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the highest rate."""
+        ...
+
+    @property
+    def decay_fraction(self) -> float:
+        """Share of the steps in which the rate falls to zero."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ def build_model(recipe: Recipe, tok: PreTrainedTokenizerFast, *, member: Member)
     return LlamaForCausalLM(config)
 
 
-def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM, recipe: Course) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms."""
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     outside = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
@@ -74,10 +103,20 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim
     ]
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Warm-up, plateau, linear decay to zero."""
+def learning_rate(step: int, recipe: Course) -> float:
+    """Warm-up, plateau, linear decay to zero: the plateau does not depend on the budget, so a run can be lengthened."""
     decay_steps = max(1, math.ceil(recipe.steps * recipe.decay_fraction))
     return recipe.learning_rate * min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / decay_steps, 1.0)
+
+
+def update_(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], *, rate: float) -> None:
+    """Take one step of all optimizers with gradients of norm at most 1, and forget the gradients."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def save_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:

@@ -41,14 +41,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One text of the mix: where it lies, how it is read, how often one round of training takes it."""
+    """One text of the mix: where it lies and how it is read."""
 
     name: str
     registry: str  # "wheel" or "npm"
     package: str  # name==version for a wheel, name@version for npm
     sha256: str
     read: Callable[[Path], Iterator[Document]]
-    per_round: int = 1
 
 
 def clean(text: str) -> str:

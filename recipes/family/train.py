@@ -7,6 +7,8 @@ and every random draw is a function of (seed, stream, step).
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from recipes import tokenizer
 from recipes.family import batches, progress, sources, tasks
 from recipes.family.batches import Corpus
 from recipes.family.objectives import MEMBERS, Member, row_losses
-from recipes.family.recipe import Recipe, build_model, learning_rate, load_state, make_optimizers, save_state
+from recipes.family.recipe import Recipe, build_model, learning_rate, load_state, make_optimizers, save_state, update_
 
 TOKENIZER_TASKS = 4000  # documents of each task that the tokenizer is trained on, beside all text
 SAVE_SECONDS = 200.0
@@ -51,8 +53,24 @@ def tokenizer_texts(documents: dict[str, list[sources.Document]], articles: list
     return texts
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the context."""
+    import fcntl  # absent on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "prepare.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def prepare(folder: Path, recipe: Recipe) -> Corpus:
-    """Return all that training reads, made in `folder` by the first call; members started later read the same files."""
+    """Return all that training reads, made in `folder` by the first call; members started beside it read the same files."""
+    with _alone(folder):
+        return _prepared(folder, recipe)
+
+
+def _prepared(folder: Path, recipe: Recipe) -> Corpus:
     made = folder / f"windows-{recipe.vocab_size}-{recipe.length}-{recipe.steps * recipe.text_rows}.npy"
     held_out_file, articles_file, tok_folder = folder / "held_out.npz", folder / "articles.json", folder / "tokenizer"
     if not made.exists():
@@ -136,12 +154,7 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
     for step in tqdm(range(first, last), initial=first, total=recipe.steps, desc=member, mininterval=60):
         started = time.process_time()  # of the processor: a run beside other work, or halted, takes no longer
         text, task, tokens = step_loss(member, model, network, corpus, step, recipe, bf16=bf16)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
+        update_(model, optimizers, rate=learning_rate(step, recipe))
         state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
         state["seconds"] += time.process_time() - started
         done = step + 1 == last

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion.commits import DenoisingStep
 
 RECORDED = {
     "block32": {"block_length": 32},

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.calibration.reads import ready, statistics_of
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import require
 from lib.models.language_model import LanguageModel, LinearLayer, Role
 from lib.pruning import importances, pruner, shrink
@@ -145,16 +146,17 @@ class Prepared:
 
 def units(model: LanguageModel) -> dict[Unit, tuple[int, str]]:
     """Return the block and part, `"attention"` or `"MLP"`, of all layers that a structured format changes together."""
-    blocks = range(1 + model.layers[-1].block)
     return {
-        tuple(layer.name for layer in model.layers if layer.block == block and layer.role in roles): (block, part)
-        for block in blocks
+        tuple(layer.name for layer in layers if layer.role in roles): (block, part)
+        for block, layers in model.by_block.items()
         for part, roles in PARTS.items()
     }
 
 
 def unavailable(form: Format, model: LanguageModel) -> str | None:
     """Return why a model cannot take a format on this machine; None where it can."""
+    if form.kind == "structured":
+        return shrink.refusal(model)
     if form.kind != "dynamic":
         return None
     if model.device.type != "cpu" or model.network.dtype != torch.float32:
@@ -211,19 +213,19 @@ def _calibrated(
     found: Calibrations, recipes: Mapping[tuple[str, str], Recipe], method: Method
 ) -> tuple[Modules, dict[tuple[int, str], Tensor]]:
     """Return the packed matrices as modules, and the norms that heads and channels are chosen by."""
-    model, modules, norms = found.bench.model, {}, {}
+    model, modules, norms, forms = found.bench.model, {}, {}, dict.fromkeys(form for _, form in recipes)
 
     def visit(block: int, statistics: Mapping[Role, InputStatistics]) -> None:
         """Compress the layers of one block; they stay out of the model."""
-        for layer in (layer for layer in model.layers if layer.block == block):
-            own = statistics_of(statistics, layer.role)
+        for layer in ready(model, block, statistics, hessian=bool(recipes)):
+            own = statistics_of(statistics, layer.role, layer.expert)
             importances.check_finite(own.squares, name=layer.name, what="inputs")
             if layer.role in ("o", "down"):
                 norms[block, layer.role] = own.input_norm(method.aggregate)[0]
-            for (name, form), recipe in recipes.items():
-                if name == layer.name:
-                    weight = runs.compress_matrix(layer.module.weight.detach(), recipe, own, name=name).weight
-                    modules[name, form] = _linear(weight, layer.module)
+            for form in forms:
+                recipe = recipes[layer.name, form]
+                weight = runs.compress_matrix(layer.module.weight.detach(), recipe, own, name=layer.name).weight
+                modules[layer.name, form] = _linear(weight, layer.module)
 
     options = {"hessian": bool(recipes), "sequential": False, "batch_size": found.bench.batch_size}
     calibration.stream(model, found.set_of(method), visit, **options)

@@ -66,7 +66,7 @@ def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # bars of loading and unpacking would stand in the notebook
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     finally:
         if shown:
             logging.enable_progress_bar()

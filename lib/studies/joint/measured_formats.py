@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from lib.core.errors import require
 from lib.core.runtime import generator
-from lib.models import prefix
+from lib.models import experts, prefix
+from lib.models.language_model import LanguageModel
 from lib.studies.joint import configurations
 from lib.studies.joint.configurations import DENSE, Prepared
 from lib.studies.joint.search import Choice, Unit
@@ -100,7 +101,7 @@ def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> di
 
     Args:
         prepared: a model's layers in all formats.
-        rows: tokens at once: samples x positions of a forward pass.
+        rows: tokens at once: samples x positions of a forward pass. An expert gets its even share of them.
         repeats: timed rounds.
         seed: of the random inputs.
 
@@ -112,21 +113,33 @@ def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> di
     """
     require(rows >= 1, "rows must be positive", str(rows), "give the tokens of one forward pass")
     alike: dict[tuple[object, ...], dict[int, torch.nn.Module]] = {}
-    of_layer = {}
+    of_layer, own_rows = {}, _rows(prepared.model, rows)
     for (name, form), module in prepared.modules.items():
         kernel = form if prepared.formats[form].kind == "dynamic" else DENSE
         own = prepared.modules[name, DENSE] if prepared.formats[form].kind == "packed" else module
-        key = (own.out_features, own.in_features, _biased(own), kernel)
+        key: tuple[object, ...] = (own.out_features, own.in_features, _biased(own), kernel)
+        key += own_rows.get(name, ())
         alike.setdefault(key, {})[id(own)] = own
         of_layer[name, form] = key
     calls = {}
     for key, modules in alike.items():
-        values = torch.randn(rows, int(str(key[1])), generator=generator(seed, "latency", str(key)))
+        own = key[4:]
+        count = int(str(own[0])) if own else rows
+        values = torch.randn(count, int(str(key[1])), generator=generator(seed, "latency", str(key)))
         inputs = values.to(prepared.model.device, prepared.model.network.dtype)
         calls[str(key)] = partial(_run, tuple(modules.values()), inputs)
     seconds = clock.interleaved(calls, repeats=repeats, device=prepared.model.device)
     medians = {key: float(seconds[str(key)].quantile(0.5)) / len(modules) for key, modules in alike.items()}
     return {(layers, form): sum(medians[of_layer[name, form]] for name in layers) for layers, form in prepared.offers()}
+
+
+def _rows(model: LanguageModel, rows: int) -> dict[str, tuple[int]]:
+    """Return how many tokens each expert's matrices get when all experts get equally many; others get all."""
+    chosen, found = experts.choices(model.network), dict[str, tuple[int]]()
+    for layers in model.by_block.values():
+        routed = [layer.name for layer in layers if isinstance(layer.expert, int)]
+        found |= dict.fromkeys(routed, (max(1, round(3 * rows * chosen / max(1, len(routed)))),))
+    return found
 
 
 def _biased(module: torch.nn.Module) -> bool:

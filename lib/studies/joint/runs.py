@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.calibration.reads import fell_back, ready, statistics_of
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
@@ -90,6 +91,7 @@ class Measured:
         zeros: share of exact zeros in the linear layers, rounded to 0 or removed.
         bytes: of the whole model as stored.
         loss: of each held-out window, in nats per token.
+        fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
     """
 
     model: str
@@ -99,6 +101,7 @@ class Measured:
     zeros: float
     bytes: int
     loss: Float[Tensor, "window"] = field(repr=False)
+    fallbacks: int = 0
 
 
 def compress_matrix(
@@ -177,7 +180,11 @@ def check(model: LanguageModel, recipe: Recipe) -> None:
 
 
 def compress_(
-    found: Calibrations, recipe: Recipe, *, choose: Callable[[LinearLayer], Recipe | None] | None = None
+    found: Calibrations,
+    recipe: Recipe,
+    *,
+    choose: Callable[[LinearLayer], Recipe | None] | None = None,
+    fallen: list[str] | None = None,
 ) -> dict[str, Compressed]:
     """Compress the bench's model in place, block by block.
 
@@ -185,6 +192,7 @@ def compress_(
         found: calibrations of a model, shared with other recipes.
         recipe: how; it says what the calibration reads.
         choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads.
+        fallen: gets the names of the matrices of experts that used the statistics of their layer, see `pruner.prune_`.
 
     Returns:
         Every compressed matrix by its layer's name.
@@ -198,14 +206,18 @@ def compress_(
     for own in {id(own): own for own in recipes.values() if own is not None}.values():
         check(model, own)
     needed = [own for own in recipes.values() if own is not None]
+    hessian = any(own.needs_hessian for own in needed)
 
     def visit(block: int, statistics: Mapping[Role, InputStatistics] | None) -> None:
         """Compress the layers of one block."""
-        for layer in model.layers:
+        served = model.by_block[block] if statistics is None else ready(model, block, statistics, hessian=hessian)
+        for layer in served:
             own = recipes[layer.name]
-            if layer.block != block or own is None:
+            if own is None:
                 continue
-            of_layer = None if statistics is None else statistics_of(statistics, layer.role)
+            of_layer = None if statistics is None else statistics_of(statistics, layer.role, layer.expert)
+            if statistics is not None and fallen is not None and fell_back(statistics, layer):
+                fallen.append(layer.name)
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
             results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
@@ -219,7 +231,7 @@ def compress_(
         model,
         found.set_of(recipe.method),
         visit,
-        hessian=any(own.needs_hessian for own in needed),
+        hessian=hessian,
         sequential=recipe.method.sequential,
         batch_size=found.bench.batch_size,
     )
@@ -252,10 +264,11 @@ def measured(found: Calibrations, name: str, recipe: Recipe) -> Measured:
     """Compress, measure and restore one model."""
     model = found.bench.model
     with pruner.restored(model):
-        compressed = compress_(found, recipe)
+        fallen: list[str] = []
+        compressed = compress_(found, recipe, fallen=fallen)
         size = model_bytes(model, compressed, dict.fromkeys(compressed, recipe))
         zeros = pruner.measured_sparsity(model)
-        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench))
+        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench), len(fallen))
 
 
 def compare(found: Sequence[Calibrations], recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:

@@ -251,7 +251,8 @@ def sensitivity_table(
         nats per token, its paired standard error `se`, `seconds` and `bytes`.
     """
     model = prepared.model
-    places = {(layer.name,): (layer.block, layer.role) for layer in model.layers} | configurations.units(model)
+    roles = {layer.name: layer.role if layer.expert is None else f"{layer.role} {layer.expert}" for layer in model.layers}
+    places = {(layer.name,): (layer.block, roles[layer.name]) for layer in model.layers} | configurations.units(model)
     return pd.DataFrame([
         {
             "model": model.name, "layer": places[row.layers][0], "role": places[row.layers][1], "format": row.format,

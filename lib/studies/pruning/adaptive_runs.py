@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lib.attention import masses as attention
 from lib.calibration import sets
+from lib.calibration.reads import statistics_of
 from lib.calibration.sets import GRID_STEPS, NOISED
-from lib.calibration.statistics import statistics_of
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel
 from lib.pruning import allocation, phases, pruner
@@ -159,7 +159,10 @@ def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
     scores = []
     for block, statistics in enumerate(found.statistics_of(method)):
         layers = [layer for layer in found.bench.model.layers if layer.block == block]
-        parts = [pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role)) for layer in layers]
+        parts = [
+            pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role, layer.expert))
+            for layer in layers
+        ]
         scores.append(allocation.outlier_share(torch.cat([part.flatten() for part in parts])[None]))
     return torch.tensor(scores, dtype=torch.float64)
 

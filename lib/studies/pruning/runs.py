@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from lib.calibration import one_shot, sets
 from lib.calibration.sets import Inputs
-from lib.calibration.statistics import CalibrationSet, InputStatistics
+from lib.calibration.statistics import CalibrationSet
+from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, Role, linear_layers, network_body
-from lib.pruning import pruner, shrink
+from lib.pruning import expert_removal, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import Method, Target
 from lib.studies.variance.sink_effect import text_loss
@@ -64,6 +65,7 @@ class Outcome:
         seed: of the calibration.
         measured_sparsity: share of the linear layers' weights that are gone.
         loss: NELBO, or exact negative log-likelihood, of each held-out window in nats per token.
+        fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
     """
 
     model: str
@@ -73,6 +75,7 @@ class Outcome:
     seed: int
     measured_sparsity: float
     loss: Float[Tensor, "window"] = field(repr=False)
+    fallbacks: int = 0
 
 
 def held_out(windows: Int[Tensor, "held_out position"], *, count: int) -> Int[Tensor, "window position"]:
@@ -145,15 +148,14 @@ def uses_dense_statistics(method: Method) -> bool:
     return method.importance == "wanda" and not method.sequential
 
 
-def prune_(found: Calibrations, method: Method, target: Target) -> None:
-    """Prune the bench's model in place, with calibrations that other methods share."""
+def prune_(found: Calibrations, method: Method, target: Target) -> tuple[str, ...]:
+    """Prune the bench's model in place, with calibrations that other methods share; the result is that of `pruner.prune_`."""
     model, batch = found.bench.model, found.bench.batch_size
     if not method.needs_calibration:
-        pruner.prune_(model, method, target, seed=found.seed)
-    elif uses_dense_statistics(method):
-        pruner.prune_with_(model, method, target, found.statistics_of(method))
-    else:
-        pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
+        return pruner.prune_(model, method, target, seed=found.seed)
+    if uses_dense_statistics(method):
+        return pruner.prune_with_(model, method, target, found.statistics_of(method))
+    return pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
 
 
 def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
@@ -195,8 +197,8 @@ def compare(
 def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:
     """Prune, measure and restore one model with calibrations that are already there."""
     with pruner.restored(found.bench.model):
-        prune_(found, method, target)
-        return outcome(found.bench, name, target, seed=found.seed)
+        fallen = prune_(found, method, target)
+        return replace(outcome(found.bench, name, target, seed=found.seed), fallbacks=len(fallen))
 
 
 def outcome(bench: Bench, name: str, target: Target, *, seed: int) -> Outcome:
@@ -259,9 +261,7 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
     for seed in seeds:
         found = Calibrations(bench, seed)
         for name, method in chosen.items():
-            if seed not in seeds_that_matter(method, seeds):
-                continue
-            for sparsity in sparsities:
+            for sparsity in sparsities if seed in seeds_that_matter(method, seeds) else ():
                 small = shrunk(found, method, sparsity=sparsity)
                 gone = 1.0 - _weights(small) / _weights(bench.model)
                 outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small)))
@@ -269,7 +269,7 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
 
 
 def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
-    """Return the smaller model that a method leaves; the bench's model stays as it is.
+    """Return the smaller model that a method leaves, of a mixture without whole experts; the bench's model stays as it is.
 
     Raises:
         InputError: a method whose ranking of groups and channels is not defined here.
@@ -278,6 +278,8 @@ def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageM
         order = "sequential" if method.sequential else "one-shot"
         raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {order} {method.importance}: change it")
     model, norms = found.bench.model, None
+    if model.has_experts:
+        return expert_removal.by_routed_mass(model, method, found.set_of(method), sparsity=sparsity)
     if method.needs_calibration:
         statistics = found.statistics_of(method)
         norms = {

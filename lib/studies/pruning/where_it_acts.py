@@ -9,8 +9,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lib.calibration import one_shot
-from lib.calibration.statistics import CalibrationSet, statistics_of
+from lib.calibration.reads import statistics_of
+from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
+from lib.models.language_model import LinearLayer
 from lib.pruning import pruner
 from lib.pruning.methods import Method, Target
 from lib.studies.pruning import runs
@@ -49,7 +51,7 @@ def expected_overlap(sparsity: float) -> float:
 def overlap_table(found: Calibrations, first: Masks, second: Masks) -> pd.DataFrame:
     """Tabulate the overlap of two sets of masks by layer and role."""
     return pd.DataFrame([
-        {"layer": layer.block, "role": layer.role, "jaccard": removed_overlap(first[layer.name], second[layer.name])}
+        {**_place(layer), "jaccard": removed_overlap(first[layer.name], second[layer.name])}
         for layer in found.bench.model.layers
     ])  # fmt: skip
 
@@ -85,15 +87,21 @@ def channel_table(found: Calibrations, method: Method, target: Target) -> pd.Dat
     sink_energy = one_shot.dense_statistics(found.bench.model, counted)
     rows = []
     for layer in found.bench.model.layers:
-        total = statistics_of(energy[layer.block], layer.role).squares[0]
-        share = statistics_of(sink_energy[layer.block], layer.role).squares[0] / total.clamp(min=1e-30) * some
+        total = statistics_of(energy[layer.block], layer.role, layer.expert).squares[0]
+        share = statistics_of(sink_energy[layer.block], layer.role, layer.expert).squares[0] / total.clamp(min=1e-30) * some
         gone = (kept[layer.name] & ~weighted[layer.name]).float().mean(0)
         back = (~kept[layer.name] & weighted[layer.name]).float().mean(0)
         rows.append(pd.DataFrame({
-            "layer": layer.block, "role": layer.role, "channel": range(len(share)), "share": share.tolist(),
+            **_place(layer), "channel": range(len(share)), "share": share.tolist(),
             "gone": (100 * gone).tolist(), "back": (100 * back).tolist(), "net": (100 * (gone - back)).tolist(),
         }))  # fmt: skip
     return pd.concat(rows, ignore_index=True)
+
+
+def _place(layer: LinearLayer) -> dict[str, object]:
+    """Return the columns that say which matrix it is; a model without experts has none of these."""
+    own = {} if layer.expert is None else {"expert": layer.expert}
+    return {"layer": layer.block, "role": layer.role, **own}
 
 
 def _aggregate(found: Calibrations, method: Method) -> Tensor:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.attention import sinks
 from lib.core.runtime import generator
+from lib.diffusion.regions import movable, region_masses
 from lib.diffusion.traces import MARKS, SinkTrace
 from lib.report.claims import bootstrap_mean
 from lib.report.figures import token_label
-from lib.studies.traces.views import uniform_mass
+from lib.studies.traces.views import uniform_of
 
 NO_VALUE = float("nan")  # the paper gives no number
 
@@ -25,17 +26,36 @@ def first_position_share(trace: SinkTrace) -> Float[Tensor, "prompt"]:
 
 
 def wander(trace: SinkTrace) -> Float[Tensor, "prompt"]:
-    """Return, per prompt, the share of steps at which the dominant sink is not where it most often is."""
-    return sinks.wander_rate(sinks.dominant_position(trace.mass))
+    """Return, per prompt, the share of steps at which the dominant sink is not where it most often is.
+
+    Where a text is written by blocks, it is the dominant one of the current block, compared within the block.
+    """
+    if not trace.goes_by_blocks:
+        return sinks.wander_rate(sinks.dominant_position(trace.mass))
+    current = movable(trace)
+    has_keys = current.any(-1)  # a first token that comes from the context is written before its block has keys
+    positions = sinks.dominant_position(torch.where(current, trace.mass, -1.0)[:, has_keys])
+    return sinks.wander_rate(positions, groups=cast(Tensor, trace.opened)[has_keys])
+
+
+def block_notes(traces: Sequence[SinkTrace]) -> list[str]:
+    """Say of each model that writes by blocks what its movement is about, with the mean mass of a key by region."""
+    notes = []
+    for trace in traces:
+        if trace.goes_by_blocks:
+            masses = ", ".join(f"{name} {float(mass.nanmean()):.3g}" for name, mass in region_masses(trace).items())
+            said = "attention goes by blocks, and keys of finished blocks cannot move"
+            notes.append(f"{trace.name}: {said}; that sinks move is said of the current block. Mean mass of a key: {masses}.")
+    return notes
 
 
 def concentration(trace: SinkTrace, *, k: int) -> Float[Tensor, "prompt"]:
     """Return, per prompt, the share of attention on the k largest keys, always out of the full length.
 
-    A diffusion model sees all positions at every step, so its steps are averaged; an autoregressive one only at the last step.
+    A diffusion model sees all positions at every step, so its steps are averaged; where keys grow, all exist only at the last.
     """
     share = sinks.top_k_share(trace.mass, k=k)
-    return share[:, -1] if trace.is_causal else share.mean(1)
+    return share[:, -1] if trace.keys_grow else share.mean(1)
 
 
 def with_interval(values: Float[Tensor, "prompt"], *, seed: int, stream: str, name: str, scale: float = 1.0) -> dict[str, float]:
@@ -70,7 +90,7 @@ def top_sinks_table(
             top = sinks.top_k_positions(trace.mass[0, step, :keys], k=k)
             share = sinks.top_k_share(trace.mass[:, step, :keys], k=k)
             tokens = [token_label(decode_one(tokenizers[trace.name], int(token))) for token in trace.ids[0, step, top]]
-            uniform = sinks.top_k_share(uniform_mass(keys, is_causal=trace.is_causal), k=k)
+            uniform = sinks.top_k_share(uniform_of(trace, step), k=k)
             rows.append(
                 {
                     "model": trace.name,

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.attention import masses
+from lib.attention import masses, sinks
+from lib.diffusion.block_reader import pass_mask
 from lib.diffusion.traces import SinkTrace
+from lib.models import visibility
 from lib.models.language_model import LanguageModel, network_body
 
 
@@ -29,7 +31,7 @@ def attention_maps(
     with masses.record(model, keep=("map",)) as recorder:
         for step in steps:
             ids = trace.ids[prompt, step, : int(trace.keys[step])][None].to(model.device)
-            network_body(model)(input_ids=ids, use_cache=False)
+            network_body(model)(input_ids=ids, attention_mask=_mask_of(trace, step, model.device), use_cache=False)
             frames.append(recorder.pop_map()[0].cpu())
     size = trace.ids.shape[-1]
     return torch.stack([torch.nn.functional.pad(frame, (0, size - frame.shape[1], 0, size - frame.shape[0])) for frame in frames])
@@ -68,3 +70,21 @@ def uniform_mass(keys: int, *, is_causal: bool) -> Float[Tensor, "key"]:
         return torch.ones(keys)
     rows = torch.tril(torch.ones(keys, keys, dtype=torch.float64))
     return (rows / rows.sum(1, keepdim=True)).sum(0).float()
+
+
+def uniform_of(trace: SinkTrace, step: int) -> Float[Tensor, "key"]:
+    """Return the masses that attention without any preference gives under the mask of a trace's step."""
+    mask = _mask_of(trace, step, torch.device("cpu"))
+    if mask is None:
+        return uniform_mass(int(trace.keys[step]), is_causal=trace.is_causal)
+    rows = mask[:, 0].double()
+    return sinks.per_viewer((rows / rows.sum(-1, keepdim=True)).sum(-2), visibility.viewers(mask))[0].float()
+
+
+def _mask_of(trace: SinkTrace, step: int, device: torch.device) -> Bool[Tensor, "1 1 query key"] | None:
+    """Return the mask under which a step was read, where attention goes by blocks."""
+    if trace.blocks is None or trace.opened is None:
+        return None
+    blocks = trace.blocks[None, : int(trace.keys[step])].to(device)
+    opened = int(trace.opened[step])
+    return pass_mask(trace.attention, blocks, opened=opened if bool((blocks == opened).any()) else None)

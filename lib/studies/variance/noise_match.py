@@ -45,12 +45,11 @@ def matching_steps(trace: SinkTrace, ratios: Sequence[float]) -> tuple[int, ...]
     """Return the steps at which the masked share of the generated positions is closest to each ratio.
 
     Raises:
-        InputError: an autoregressive trace, or a ratio outside (0, 1).
+        InputError: a trace with growing keys, or a ratio outside (0, 1).
     """
-    if trace.is_causal or not all(0 < ratio < 1 for ratio in ratios):
-        raise InputError(
-            f"mask ratios must be in (0, 1) and the trace a diffusion model's, got {list(ratios)} and {trace.name}: mend them"
-        )
+    if trace.is_causal or trace.goes_by_blocks or not all(0 < ratio < 1 for ratio in ratios):
+        rule = "mask ratios must be in (0, 1) and the trace a diffusion model's without blocks"
+        raise InputError(f"{rule}, got {list(ratios)} and {trace.name}: mend them")
     seen = trace.is_masked[:, :, trace.prompt_tokens :].float().mean((0, 2))
     return tuple(int((seen - ratio).abs().argmin()) for ratio in ratios)
 

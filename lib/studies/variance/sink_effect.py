@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.attention import blocking, variance
 from lib.attention import masses as attention
 from lib.attention.blocking import KeyBlocker, unstable_keys
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.diffusion import likelihood
 from lib.evaluation import sums
@@ -160,8 +160,10 @@ def digest_effects(
         The dense loss first, then every reading and threshold.
 
     Raises:
-        InputError: a threshold outside [0, 1).
+        InputError: a threshold outside [0, 1), or a model whose attention goes by blocks.
     """
+    rule = "positions of a text must be blocked where attention is not by blocks (their bound is read from two copies)"
+    require(not model.goes_by_blocks, rule, f"{model.attention} with {model.name}", "block keys by their rank")
     if not all(0 <= threshold < 1 for threshold in thresholds):
         raise InputError(f"thresholds must be in [0, 1), got {list(thresholds)}: 1 would block nothing")
     variances = [

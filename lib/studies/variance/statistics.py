@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lib.attention import sinks, stability, variance
 from lib.core.errors import InputError
+from lib.diffusion.regions import movable
 from lib.diffusion.traces import HeadTrace, SinkTrace
+from lib.studies.traces.tables import wander as wander_of
 from lib.studies.traces.views import uniform_mass
 
 DESCRIBED_EPSILON = 1.0  # the paper's margin is not disclosed; 1 = twice the mean mass, on masses averaged over heads
@@ -64,8 +66,8 @@ def sink_sets(trace: SinkTrace, *, level: str = "aggregate") -> Bool[Tensor, "ro
 
 
 def centroids(trace: SinkTrace) -> Float[Tensor, "row step"]:
-    """Return the mass-weighted mean position of the sinks (released rule) at every step, in tokens."""
-    return variance.centroid(trace.mass, sink_sets(trace))
+    """Return the mass-weighted mean position of the sinks (released rule) that can move, at every step, in tokens."""
+    return variance.centroid(trace.mass, sink_sets(trace) & movable(trace))
 
 
 def described_centroids(trace: SinkTrace) -> Float[Tensor, "row step"]:
@@ -75,20 +77,20 @@ def described_centroids(trace: SinkTrace) -> Float[Tensor, "row step"]:
         """Mark the keys above the mean of the others plus the margin."""
         return sinks.sinks_leave_one_out(mass, epsilon=DESCRIBED_EPSILON)
 
-    return variance.centroid(trace.mass, mark_steps_by(rule, trace.mass, trace.keys))
+    return variance.centroid(trace.mass, mark_steps_by(rule, trace.mass, trace.keys) & movable(trace))
 
 
-def at_full_length(mass: Float[Tensor, "row step key"], *, is_causal: bool) -> Float[Tensor, "row full_step key"]:
-    """Return the steps at which all keys exist: every step of a diffusion model, the last of an autoregressive one.
+def at_full_length(mass: Float[Tensor, "row step key"], *, keys_grow: bool) -> Float[Tensor, "row full_step key"]:
+    """Return the steps at which all keys exist: every step of a diffusion model, the last where keys grow.
 
     On a finished text an autoregressive model's masses do not depend on the step, so its last step is its trajectory.
     """
-    return mass[:, -1:] if is_causal else mass
+    return mass[:, -1:] if keys_grow else mass
 
 
 def spatial(trace: SinkTrace) -> Float[Tensor, "row"]:
     """Return the spatial variance at full length, the same number of keys for every kind of model."""
-    return variance.spatial_variance(at_full_length(trace.mass, is_causal=trace.is_causal))
+    return variance.spatial_variance(at_full_length(trace.mass, keys_grow=trace.keys_grow))
 
 
 def spatial_growing(trace: SinkTrace) -> Float[Tensor, "row"]:
@@ -107,22 +109,22 @@ def variance_without_preference(positions: int, *, is_causal: bool) -> float:
 
 def temporal(trace: SinkTrace) -> Float[Tensor, "row"]:
     """Return the temporal variance of the centroid in squared fractions of the sequence length."""
-    return variance.temporal_variance(centroids(trace), length=trace.mass.shape[-1])
+    return variance.temporal_variance(centroids(trace), length=trace.mass.shape[-1], groups=trace.opened)
 
 
 def temporal_raw(trace: SinkTrace) -> Float[Tensor, "row"]:
     """Return the temporal variance of the centroid in squared tokens, as the paper defines it."""
-    return variance.temporal_variance(centroids(trace))
+    return variance.temporal_variance(centroids(trace), groups=trace.opened)
 
 
 def temporal_described(trace: SinkTrace) -> Float[Tensor, "row"]:
     """Return the normalised temporal variance with the paper's described rule for sinks."""
-    return variance.temporal_variance(described_centroids(trace), length=trace.mass.shape[-1])
+    return variance.temporal_variance(described_centroids(trace), length=trace.mass.shape[-1], groups=trace.opened)
 
 
 def wander(trace: SinkTrace) -> Float[Tensor, "row"]:
-    """Return the share of steps at which the dominant sink is not where it most often is."""
-    return sinks.wander_rate(sinks.dominant_position(trace.mass))
+    """Return the share of steps at which the dominant sink is not where it most often is; within blocks where there are any."""
+    return wander_of(trace)
 
 
 def top_position_variance(trace: SinkTrace) -> Float[Tensor, "row"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib.attention import sinks, stability, variance
 from lib.core.runtime import generator
+from lib.diffusion.regions import movable
 from lib.diffusion.traces import SinkTrace
 from lib.evaluation import sums
 from lib.report.claims import bootstrap_mean
@@ -105,8 +106,8 @@ def layers_table(traces: Sequence[SinkTrace], *, prompts: int, seed: int) -> pd.
         mass = trace.layer_mass.transpose(1, 2)
         sets = ts.sink_sets(trace, level="layer")
         length = mass.shape[-1]
-        spatial = variance.spatial_variance(mass[:, :, -1:] if trace.is_causal else mass)
-        temporal = variance.temporal_variance(variance.centroid(mass, sets), length=length)
+        spatial = variance.spatial_variance(mass[:, :, -1:] if trace.keys_grow else mass)
+        temporal = variance.temporal_variance(variance.centroid(mass, sets & movable(trace)), length=length, groups=trace.opened)
         layers = mass.shape[1]
         for layer in range(layers):
             place = {"model": trace.name, "layer": layer + 1, "depth": layer / max(1, layers - 1)}

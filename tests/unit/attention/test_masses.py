@@ -1,5 +1,6 @@
 """The mass recorder against slow loops, and what it leaves untouched."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,28 @@ def test_recording_leaves_the_output_unchanged(model: LanguageModel) -> None:
     torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)  # the same sums in another order
 
 
+def test_recording_leaves_the_output_of_a_float64_network_at_its_precision(tmp_path: Path) -> None:
+    """Masses are float32; the output that goes on to the next layer must not become so."""
+    double, ids = tiny.model(tmp_path, causal=False), tiny.ids(2, 16)
+    double.network.double()
+    with torch.inference_mode():
+        plain = double.network(input_ids=ids).logits
+        with masses.record(double):
+            recorded = double.network(input_ids=ids).logits
+    torch.testing.assert_close(recorded, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_recording_leaves_gradients_unchanged(tmp_path: Path) -> None:
+    learning, ids, found = tiny.model(tmp_path, causal=False), tiny.ids(2, 16), []
+    learning.network.requires_grad_(True)
+    for context in (nullcontext(), masses.record(learning)):
+        with context:
+            learning.network(input_ids=ids).logits.square().sum().backward()
+        found.append([layer.module.weight.grad for layer in learning.layers])
+        learning.network.zero_grad()
+    assert all(torch.equal(plain, recorded) for plain, recorded in zip(*found, strict=True))
+
+
 def test_recording_leaves_the_output_of_a_masked_pass_bit_for_bit(model: LanguageModel) -> None:
     """With a mask the output is SDPA's own: a padding query, which sees nothing, must not become NaN."""
     ids, real = tiny.ids(2, 16), torch.ones(2, 16, dtype=torch.long)
@@ -236,7 +259,7 @@ def test_value_norms_are_those_of_the_projected_hidden_states(model: LanguageMod
         with pytest.raises(InputError, match="value norms must be recorded"):
             recorder.pop_value_norms()
     assert got.shape == (2, 2, 2, 9)
-    for index, layer in enumerate(network_body(model).layers):  # pyright: ignore
+    for index, layer in enumerate(model.network.get_decoder().layers):  # pyright: ignore
         weight = layer.self_attn.v_proj.weight.double()
         entering = layer.input_layernorm(states[index]).double()
         for head in range(2):
@@ -272,6 +295,13 @@ def test_prefix_favourites_and_values_equal_separate_passes(tmp_path: Path) -> N
         assert torch.equal(favourites[:, :, index, :length], alone.pop_argmax()[:, :, 0])
         assert not favourites[:, :, index, length:].any()
         torch.testing.assert_close(norms[..., :length], alone.pop_value_norms(), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_map_ends_at_the_last_prefix_whatever_makes_the_output(dtype: torch.dtype, tmp_path: Path) -> None:
+    causal = tiny.model(tmp_path, causal=True)
+    torch.nn.Module.to(causal.network, dtype)
+    assert masses.read_prefixes(causal, tiny.ids(2, 16), lengths=(4, 9), keep=("map",)).pop_map().shape == (2, 9, 16)
 
 
 def test_prefix_masses_of_a_bidirectional_model_are_refused(tmp_path: Path) -> None:
@@ -319,6 +349,13 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(item, Tensor):
                 self.largest = max(self.largest, item.numel())
         return result
+
+
+def test_autocast_does_not_round_masses(model: LanguageModel) -> None:
+    """Training is measured under it; each query still gives away exactly 1."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mass = masses.sink_mass(model, tiny.ids(2, 32))
+    torch.testing.assert_close(mass.sum(-1), torch.full(mass.shape[:-1], 32.0), atol=1e-4, rtol=0)
 
 
 def test_no_square_tensor_is_made_or_kept(tmp_path: Path) -> None:

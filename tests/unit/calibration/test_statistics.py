@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.calibration import one_shot
-from lib.calibration import statistics as calibration
-from lib.calibration.statistics import READS, CalibrationSet, InputStatistics, stream
+from lib.calibration import reads as calibration_reads
+from lib.calibration.reads import READS, statistics_of
+from lib.calibration.statistics import CalibrationSet, stream
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.models import loading
 from lib.models.language_model import LanguageModel, Role
@@ -165,9 +167,9 @@ def test_each_head_uses_its_own_weights(tmp_path: Path, heads: tuple[int, int]) 
         assert len(statistics["v"].squares) == heads[1]
         for role, got in statistics.items():
             equal(got, head_inputs(model, weight, ids, block, role))
-            assert torch.equal(calibration.statistics_of(statistics, role).squares, got.squares)
-        assert calibration.statistics_of(statistics, "k") is statistics["q"]
-        assert calibration.statistics_of(statistics, "up") is statistics["gate"]
+            assert torch.equal(statistics_of(statistics, role).squares, got.squares)
+        assert statistics_of(statistics, "k") is statistics["q"]
+        assert statistics_of(statistics, "up") is statistics["gate"]
     got = found[0]["v"].squares
     assert not torch.allclose(got[0], got[1], rtol=0.05)
     by_mean = collected(model, CalibrationSet(ids, weight.mean(2)))[0]
@@ -495,7 +497,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[WeakSet, list[int]]:
             alive.add(self)
             peaks.append(len(alive))
 
-    monkeypatch.setattr(calibration, "InputStatistics", Counted)
+    monkeypatch.setattr(calibration_reads, "InputStatistics", Counted)
     return alive, peaks
 
 

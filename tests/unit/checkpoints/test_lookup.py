@@ -89,7 +89,8 @@ def test_an_unknown_wheel_is_refused() -> None:
 
 
 def test_an_unknown_model_type_is_refused(llada: Path) -> None:
-    assert "got 'mamba'" in refusal(tiny.edit_config(llada, model_type="mamba"))
+    message = refusal(tiny.edit_config(llada, model_type="mamba", architectures=["MambaForCausalLM"]))
+    assert "got architectures 'MambaForCausalLM' and model_type 'mamba': its tensors are named as llada's" in message
 
 
 def test_a_folder_without_config_is_refused(llada: Path) -> None:

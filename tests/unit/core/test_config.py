@@ -39,9 +39,10 @@ def test_quick_uses_the_embedded_models() -> None:
     assert models["ar"] == ModelSource("models/reference/ar")
 
 
-def test_every_hub_id_of_a_profile_has_a_full_commit() -> None:
-    loaded = config.load("paper")
-    assert loaded.grid is not None and len(loaded.grid.models) == 4 and len(loaded.grid.references) == 2
+@pytest.mark.parametrize(("profile", "models"), [("paper", (4, 2)), ("laptop", (1, 1))])
+def test_every_hub_id_of_a_profile_has_a_full_commit(profile: str, models: tuple[int, int]) -> None:
+    loaded = config.load(profile)
+    assert loaded.grid is not None and (len(loaded.grid.models), len(loaded.grid.references)) == models
     for source in (*loaded.models.values(), *loaded.grid.models.values(), *loaded.grid.references.values()):
         if not source.source.startswith(("models/", "wheel:")):
             assert len(source.revision or "") == 40
@@ -284,7 +285,7 @@ def test_no_more_calibrations_are_asked_for_than_there_are(section: str, name: s
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"quick, full, paper, rehearsal, got 'quik': did you mean 'quick'"):
+    with pytest.raises(InputError, match=r"quick, full, laptop, paper, rehearsal, got 'quik': did you mean 'quick'"):
         config.load("quik")
 
 

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_all_files_ask_for_the_same_python() -> None:
     assert str(environment.OLDEST_PYTHON) in (ROOT / "run_all.sh").read_text()
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+
+
+def test_caches_of_continuous_integration_are_named_after_files_that_exist() -> None:
+    """The hash of no file is empty: its cache would be kept when what it depends on changes."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    patterns = [pattern for words in re.findall(r"hashFiles\((.*?)\)", workflow) for pattern in re.findall(r"'(.*?)'", words)]
+    assert len(patterns) >= 3
+    assert [pattern for pattern in patterns if not list(ROOT.glob(pattern))] == []
 
 
 def test_everything_imported_is_pinned_as_direct() -> None:
@@ -266,6 +275,23 @@ def test_pip_tells_what_is_missing_by_version_and_system_and_takes_a_local_build
     assert environment._lacks(Path(sys.executable), lock) == ""
     lock.write_text(f"torch=={torch}\npytest==0.0.1\n")
     assert environment._lacks(Path(sys.executable), lock) == "it lacks pytest==0.0.1"
+
+
+@pytest.mark.parametrize("kind", ["variable", "file"])
+def test_wheels_that_pip_could_install_are_not_installed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters set a folder of wheels for all their users; what lies there is still missing here."""
+    about = "nope-1.dist-info"
+    with zipfile.ZipFile(tmp_path / "nope-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: nope\nVersion: 1\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    lock, settings = tmp_path / "lock", tmp_path / "pip.conf"
+    lock.write_text("nope==1\n")
+    settings.write_text(f"[global]\nfind-links = {tmp_path}\n")
+    name, value = ("PIP_FIND_LINKS", tmp_path) if kind == "variable" else ("PIP_CONFIG_FILE", settings)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)  # would win over the file
+    monkeypatch.setenv(name, str(value))
+    assert environment._lacks(Path(sys.executable), lock) == "it lacks nope==1"
 
 
 def test_exports_can_be_evaluated_by_a_shell() -> None:

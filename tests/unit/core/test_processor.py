@@ -16,11 +16,17 @@ def before() -> Iterator[None]:
 
 
 def pretend(
-    monkeypatch: pytest.MonkeyPatch, *, vendor: str = "AuthenticAMD", capability: str = "AVX512", amx: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    vendor: str = "AuthenticAMD",
+    capability: str = "AVX512",
+    amx: bool = False,
+    gpu: bool = False,
 ) -> None:
     monkeypatch.setattr(processor, "vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,7 @@ def pretend(
         ({"capability": "AVX2"}, "offers avx2"),
         ({"capability": "DEFAULT"}, "offers default"),
         ({"amx": True}, "AMX"),
+        ({"gpu": True}, "TF32"),
     ],
 )
 def test_mkl_stays_where_it_is_fast_or_the_other_might_round(
@@ -40,6 +47,7 @@ def test_mkl_stays_where_it_is_fast_or_the_other_might_round(
     torch.set_float32_matmul_precision("medium")
     found = processor.use_products()
     assert (found.kernels, torch.get_float32_matmul_precision()) == ("MKL", "highest")
+    assert not torch.backends.cuda.matmul.allow_tf32  # "medium" allows it
     assert why in found.reason
 
 
@@ -86,5 +94,7 @@ def test_bfloat16_is_measured(half: float, single: float, faster: bool, monkeypa
     seconds = iter([single, half])
     monkeypatch.setattr(processor, "_seconds", lambda call: next(seconds))
     processor.is_bfloat16_faster.cache_clear()
+    before = torch.get_rng_state()
     assert processor.is_bfloat16_faster() is faster
+    assert torch.equal(torch.get_rng_state(), before), "a measurement moves no draws of its caller"
     processor.is_bfloat16_faster.cache_clear()

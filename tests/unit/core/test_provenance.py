@@ -148,6 +148,7 @@ def test_what_only_people_read_in_a_module_does_not_count(project: Path) -> None
         ("if True:\n    x = 1\n'text'\n", "if True:\n    x = 1"),
         ('x = """a\n\n  b """  # gone\n\ny = 1\n', 'x = """a\n\n  b """\ny = 1'),
         ("x = (\n", "x = (\n"),
+        ("x = 'a\\x0c'\n\x0c\ny = '\u2028'  # why\n", "x = 'a\\x0c'\ny = '\u2028'"),
     ],
 )
 def test_code_is_what_is_left_without_comments_and_docstrings(source: str, code: str) -> None:

@@ -1,7 +1,8 @@
 import os
 
-import joblib
+import psutil
 import pytest
+from joblib.externals.loky.backend import context
 
 from lib.core import variables
 from lib.core.environment import ROOT
@@ -11,9 +12,18 @@ def test_cores_are_physical_and_at_least_one() -> None:
     assert 1 <= variables.physical_cores() <= (os.cpu_count() or 1)
 
 
-def test_hyper_threads_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joblib, "cpu_count", lambda only_physical_cores=False: 2 if only_physical_cores else 4)
-    assert variables.settings({})["OMP_NUM_THREADS"] == "2"
+@pytest.mark.parametrize(
+    ("share", "cores", "expected"), [(8, 4, 4), (6, 4, 4), (2, 4, 2), (8, None, 8)], ids=["all", "some", "few", "unknown"]
+)
+def test_hyper_threads_do_not_count_and_a_share_of_the_machine_does(
+    share: int, cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of eight processors on four cores, of which a container may use a share."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(context, "_cpu_count_user", lambda _: share)
+    monkeypatch.setattr(context, "_count_physical_cores", lambda: (4, None))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else cores)
+    assert variables.settings({})["OMP_NUM_THREADS"] == str(expected)
 
 
 def test_what_the_user_set_wins() -> None:

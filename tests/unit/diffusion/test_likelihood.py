@@ -291,3 +291,9 @@ def test_nothing_to_score_is_refused(scored: int, draws: int) -> None:
         likelihood.masked_log_likelihood(
             stub(uniform), torch.zeros(5, dtype=torch.long), maskable, draws=draws, generator=generator(0)
         )
+
+
+@pytest.mark.parametrize(("windows", "length", "draws"), [(2, 4, 0), (2, 0, 3), (0, 4, 3)])
+def test_a_bound_of_nothing_is_refused(windows: int, length: int, draws: int) -> None:
+    with pytest.raises(InputError, match="tokens to score and draws >= 1"):
+        likelihood.nelbo(stub(uniform), torch.zeros(windows, length, dtype=torch.long), draws=draws, seed=0)

@@ -214,6 +214,18 @@ def test_float32_losses_are_finite_and_not_negative_at_both_ends_of_time(name: s
         assert bool(gradient.isfinite().all())
 
 
+@every_noise
+def test_autocast_does_not_round_the_loss(name: str) -> None:
+    """Training runs under it: a product with the mixing in bfloat16 would be off by more than small losses are."""
+    process, stream = NOISES[name], generator(0, "autocast")
+    clean, t = torch.randint(3, (1, 200), generator=stream), noise.training_times(200, generator=stream)
+    noisy = process.corrupt(clean, t[None], generator=stream).input_ids[0]
+    log_probs = torch.randn(200, process.vocab_size, generator=stream).log_softmax(-1)
+    plain = process.loss(log_probs, clean[0], noisy, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(process.loss(log_probs, clean[0], noisy, t), plain)
+
+
 def test_full_posterior_of_a_seen_token_weighs_the_network_by_the_noise() -> None:
     process = NOISES["uniform"]
     got = process.full_posterior(CONSTANT, torch.tensor(1), t=0.3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.core.errors import InputError
-from lib.diffusion import ragged, sampler
+from lib.diffusion import commits, ragged, sampler
 from lib.models import loading
 from lib.models.language_model import LanguageModel
 from recipes import rehearsal_models
@@ -147,14 +147,14 @@ def test_equal_confidences_are_broken_alike(width: int) -> None:
     model = tiny.stub(lambda ids: torch.nn.functional.one_hot(ids % 3, 4).float(), vocab=4, mask_token_id=3)
     texts = [[0, 1], [1, 2, 0], [2] * width]
     seen: list[Tensor] = []
-    keep = sampler.most_confident
+    keep = commits.most_confident
 
     def watch(confidence: Tensor, counts: Tensor) -> Tensor:
         seen.append(keep(confidence, counts))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "most_confident", watch)
+        patch.setattr(commits, "most_confident", watch)
         ragged.denoise(model, texts, new_tokens=24, steps=8)
         together = [[mark.tolist()[0] for mark in seen[row::3]] for row in range(3)]
         seen.clear()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.diffusion import sampler
-from lib.diffusion.sampler import DenoisingStep
+from lib.diffusion import commits, sampler
+from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 from tests import tiny
 
@@ -33,7 +33,7 @@ def ramp(input_ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("masked", "steps"), [(7, 3), (8, 8), (5, 1), (0, 4), (3, 5), (32, 16)])
 def test_the_schedule_sums_to_the_masks_and_never_rises(masked: int, steps: int) -> None:
-    counts = sampler.commit_schedule(torch.tensor([masked, masked + 1]), steps=steps)
+    counts = commits.commit_schedule(torch.tensor([masked, masked + 1]), steps=steps)
     assert counts.sum(1).tolist() == [masked, masked + 1]
     assert (counts.diff(dim=1) <= 0).all()
     assert int(counts.max() - counts.min()) <= 1 + (masked + 1) // steps - masked // steps
@@ -57,7 +57,7 @@ def test_the_most_confident_tokens_come_first() -> None:
 
 @pytest.mark.parametrize("block", [None, 12, 4, 3])
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_the_trace_tells_what_happens(model: LanguageModel, block: int | None, remasking: sampler.Remasking) -> None:
+def test_the_trace_tells_what_happens(model: LanguageModel, block: int | None, remasking: commits.Remasking) -> None:
     seen: list[DenoisingStep] = []
     prompt = tiny.ids(2, 5)
     final = sampler.sample(
@@ -127,14 +127,14 @@ def test_sampling_leaves_the_global_stream_alone(model: LanguageModel) -> None:
 def test_gumbel_max_draws_from_the_tempered_softmax(temperature: float) -> None:
     """Chi-square with 2 degrees of freedom, 0.1 % point 13.8; the tempered distributions lie hundreds apart."""
     logits, draws = torch.tensor([0.0, 1.0, -0.7]), 20_000
-    chosen = sampler.choose_tokens(logits.expand(draws, 3), temperature=temperature, generator=generator(3))
+    chosen = commits.choose_tokens(logits.expand(draws, 3), temperature=temperature, generator=generator(3))
     seen = torch.bincount(chosen, minlength=3).double()
     expected = (logits.double() / temperature).softmax(0) * draws
     assert ((seen - expected) ** 2 / expected).sum() < 13.8
 
 
 def test_temperature_zero_is_the_best_token() -> None:
-    assert sampler.choose_tokens(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0.0, generator=None).tolist() == [1]
+    assert commits.choose_tokens(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0.0, generator=None).tolist() == [1]
 
 
 def test_guidance_moves_away_from_the_prediction_without_the_prompt() -> None:

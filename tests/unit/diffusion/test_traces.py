@@ -184,7 +184,7 @@ def maps_and_values(model, ids):
     out = network_body(model)(input_ids=ids[None], output_attentions=True, output_hidden_states=True, use_cache=False)
     model.network.set_attn_implementation("sdpa")
     norms = []
-    for layer, states in zip(network_body(model).layers, out.hidden_states, strict=False):  # pyright: ignore
+    for layer, states in zip(model.network.get_decoder().layers, out.hidden_states, strict=False):  # pyright: ignore
         norms.append(layer.self_attn.v_proj(layer.input_layernorm(states[0])).view(len(ids), -1, 8).norm(dim=-1).T)
     return torch.stack(out.attentions)[:, 0].detach(), torch.stack(norms).detach()
 

@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.core.config import ROOT
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
-from lib.evaluation import harness, scoring
+from lib.evaluation import harness, scoring, sums
 from lib.evaluation.harness import HarnessModel, denoising_plan
 from lib.evaluation.scoring import EvaluationSettings, Passage, score
 from lib.models.language_model import LanguageModel
@@ -221,6 +224,44 @@ def test_a_tokenizer_without_bos_begins_with_the_end_of_text() -> None:
     assert encode_pair(made, "", "w1 w2") == ([2], [4, 5])
 
 
+def ending() -> Any:
+    """The words, by a tokenizer that also puts an end behind every text."""
+    made = tiny.tokenizer()
+    template = TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
+    made.backend_tokenizer.post_processor = template  # pyright: ignore
+    return made
+
+
+@pytest.mark.parametrize("kind", ["dlm", "causal"])
+def test_an_end_that_the_tokenizer_appends_changes_no_likelihood_and_no_answer(request: pytest.FixtureRequest, kind: str) -> None:
+    plain = request.getfixturevalue(kind)
+    other = dataclasses.replace(plain, tokenizer=ending())
+    assert ending()("w1")["input_ids"] == [1, 4, 2]
+    assert likelihoods(other, PAIRS) == likelihoods(plain, PAIRS)
+    contexts = [("w1 w2", {}), ("w3", {}), ("", {})]
+    assert generations(other, contexts, SHORT) == generations(plain, contexts, SHORT)
+    found = [HarnessModel(model, settings=PLAIN).minus_nelbo(["w1 w2 w3", "w4"]) for model in (other, plain)]
+    assert found[0] == found[1]
+    rows = [{"question": "w1 w2", "answer": "w3 w4"}, {"question": "w5", "answer": "w6"}]
+    losses = [sums.answer_loss(model, rows, draws=3, seed=0) for model in (other, plain)]
+    assert torch.equal(losses[0], losses[1])
+    assert sums.answer_sums(other, rows) == sums.answer_sums(plain, rows)
+
+
+def test_tokens_of_context_and_continuation_are_counted(causal: LanguageModel) -> None:
+    """Letters of which "bc" is one token: the answer c of "b" is scored as "bc", and the result says so."""
+    vocab = {"[UNK]": 0, "[BOS]": 1, "[EOS]": 2, "a": 3, "b": 4, "c": 5, "bc": 6}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocab, [("b", "c")], unk_token="[UNK]")), bos_token="[BOS]", eos_token="[EOS]"
+    )
+    adapter = HarnessModel(dataclasses.replace(causal, tokenizer=made), settings=PLAIN)
+    got = adapter.loglikelihood(requests("loglikelihood", [("ab", "c"), ("ab", "a")]))
+    assert adapter.merged == 1
+    assert [value for value, _ in got] == pytest.approx(
+        [score(causal, [Passage(ids, start, ())], settings=PLAIN)[0][0] for ids, start in (((3, 6), 1), ((3, 4, 3), 2))]
+    )
+
+
 @pytest.mark.parametrize("kind", ["dlm", "causal"])
 def test_a_context_that_is_too_long_loses_its_beginning(request: pytest.FixtureRequest, kind: str) -> None:
     model = request.getfixturevalue(kind)
@@ -398,7 +439,7 @@ def test_a_prompt_keeps_its_end_when_too_long(request: pytest.FixtureRequest, ki
 
 
 def test_what_cannot_be_generated_is_refused(dlm: LanguageModel) -> None:
-    with pytest.raises(InputError, match="greedy, got do_sample"):
+    with pytest.raises(InputError, match=r"greedy, got do_sample True, temperature 0\.7: set do_sample: false"):
         generations(dlm, [("w1", {"do_sample": True, "temperature": 0.7})], SHORT)
     assert len(generations(dlm, [("w1", {"do_sample": True, "temperature": 0.0})], SHORT)) == 1
     too_long = EvaluationSettings(gen_length=64)

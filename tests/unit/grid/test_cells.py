@@ -255,6 +255,40 @@ def test_the_shape_of_a_folder_is_its_own(tmp_path: Path) -> None:
     assert costs.shape_of(ModelSource("no/such", "0" * 40)) is None
 
 
+@pytest.mark.parametrize("family", tiny.MIXTURES)
+def test_the_shape_of_a_mixture_counts_all_experts_and_those_that_a_token_meets(family: str, tmp_path: Path) -> None:
+    """Against the network itself, whose heads are not hidden / heads wide and whose shared expert is two wide."""
+    from lib.core.config import ModelSource
+
+    more = {"n_shared_experts": 2} if family == "glm4_moe" else {}
+    model = tiny.mixture(family, head_dim=16, **more)
+    model.network.config.save_pretrained(tmp_path)
+    shape = costs.shape_of(ModelSource(str(tmp_path)))
+    assert shape is not None and shape.head_dim == 16
+    sizes = {layer.name: layer.module.weight.numel() for layer in model.layers}
+    assert shape.linear_weights == sum(sizes.values())
+    assert shape.weights == sum(value.numel() for value in model.network.parameters() if value.dim() == 2)
+    routed = sum(sizes[layer.name] for layer in model.layers if isinstance(layer.expert, int))
+    assert shape.expert_weights == routed
+    assert shape.active_weights == sum(sizes.values()) - routed * 6 // 8
+    assert shape.block_weights == sum(sizes[layer.name] for layer in model.by_block[2])
+    assert shape.active_mlp == max(40, 2 * 16 + (32 if more else 0))
+    assert shape.widest_reader == 40
+    assert costs.Cost(1, 1e12).seconds(shape, teraflops=2.0) == pytest.approx(shape.active_weights)
+
+
+def test_files_of_a_mixture_shrink_by_its_experts_alone(whole: list[Variant]) -> None:
+    shape = costs.Shape(32, 3, 4, 2, 40, 31, experts=costs.Experts(8, 2, 16, dense_blocks=1))
+    cut = next(one for one in whole if one.pattern == STRUCTURED_PATTERN)
+    gone = costs.kept_bytes(next(one for one in whole if one.method == DENSE), shape, itemsize=2)
+    gone -= costs.kept_bytes(cut, shape, itemsize=2)
+    assert gone == pytest.approx(2 * cut.sparsity * shape.expert_weights, abs=2)
+    sparse = next(one for one in whole if one.method == "SparseGPT" and one.pattern == "unstructured")
+    given = {"batch_size": 1, "weights": "memory", "itemsize": 2}
+    host, device = (costs.memory_bytes(sparse, shape, states=states, **given) for states in ("cpu", "device"))
+    assert device - host == 2 * costs.states_bytes(sparse, shape, itemsize=2) + 4 * 3 * 32**2
+
+
 def test_memory_grows_with_what_is_kept(whole: list[Variant]) -> None:
     shape = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
     own = {one.method: one for one in whole if (one.model, one.sparsity, one.pattern) == ("llada-8b", 0.5, "unstructured")}

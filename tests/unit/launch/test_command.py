@@ -17,6 +17,7 @@ from lib.core import config, errors
 from lib.core.environment import ROOT
 from lib.launch import batch, execution
 from lib.launch import command as launcher
+from tests import tiny
 
 REPORT = '''"""Stand-in for the report page."""
 from lib.core import config, provenance
@@ -148,7 +149,7 @@ def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Seque
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["quik"], "profile must be one of quick, full, paper, rehearsal, got 'quik': did you mean 'quick'?"),
+        (["quik"], "profile must be one of quick, full, laptop, paper, rehearsal, got 'quik': did you mean 'quick'?"),
         (["--notebooks", "09"], "--notebooks must name numbers among 01, 02, got '09'"),
         (["--notebooks", ""], "--notebooks must name numbers"),
         (["--seed", "-1"], "--seed must be a whole number from 0, got '-1'"),
@@ -156,7 +157,7 @@ def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Seque
         (["--seed"], "argument --seed: expected one argument"),
         (["--set", "prompts"], "--set must be KEY=VALUE, got 'prompts'"),
         (["--set", "seed=3"], "use ./run_all.sh PROFILE --seed N"),
-        (["--plan"], "--plan must go with a profile that has a grid, got quick: use paper or rehearsal"),
+        (["--plan"], "--plan must go with a profile that has a grid, got quick: use one of laptop, paper, rehearsal"),
         (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
         (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),
         (["paper", "--jobs", "two"], "--jobs must be a whole number from 1, got 'two'"),
@@ -194,6 +195,15 @@ def test_damaged_checkpoint_is_found_before_any_work(tmp_path: Path, project: Pa
     assert done.returncode == 2
     assert "whole safetensors file" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_diffusion_model_without_a_mask_token_is_found_before_any_work(tmp_path: Path, project: Path) -> None:
+    model = tiny.folder(tmp_path / "model", causal=False)
+    tiny.words().save_pretrained(model)
+    tiny.edit_config(model, mask_token_id=None)
+    done = launch(project, "--notebooks", "01", "--set", f"sink_traces.extra_models=[{model}]")
+    assert done.returncode == 2
+    assert "a diffusion model must name its mask token" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unwritable_folder_is_found_before_any_work(tmp_path: Path, project: Path) -> None:

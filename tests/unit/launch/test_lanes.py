@@ -1,8 +1,10 @@
 """Notebooks side by side: as many at one time as there are lanes, those that measure times alone, and failures cost no other."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from lib.core.environment import ROOT
+from lib.core.errors import InputError
 from lib.launch import execution, lanes
 from lib.launch.execution import Job, NotebookError, Outcome, Running
 from lib.launch.lanes import Peak
@@ -21,8 +25,15 @@ SLEEP = "import sys, time; time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv
 class Fake:
     """Stands for notebooks: processes that sleep, and end with a code."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *, seconds: float = 0.3, failing: Sequence[str] = ()) -> None:
-        self.seconds, self.failing = seconds, failing
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        seconds: float = 0.3,
+        failing: Sequence[str] = (),
+        error: type[Exception] = NotebookError,
+    ) -> None:
+        self.seconds, self.failing, self.error = seconds, failing, error
         self.events: list[tuple[str, str, int]] = []  # what happened, to which notebook, threads or how many others ran
         self.running: list[Running] = []
         patch.setattr(execution, "begin", self.begin)
@@ -32,15 +43,17 @@ class Fake:
         assert line not in {each.line for each in self.running}, "two bars on one line"
         words = [sys.executable, "-c", SLEEP, str(self.seconds), str(int(job.number in self.failing))]
         self.events.append(("begun", job.number, threads))
-        self.running.append(Running(job, subprocess.Popen(words, stdout=subprocess.PIPE, text=True), time.monotonic(), line))
+        said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self.running.append(Running(job, subprocess.Popen(words, stdout=said), said, time.monotonic(), line))
         return self.running[-1]
 
     def finish(self, running: Running) -> Outcome:
-        running.process.communicate()
+        running.process.wait()
+        running.said.close()
         self.running.remove(running)
         self.events.append(("ended", running.job.number, len(self.running)))
         if running.process.returncode:
-            raise NotebookError(f"{running.job.number} failed")
+            raise self.error(f"{running.job.number} failed")
         return Outcome((), 1.0)
 
 
@@ -74,13 +87,31 @@ def test_one_lane_is_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event[:2] for event in fake.events] == [("begun", "01"), ("ended", "01"), ("begun", "02"), ("ended", "02")]
 
 
-def test_a_failure_begins_no_other_and_waits_for_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, seen = Fake(monkeypatch, failing=["01"]), []
-    with pytest.raises(NotebookError, match="01 failed"):
+@pytest.mark.parametrize("error", [NotebookError, InputError, OSError])
+def test_a_failure_begins_no_other_and_waits_for_those_that_run(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, seen = Fake(monkeypatch, failing=["01"], error=error), []
+    with pytest.raises(error, match="01 failed"):
         for job, _ in lanes.side_by_side(jobs("01", "02", "03"), lanes=2, threads=2, peak=Peak()):
             seen.append(job.number)
     assert seen == ["02"] and not fake.running
     assert ("begun", "03", 1) not in fake.events
+
+
+def test_a_notebook_that_says_more_than_a_pipe_holds_is_not_waited_for_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    kernel, begun = "k" * 200_000, time.monotonic()  # which the error tells
+    cells = {"cells": [], "metadata": {"kernelspec": {"name": kernel, "display_name": "", "language": "python"}}}
+    (tmp_path / "01_x.ipynb").write_text(json.dumps({**cells, "nbformat": 4, "nbformat_minor": 5}))
+
+    def look(self: Peak) -> None:
+        assert time.monotonic() < begun + 60, "the process waits for a reader"
+
+    monkeypatch.setattr(Peak, "look", look)
+    job = Job("01", tmp_path / "01_x.ipynb", "quick", 0, {}, "print", tmp_path)
+    with pytest.raises(NotebookError, match=kernel):
+        list(lanes.side_by_side([job], lanes=1, threads=1, peak=Peak()))
 
 
 def test_an_interrupt_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

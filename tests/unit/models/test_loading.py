@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -222,54 +221,7 @@ def test_no_code_of_a_checkpoint_is_run(layout: str, llada: Path, dream: Path, t
     assert not list(folder.rglob("ran"))
 
 
-# GGUF
-
-
-def write_gguf(file: Path, weights: dict[str, torch.Tensor], *, heads: int, kv_heads: int) -> None:
-    """Write a Llama as GGUF: its own names, and rotary rows interleaved as llama.cpp expects them."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(40)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(tiny.VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*"abcdefghijklmnopqrstuvwxyz", "ab", *(f"<{index}>" for index in range(27, tiny.VOCAB))])
-    writer.add_token_types([1] * tiny.VOCAB)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(29)
-    writer.add_eos_token_id(28)
-    tensor_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in weights.items():
-        value = tensor
-        if "q_proj" in name or "k_proj" in name:
-            count = heads if "q_proj" in name else kv_heads
-            value = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(tensor_map.get_name(name, (".weight",)), np.ascontiguousarray(value.numpy()))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-
-
-def test_a_gguf_file_equals_the_network_it_was_written_from(tmp_path: Path) -> None:
-    original = tiny.network(kv_heads=2)
-    weights = {name: value for name, value in original.state_dict().items() if "rotary" not in name}
-    write_gguf(tmp_path / "tiny.gguf", weights, heads=4, kv_heads=2)
-    loaded = loading.load(tmp_path / "tiny.gguf")
-    with torch.inference_mode():
-        expected = original(input_ids=tiny.ids(2, 10)).logits
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
-    assert (loaded.is_causal, loaded.logit_shift, len(loaded.layers)) == (True, 1, 14)
-    converted = tmp_path / "tiny-float32"
-    assert not list(tmp_path.glob(".partial-*")), "the conversion leaves nothing half done beside it"
-    stamp = (converted / "model.safetensors").stat().st_mtime_ns
-    again = loading.load(tmp_path / "tiny.gguf")
-    assert (converted / "model.safetensors").stat().st_mtime_ns == stamp
-    assert again.fingerprint == loaded.fingerprint
+# What it says
 
 
 def test_a_reference_folder_describes_itself(tmp_path: Path) -> None:

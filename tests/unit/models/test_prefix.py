@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from lib.core.errors import InputError
 from lib.models import prefix
@@ -72,3 +74,23 @@ def test_other_passes_are_refused(model: LanguageModel, other: torch.Tensor) -> 
     with pytest.raises(InputError, match="passes must be those that were recorded"), prefix.reused(model, kept, first=1):
         text_loss(model, other, **SIZES)
     assert torch.equal(text_loss(model, WINDOWS, **SIZES), before)
+
+
+def test_what_moves_data_between_devices_is_back_afterwards(model: LanguageModel) -> None:
+    """accelerate puts a forward of its own on each block; the network must not lose it."""
+    moves: list[str] = []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            moves.append("in")
+            return args, kwargs
+
+    add_hook_to_module(cast(Any, model.network.get_decoder()).layers[0], Hook())
+    with prefix.recorded(model) as kept:
+        dense = text_loss(model, WINDOWS, **SIZES)
+    passes = len(moves)
+    with prefix.reused(model, kept, first=1):
+        assert torch.equal(text_loss(model, WINDOWS, **SIZES), dense)
+    assert len(moves) == passes > 0, "skipped"
+    assert torch.equal(text_loss(model, WINDOWS, **SIZES), dense)
+    assert len(moves) == 2 * passes

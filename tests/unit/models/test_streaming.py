@@ -26,7 +26,7 @@ from lib.models.language_model import LanguageModel
 from lib.models.weight_store import StreamedLinear, WeightStore
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, RELEASE, Method, Target
-from tests import tiny
+from tests import ggufs, tiny
 from tests.unit import slow_pruning as slow
 
 HALF = Target(0.5)
@@ -141,13 +141,10 @@ def test_a_lent_model_gets_its_weights_back(streamed: LanguageModel) -> None:
     assert slow.same_state(streamed, before)
 
 
-def test_a_gguf_file_is_streamed_from_its_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The conversion itself is tested with `models.load`."""
-    converted = tiny.folder(tmp_path / "model-float32")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(lookup, "check_folder", lambda folder: None)
+def test_a_gguf_file_is_streamed_from_its_conversion(tmp_path: Path) -> None:
+    ggufs.write(tmp_path / "model.gguf", tiny.network(), architecture="llama")
     loaded = streaming.load(tmp_path / "model.gguf")
-    assert torch.equal(logits(loaded), logits(loading.load(converted)))
+    assert torch.equal(logits(loaded), logits(loading.load(tmp_path / "model.gguf")))
     assert loaded.fingerprint == lookup.fingerprint(tmp_path / "model.gguf")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.attention import sinks
-from lib.calibration.statistics import InputStatistics
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.pruning import importances
 from tests.unit import slow_pruning as slow

@@ -14,7 +14,7 @@ from torch import Tensor
 from lib.calibration import one_shot, sets
 from lib.calibration import statistics as calibration
 from lib.calibration.hidden_states import HiddenStates, States
-from lib.calibration.statistics import InputStatistics
+from lib.calibration.sums import InputStatistics, OneHessian
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading, streaming
@@ -219,7 +219,7 @@ def test_one_hessian_exists_at_a_time(sequential: bool, folders: dict[str, Path]
 
 def test_the_hessian_takes_the_place_of_its_products_and_goes_with_its_last_reader() -> None:
     here = torch.device("cpu")
-    one, usual = calibration._OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
+    one, usual = OneHessian(5, device=here, readers=2), InputStatistics(5, hessian=True, device=here)
     for statistics in (one, usual):
         statistics.add(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), None)
     address = cast(Tensor, one.products).data_ptr()
@@ -291,11 +291,11 @@ def test_a_failure_in_the_middle_leaves_no_states_and_no_hooks(
 ) -> None:
     calls, prune_block_ = [], pruner.prune_block_
 
-    def failing(*arguments: Any, **options: Any) -> None:
+    def failing(*arguments: Any, **options: Any) -> list[str]:
         calls.append(len(list(tmp_path.glob("*/*.safetensors"))))
         if len(calls) == fails_at:
             raise RuntimeError("out of memory")
-        prune_block_(*arguments, **options)
+        return prune_block_(*arguments, **options)
 
     monkeypatch.setattr(pruner, "prune_block_", failing)
     model = loading.load(folders["deep"])

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lib.calibration import measured_weights, one_shot, sets
+from lib.calibration.reads import READS
 from lib.calibration.sets import Inputs
-from lib.calibration.statistics import READS, CalibrationSet, InputStatistics
+from lib.calibration.statistics import CalibrationSet
+from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading
@@ -116,7 +118,7 @@ def pruned_on(
     return after(model, lambda: pruner.prune_on_(model, method, target, given, **options))
 
 
-def after(model: LanguageModel, prune: Callable[[], None]) -> dict[str, Tensor]:
+def after(model: LanguageModel, prune: Callable[[], object]) -> dict[str, Tensor]:
     state = slow.state_of(model)
     prune()
     found = weights(model)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,6 +110,21 @@ def test_members_start_alike_and_read_the_same_rows(tmp_path: Path, monkeypatch:
     for member in MEMBERS[1:]:
         assert all(torch.equal(one, two) for one, two in zip(seen["ar"], seen[member], strict=True))
         assert all(torch.equal(first["ar"][name], first[member][name]) for name in first["ar"])
+
+
+def test_members_started_together_read_what_one_of_them_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = [], batches.build
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments)
+        time.sleep(0.3)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(batches, "build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: train.prepare(tmp_path / "new", TOY), range(2)))
+    assert len(made) == 1
+    assert (found[0].windows == found[1].windows).all() and found[0].held_out.keys() == found[1].held_out.keys()
 
 
 @every_member

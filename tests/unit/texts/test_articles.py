@@ -1,7 +1,10 @@
 """Shipped texts, packing, prompts, and data wheels."""
 
+import codecs
 import hashlib
+import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +38,59 @@ def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"rows\.jsonl must"):
         data.read_rows("rows", folder=tmp_path)
+
+
+def written(folder: Path, content: bytes) -> list[dict[str, str]]:
+    (folder / "rows.jsonl").write_bytes(content)
+    return data.read_rows("rows", folder=folder)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x7f", "\ufeff", "\r"])
+def test_lines_end_at_newlines_alone(tmp_path: Path, mark: str) -> None:
+    """What str.splitlines cuts at is text, as JSON lets it stand (control characters escaped)."""
+    texts = [f"a{mark}b", f"{mark}c{mark}"]
+    for ascii_only in (True, False):
+        content = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts)
+        assert [row["text"] for row in written(tmp_path, content.encode())] == texts
+
+
+@pytest.mark.parametrize("content", ['{"a": "1"}', '{"a": "1"}\n', '{"a": "1"}\r\n', '{"a": "1"}\n\n \r\n', '\n{"a": "1"}\n'])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_marks_line_ends_and_empty_lines_count_for_nothing(tmp_path: Path, content: str, mark: bytes) -> None:
+    assert written(tmp_path, mark + content.encode()) == [{"a": "1"}]
+    assert written(tmp_path, mark + (content.rstrip() + "\r\n" + '{"a": "2"}').encode()) == [{"a": "1"}, {"a": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": "1"}\n\n{"a": \n', "line 3 of .*rows.jsonl must be a JSON object in UTF-8, got Expecting value"),
+        (b'{"a": "1"}\n["a"]\n', "line 2 of .*rows.jsonl must be a JSON object, got list"),
+        (b'{"a": "1"} {"a": "2"}\n', "line 1 of .*rows.jsonl must be .* Extra data"),
+        (b'{"a": "1"}\r{"a": "2"}\r', "line 1 of .*rows.jsonl must be .* Extra data"),
+        (b'{"a": "1"}\n{"a": "\xe4"}\n', "line 2 of .*rows.jsonl must be .*utf-8"),
+        (b'{"a": "1"}\n{"a": "\\ud83d"}\n', "line 2 of .*rows.jsonl must be .*surrogates not allowed"),
+        (b'{"a": "1"}\n{"b": "1"}\n', "line 2 of .*rows.jsonl must have a 'a', got None: add it"),
+        (b'{"a": "1"}\n{"a": null}\n', "line 2 of .*rows.jsonl must have a 'a', got None: add it"),
+        ('{"a": "1"}\n'.encode("utf-16"), "line 1 of .*rows.jsonl must be .*utf-8"),
+        (b"\n \n", "must hold one JSON object a line, got an empty file"),
+    ],
+)
+def test_the_line_at_fault_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        written(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_characters_in_pairs_are_text(tmp_path: Path) -> None:
+    assert written(tmp_path, b'{"a": "\\ud83d\\ude00"}\n') == [{"a": "\U0001f600"}]
+
+
+@pytest.mark.parametrize("line", ['{"label": 1}', '{"text": null}', '{"text": 5}', '{"text": ["a"]}'])
+def test_a_line_without_its_text_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "more": 1}\n{"text": "b"}\n' + line)
+    with pytest.raises(InputError, match=r"line 3 of .*rows\.jsonl must have a text 'text', got"):
+        data.read_rows("rows", folder=tmp_path, fields=["text"])
 
 
 def test_an_article_is_written_in_both_orders():

@@ -57,6 +57,14 @@ def test_seed_and_split_decide_and_fewer_windows_are_the_first_ones(tmp_path: Pa
     assert not torch.equal(draw(), draw(seed=4)) and not torch.equal(draw(), draw(split="test"))
 
 
+def test_a_row_without_its_text_is_named_before_any_window_is_cut(tmp_path: Path) -> None:
+    rows(tmp_path, "c4", [" ".join(WORDS)])
+    with (tmp_path / "c4" / "train.jsonl").open("a") as file:
+        file.write('{"content": "w1"}\n')
+    with pytest.raises(InputError, match=r"line 2 of .*train\.jsonl must have a text 'text', got None"):
+        corpora.windows("c4", tiny.tokenizer(), count=1, length=5, seed=0, rows=tmp_path)
+
+
 def test_articles_ship() -> None:
     from lib.core.config import ROOT
     from lib.models import language_model, loading

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.calibration import statistics
-from lib.calibration.statistics import statistics_of
+from lib.calibration.reads import statistics_of
 from lib.core.errors import InputError
 from lib.models import language_model, loading
 from lib.models.language_model import LanguageModel

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics
+from lib.calibration.reads import statistics_of
+from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, LinearLayer
 from lib.pruning import importances, sparsegpt
@@ -127,10 +128,10 @@ def test_blocks_are_measured_behind_compressed_ones(found: Calibrations) -> None
     statistics: dict[int, Tensor] = {}
 
     def visit(block: int, read: dict) -> None:  # type: ignore[type-arg]
-        statistics[block] = calibration.statistics_of(read, "q").hessian()
+        statistics[block] = statistics_of(read, "q").hessian()
         for layer in model.layers:
             if layer.block == 0 == block:
-                hessian = calibration.statistics_of(read, layer.role).hessian()
+                hessian = statistics_of(read, layer.role).hessian()
                 own = joint.gptq(layer.module.weight.detach(), hessian, grid=INT3)
                 layer.module.weight.data.copy_(own.weight)
 

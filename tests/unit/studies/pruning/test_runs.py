@@ -99,7 +99,9 @@ def other_zeros(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> fl
 def inputs_seen(model: LanguageModel, work: Callable[[], object]) -> list[Tensor]:
     """What goes into the embedding while something runs."""
     seen: list[Tensor] = []
-    handle = cast(Any, network_body(model)).embed_tokens.register_forward_hook(lambda _m, ids, _o: seen.append(ids[0].clone()))
+    handle = cast(Any, model.network.get_decoder()).embed_tokens.register_forward_hook(
+        lambda _m, ids, _o: seen.append(ids[0].clone())
+    )
     try:
         work()
     finally:

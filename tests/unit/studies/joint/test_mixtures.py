@@ -1,0 +1,188 @@
+"""Quantization, formats, written files and streaming of mixtures of experts."""
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lib.calibration.reads import READS
+from lib.core.errors import InputError
+from lib.models import containers, export, streaming
+from lib.models.language_model import LanguageModel
+from lib.models.weight_store import StreamedLinear
+from lib.pruning import pruner
+from lib.pruning.methods import METHODS, Method, Target, pattern_target
+from lib.quantization import joint
+from lib.quantization.rounding import Grid, round_to_nearest
+from lib.studies.joint import configurations, exported, measured_formats, runs
+from lib.studies.joint.configurations import FORMATS
+from lib.studies.joint.runs import Recipe
+from lib.studies.pruning import runs as pruning_runs
+from lib.studies.pruning.runs import Bench, Calibrations
+from lib.timing import linear_formats
+from tests import tiny
+from tests.unit import slow_experts
+from tests.unit.models.test_experts import logits
+
+LENGTH = 24
+INT4 = Grid(4, group_size=8)
+RECIPES = {
+    "nearest": Recipe(INT4, rounding="nearest"),
+    "gptq": Recipe(INT4, method=Method("sparsegpt", sequential=False)),
+    "joint": Recipe(INT4, Target(0.5)),
+    "joint 2:4": Recipe(INT4, pattern_target("2:4")),
+    "prune, quantize": Recipe(INT4, Target(0.5), Method("wanda"), "prune, quantize"),
+    "quantize, prune": Recipe(INT4, Target(0.5), Method("sparsegpt"), "quantize, prune"),
+    "pruned": Recipe(target=Target(0.5), method=Method("wanda")),
+}
+
+
+@pytest.fixture(params=tiny.MIXTURES)
+def found(request: pytest.FixtureRequest) -> Calibrations:
+    model = tiny.mixture(request.param)
+    return Calibrations(Bench(model, tiny.ids(8, LENGTH, seed=3), tiny.ids(3, LENGTH, seed=4), 4, 2, 5), seed=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_compresses_every_matrix_and_nothing_else(found: Calibrations, name: str) -> None:
+    model, recipe = found.bench.model, RECIPES[name]
+    before = {key: value.clone() for key, value in model.network.state_dict().items()}
+    fallen: list[str] = []
+    compressed = runs.compress_(found, recipe, fallen=fallen)
+    assert compressed.keys() == {layer.name for layer in model.layers}
+    for layer in model.layers:
+        each = compressed[layer.name]
+        assert torch.equal(layer.module.weight, each.weight)
+        size = each.kept.numel()
+        assert int((~each.kept).sum()) == (size // 2 if recipe.prunes else 0)
+        assert not layer.module.weight[~each.kept].any()
+        if each.quantized is not None:
+            assert torch.equal(each.quantized.dequantize(), layer.module.weight)
+    for key, value in model.network.state_dict().items():
+        assert key in compressed or torch.equal(value, before[key])
+    assert len(set(fallen)) == len(fallen)
+    assert bool(fallen) or not recipe.needs_hessian
+    assert logits(model.network, tiny.ids(2, 10)).isfinite().all()
+
+
+def test_gptq_rounds_an_expert_with_its_own_hessian(found: Calibrations) -> None:
+    model, recipe = found.bench.model, RECIPES["gptq"]
+    dense = copy.deepcopy(model.network)
+    compressed = runs.compress_(found, recipe)
+    ids = found.set_of(recipe.method).input_ids
+    wanted = slow_experts.statistics(tiny.of_network(dense), ids)
+    checked = 0
+    for layer, old in zip(model.layers, tiny.of_network(dense).layers, strict=True):
+        own = None if layer.expert is None else wanted.get((layer.block, READS[layer.role], layer.expert))
+        if own is None or own["tokens"] < 2 * layer.module.in_features:
+            continue
+        hessian = (2.0 * own["products"] * LENGTH / own["rows"]).float()
+        again = joint.gptq(old.module.weight, hessian, grid=INT4)
+        assert (compressed[layer.name].weight == again.weight).double().mean() > 0.99
+        nearest = round_to_nearest(old.module.weight, INT4).dequantize()
+        assert (compressed[layer.name].weight != nearest).double().mean() > 0.01
+        checked += 1
+    assert checked
+
+
+def test_outcomes_count_what_fell_back_and_structured_ones_lose_experts(found: Calibrations) -> None:
+    model, bench = found.bench.model, found.bench
+    measured = runs.measured(found, "joint", RECIPES["joint"])
+    assert measured.fallbacks > 0
+    outcome = pruning_runs.measured(found, "SparseGPT", METHODS["SparseGPT"], Target(0.5))
+    assert outcome.fallbacks > 0 and outcome.measured_sparsity == 0.5
+    assert pruning_runs.measured(found, "magnitude", METHODS["magnitude"], Target(0.5)).fallbacks == 0
+    if model.network.config.model_type == "qwen3_moe":
+        chosen = {"no sink weights": Method("wanda", METHODS["DWANDA"].inputs, sequential=False),
+                  "sink-aware (Wanda)": METHODS["sink-aware (Wanda)"]}  # fmt: skip
+        for result in pruning_runs.structured(bench, chosen, [0.5], seeds=[1]):
+            experts = sum(layer.module.weight.numel() for layer in model.layers if layer.expert is not None)
+            whole = sum(layer.module.weight.numel() for layer in model.layers)
+            assert result.measured_sparsity == pytest.approx(0.5 * experts / whole)
+
+
+def test_formats_are_offered_for_experts_and_whole_units_say_why_not(found: Calibrations) -> None:
+    chosen = [FORMATS[name] for name in ("dense", "int4", "2:4 + int4", "structured 50 %")]
+    prepared = configurations.prepare(found, chosen)
+    model = found.bench.model
+    assert "mixture of experts" in prepared.missing["structured 50 %"]
+    before = logits(model.network, tiny.ids(2, 10))
+    formats = {layer.name: "int4" for layer in model.layers if layer.expert is not None}
+    with configurations.configured(prepared, formats):
+        assert not torch.equal(logits(model.network, tiny.ids(2, 10)), before)
+    assert torch.equal(logits(model.network, tiny.ids(2, 10)), before)
+    copied = configurations.variant(prepared, formats)
+    assert not torch.equal(logits(copied.network, tiny.ids(2, 10)), before)
+    for name, form in linear_formats.FORMATS.items():
+        if form.removed:
+            assert "mixture of experts" in str(linear_formats.model_refusal(model, form)), name
+
+
+def test_experts_are_timed_with_their_share_of_the_tokens(found: Calibrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eight experts a token: 40 tokens are 10 for each."""
+    prepared = configurations.prepare(found, [FORMATS["dense"]])
+    seen: dict[int, set[int]] = {}
+
+    def interleaved(calls: dict[str, Any], *, repeats: int, device: torch.device) -> dict[str, torch.Tensor]:
+        for call in calls.values():
+            modules, inputs = call.args
+            for module in modules:
+                seen.setdefault(id(module), set()).add(len(inputs))
+        return {name: torch.ones(repeats) for name in calls}
+
+    monkeypatch.setattr(measured_formats.clock, "interleaved", interleaved)
+    measured_formats.latency(prepared, rows=40, repeats=2)
+    for layer in found.bench.model.layers:
+        assert seen[id(layer.module)] == {10 if isinstance(layer.expert, int) else 40}
+
+
+# Files
+
+
+def test_compressed_mixtures_are_written_and_read_back(found: Calibrations, tmp_path: Path) -> None:
+    ready = exported.exportable(found, RECIPES["joint"], dtype=torch.float32)
+    wanted = logits(ready.model.network, tiny.ids(2, 10))
+    export.save_plain(ready.model, tmp_path / "plain")
+    containers.save_sparse(ready.model, tmp_path / "sparse", quantized=ready.quantized)
+    containers.unpack_sparse(tmp_path / "sparse", tmp_path / "unpacked")
+    for folder in ("plain", "unpacked"):
+        network = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / folder)).eval()
+        assert torch.equal(logits(tiny.of_network(network).network, tiny.ids(2, 10)), wanted)
+    with pytest.raises(InputError, match="packed checkpoint must be of a dense model"):  # random experts would be read
+        export.save_packed(ready.model, tmp_path / "packed", quantized=ready.quantized)
+    assert not (tmp_path / "packed").exists()
+
+
+# Streaming
+
+
+def streamed(model: LanguageModel, folder: Path, **options: Any) -> LanguageModel:
+    """The model written and streamed."""
+    return streaming.load(export.save_plain(model, folder), **options)
+
+
+@pytest.mark.parametrize("family", tiny.MIXTURES)
+@pytest.mark.parametrize("name", ["magnitude", "Wanda", "sink-aware (Wanda)", "SparseGPT"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_mixture_is_pruned_to_the_same_weights(family: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny.mixture(family)
+    other = streamed(model, tmp_path / "dense", budget=4096, dtype=dtype, scratch=tmp_path)
+    for parameter in model.network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert all(isinstance(layer.module, StreamedLinear) for layer in other.layers)
+    assert [layer.name for layer in other.layers] == [layer.name for layer in model.layers]
+    for name_of, buffer in model.network.named_buffers():
+        assert torch.equal(other.network.get_buffer(name_of), buffer)  # a bias of the router stays in float32
+    ids = tiny.ids(2, 10)
+    assert torch.equal(logits(other.network, ids), logits(model.network, ids))
+    options: dict[str, Any] = {"windows": tiny.ids(5, LENGTH), "batch_size": 2}
+    fallen = pruner.prune_(model, METHODS[name], Target(0.5), **options)
+    assert pruner.prune_(other, METHODS[name], Target(0.5), **options) == fallen
+    for one, two in zip(model.layers, other.layers, strict=True):
+        assert torch.equal(one.module.weight, two.module.weight)
+    streaming.save(other, tmp_path / "pruned", max_shard_bytes=2**14)
+    again = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")).eval()
+    assert torch.equal(logits(tiny.of_network(again).network, ids), logits(model.network, ids))

@@ -158,6 +158,7 @@ def stub(logits_of: Any, *, vocab: int, mask_token_id: int | None, is_causal: bo
         return hidden
 
     fake = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=vocab),
         get_decoder=lambda: body,
         get_output_embeddings=lambda: head,
         parameters=lambda: iter([torch.zeros(1)]),

@@ -6,7 +6,8 @@ integrated by Gauss's rule: a single time would have an infinite variance, becau
 seen that is not the clean one. The whole of (0, 1) is covered: no smallest time, no reconstruction term beside the integral.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -80,6 +81,11 @@ def draw(
     return Draws(noisy, clean, maskable.cpu().expand(draws, -1), counts)
 
 
+def together(drawn: Sequence[Draws]) -> Draws:
+    """Put draws of sequences of equal length into one."""
+    return Draws(*(torch.cat([getattr(one, field.name) for one in drawn]) for field in fields(Draws)))
+
+
 @torch.inference_mode()
 def losses(model: LanguageModel, noise: Noise, drawn: Draws, *, batch_size: int) -> Float[Tensor, "draw"]:
     """Return the summed integrand of each noised copy, integrated over its times, in nats.
@@ -95,7 +101,7 @@ def losses(model: LanguageModel, noise: Noise, drawn: Draws, *, batch_size: int)
         rows = slice(start, start + batch_size)
         where = drawn.maskable[rows].to(model.device)
         clean, noisy = drawn.clean[rows].to(model.device), drawn.noisy[rows].to(model.device)
-        log_probs = clean_log_probs(model, logits_at(model, noisy, where))
+        log_probs = noise.clean_log_probs(logits_at(model, noisy, where))
         lengths = where.sum(1).tolist()
         parts = zip(log_probs.split(lengths), clean[where].split(lengths), noisy[where].split(lengths), strict=True)
         found += [_integral(noise, *part, count=int(count)) for part, count in zip(parts, drawn.counts[rows], strict=True)]
@@ -144,11 +150,3 @@ def log_likelihood(
     require(bool(maskable.any()) and draws >= 1, rule, f"{int(maskable.sum())} and {draws}", "give some")
     drawn = draw(noise, input_ids, maskable, draws=draws, generator=generator)
     return -losses(model, noise, drawn, batch_size=batch_size)
-
-
-def clean_log_probs(model: LanguageModel, logits: Float[Tensor, "selected vocab"]) -> Float[Tensor, "selected vocab"]:
-    """Return the logarithm of x_theta: a clean token is never the mask token, so nothing is left to that."""
-    if model.mask_token_id is not None:
-        logits = logits.clone()
-        logits[:, model.mask_token_id] = float("-inf")
-    return logits.log_softmax(-1)

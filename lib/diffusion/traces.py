@@ -47,7 +47,8 @@ class SinkTrace:
 
     Attributes:
         ids: what the network read at each step.
-        is_masked: positions still masked at each step; all False for an autoregressive model.
+        is_masked: positions still masked at each step; under other noise those that still change, at this step or a later one
+            (under masked noise the same positions); all False for an autoregressive model.
         keys: number of keys at each step.
         mass: averaged over layers and heads.
         layer_mass: averaged over heads.
@@ -82,6 +83,11 @@ class SinkTrace:
     opened: Int[Tensor, "step"] | None = None
 
     @property
+    def is_changed(self) -> Bool[Tensor, "prompt step position"]:
+        """Tell which tokens each step of a diffusion model's generation changes: masks that it fills, or tokens of any kind."""
+        return changed(self.ids, self.texts)
+
+    @property
     def goes_by_blocks(self) -> bool:
         """Tell whether the model writes block after block."""
         return self.opened is not None
@@ -112,6 +118,29 @@ def mark_steps(steps: int, fractions: Sequence[float] = MARKS) -> tuple[int, ...
     (14, 28, 42)
     """
     return tuple(min(round(fraction * steps), steps - 1) for fraction in fractions)
+
+
+def changed(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which tokens each step changes.
+
+    Args:
+        ids: what the network read at each step.
+        texts: what the last step left.
+    """
+    return torch.cat([ids[:, 1:], texts[:, None]], 1) != ids
+
+
+def still_changing(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which positions change at a step or a later one, as `changed` takes its arguments.
+
+    >>> still_changing(torch.tensor([[[4, 7], [5, 7], [4, 7]]]), torch.tensor([[4, 8]])).int().tolist()
+    [[[1, 1], [1, 1], [0, 1]]]
+    """
+    return changed(ids, texts).flip(1).cummax(1).values.flip(1)
 
 
 def prefix_lengths(*, prompt_tokens: int, positions: int, steps: int) -> tuple[int, ...]:
@@ -219,7 +248,7 @@ def _trace_denoising(
         name=model.name,
         prompt_tokens=prompts.shape[1],
         ids=torch.stack(ids, 1),
-        is_masked=torch.stack(masked, 1),
+        is_masked=torch.stack(masked, 1) if model.noise.is_masked else still_changing(torch.stack(ids, 1), texts.cpu()),
         keys=torch.tensor(lengths),
         mark_steps=marks,
         head_mass=torch.stack(at_marks, 1),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,26 +109,43 @@ def generate(
     streams = generator or [stream_of(0, "noise of a text", *row) for row in prompt.tolist()]
     ids = F.pad(prompt.to(model.device, torch.long), (0, new_tokens))
     column = torch.arange(ids.shape[1], device=model.device)
-    everywhere = (column >= start).expand(ids.shape)
-    ids = _noised(noise, ids, everywhere, streams)
+    places = [(column >= first).expand(ids.shape) & (column < first + block) for first in range(start, len(column), block)]
+    ids = _noised(noise, ids, (column >= start).expand(ids.shape), streams)
+    options: dict[str, Any] = {"generator": streams, "greedy": kind, "temperature": temperature}
+    for step, after in _written(model, noise, ids, places, steps=steps // blocks, **options):
+        if on_step is not None:
+            on_step(step)
+        ids = after
+    return ids
+
+
+def _written(
+    model: LanguageModel,
+    noise: Noise,
+    ids: Tensor,
+    places: Sequence[Tensor],
+    *,
+    steps: int,
+    generator: Streams,
+    greedy: Greedy,
+    temperature: float,
+) -> Iterator[tuple[DenoisingStep, Tensor]]:
+    """Yield each step and the ids after it, block after block."""
+    mask_id = -1 if model.mask_token_id is None else model.mask_token_id  # no id is negative
 
     def denoiser(noised: Tensor, where: Tensor) -> Tensor:
         """Return x_theta of the model."""
         probs = noise.clean_log_probs(logits_at(model, noised, where)).double().exp()
-        return probs if kind == "confident" else _sharpened(probs, temperature)
+        return probs if greedy == "confident" else _sharpened(probs, temperature)
 
-    for number in range(blocks):
-        where = everywhere & (column >= start + number * block) & (column < start + (number + 1) * block)
-        options = {"steps": steps // blocks, "generator": streams, "greedy": kind, "temperature": temperature}
-        for step, noisy, after in _steps_back(denoiser, noise, ids, where, **options):
-            if on_step is not None:
-                level = (1.0 - step * blocks / steps + blocks - 1 - number) / blocks
-                later = everywhere & (column >= start + (number + 1) * block)
-                masked = (ids == model.mask_token_id) if kind != "confident" else noisy | later
-                seen = DenoisingStep(number * steps // blocks + step, ids.clone(), masked, after != ids, level)
-                on_step(seen)
+    for number, where in enumerate(places):
+        later = torch.stack([torch.zeros_like(where), *places[number + 1 :]]).any(0)
+        options: dict[str, Any] = {"generator": generator, "greedy": greedy, "temperature": temperature}
+        for step, noisy, after in _steps_back(denoiser, noise, ids, where, steps=steps, **options):
+            masked = noisy | later if greedy == "confident" else ids == mask_id
+            level = (len(places) - number - step / steps) / len(places)
+            yield DenoisingStep(number * steps + step, ids.clone(), masked, after != ids, level), after
             ids = after
-    return ids
 
 
 def _steps_back(

@@ -123,3 +123,26 @@ def check_steps(*, new_tokens: int, steps: int, block: int) -> None:
     require(new_tokens >= 1 and block >= 1 and not new_tokens % block, rule, f"{block} and {new_tokens}", remedy)
     rule, blocks = "steps must be a multiple of the number of blocks", new_tokens // block
     require(steps >= 1 and not steps % blocks, rule, f"{steps} for {blocks}", "change steps")
+
+
+def changed(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which tokens each step changes.
+
+    Args:
+        ids: what the network read at each step.
+        texts: what the last step left.
+    """
+    return torch.cat([ids[:, 1:], texts[:, None]], 1) != ids
+
+
+def still_changing(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which positions change at a step or a later one, as `changed` takes its arguments.
+
+    >>> still_changing(torch.tensor([[[4, 7], [5, 7], [4, 7]]]), torch.tensor([[4, 8]])).int().tolist()
+    [[[1, 1], [1, 1], [0, 1]]]
+    """
+    return changed(ids, texts).flip(1).cummax(1).values.flip(1)

@@ -49,21 +49,37 @@ def sample(
         Prompt and generated tokens.
 
     Raises:
-        InputError: an autoregressive model, lengths that do not divide, missing randomness, or guidance under other noise than
-            masks.
+        InputError: an autoregressive model, lengths that do not divide, missing randomness, or guidance under other noise.
 
     Source: ML-GSAI/LLaDA, generate.py; block_sampler.py, its text read anew at each step, for attention by blocks;
-        `ancestral.generate` for uniform and mixed noise.
+        ancestral.py for uniform and mixed noise.
     """
     if model.goes_by_blocks:
         check_blocks(model, block_length=block_length, cfg_scale=cfg_scale)
-        given = {"rule": in_steps(model, remasking), "steps": steps, "temperature": temperature, "generator": generator}
-        return block_sampler.generate(model, prompt, new_tokens=new_tokens, use_cache=False, on_step=on_step, **given).ids
+        own = {"rule": in_steps(model, remasking), "steps": steps, "temperature": temperature, "generator": generator}
+        return block_sampler.generate(model, prompt, new_tokens=new_tokens, use_cache=False, on_step=on_step, **own).ids
+    given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "temperature": temperature}
+    given |= {"remasking": remasking, "generator": generator, "on_step": on_step}
     if not model.noise.is_masked:
         check_noise(model, cfg_scale=cfg_scale)
-        options: dict[str, Any] = {"block_length": block_length, "temperature": temperature, "remasking": remasking}
-        options |= {"generator": generator, "on_step": on_step}
-        return ancestral.generate(model, prompt, new_tokens=new_tokens, steps=steps, **options)
+        return ancestral.generate(model, prompt, **given)
+    return _filled_in(model, prompt, cfg_scale=cfg_scale, **given)
+
+
+def _filled_in(
+    model: LanguageModel,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    steps: int,
+    block_length: int | None,
+    temperature: float,
+    cfg_scale: float,
+    remasking: Remasking,
+    generator: torch.Generator | None,
+    on_step: Callable[[DenoisingStep], None] | None,
+) -> Tensor:
+    """Turn masks into tokens, as many in every step."""
     block = block_length or new_tokens
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     commits.check_generator(generator, needed=temperature > 0 or remasking == "random")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.attention import masses, sinks
 from lib.core.errors import InputError
-from lib.diffusion import sampler
+from lib.diffusion import commits, sampler
 from lib.diffusion.block_reader import viewers_of
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import Attention, LanguageModel, blocks_of
@@ -85,7 +85,7 @@ class SinkTrace:
     @property
     def is_changed(self) -> Bool[Tensor, "prompt step position"]:
         """Tell which tokens each step of a diffusion model's generation changes: masks that it fills, or tokens of any kind."""
-        return changed(self.ids, self.texts)
+        return commits.changed(self.ids, self.texts)
 
     @property
     def goes_by_blocks(self) -> bool:
@@ -118,29 +118,6 @@ def mark_steps(steps: int, fractions: Sequence[float] = MARKS) -> tuple[int, ...
     (14, 28, 42)
     """
     return tuple(min(round(fraction * steps), steps - 1) for fraction in fractions)
-
-
-def changed(
-    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
-) -> Bool[Tensor, "prompt step position"]:
-    """Tell which tokens each step changes.
-
-    Args:
-        ids: what the network read at each step.
-        texts: what the last step left.
-    """
-    return torch.cat([ids[:, 1:], texts[:, None]], 1) != ids
-
-
-def still_changing(
-    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
-) -> Bool[Tensor, "prompt step position"]:
-    """Tell which positions change at a step or a later one, as `changed` takes its arguments.
-
-    >>> still_changing(torch.tensor([[[4, 7], [5, 7], [4, 7]]]), torch.tensor([[4, 8]])).int().tolist()
-    [[[1, 1], [1, 1], [0, 1]]]
-    """
-    return changed(ids, texts).flip(1).cummax(1).values.flip(1)
 
 
 def prefix_lengths(*, prompt_tokens: int, positions: int, steps: int) -> tuple[int, ...]:
@@ -248,7 +225,7 @@ def _trace_denoising(
         name=model.name,
         prompt_tokens=prompts.shape[1],
         ids=torch.stack(ids, 1),
-        is_masked=torch.stack(masked, 1) if model.noise.is_masked else still_changing(torch.stack(ids, 1), texts.cpu()),
+        is_masked=torch.stack(masked, 1) if model.noise.is_masked else commits.still_changing(torch.stack(ids, 1), texts.cpu()),
         keys=torch.tensor(lengths),
         mark_steps=marks,
         head_mass=torch.stack(at_marks, 1),

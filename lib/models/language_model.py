@@ -121,7 +121,7 @@ class LanguageModel:
 
     @property
     def kind(self) -> str:
-        """Say in words what kind of model it is."""
+        """What kind of model it is, in words."""
         return "autoregressive" if self.is_causal else f"{self.noise} diffusion"
 
     def describe(self) -> dict[str, object]:
@@ -152,15 +152,12 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
 
 
 def require_diffusion(model: LanguageModel, what: str, *, instead: str) -> None:
-    """Refuse an autoregressive model.
+    """Raise `InputError` for an autoregressive model.
 
     Args:
         model: any loaded model.
         what: is to be done, with its article.
         instead: what an autoregressive model takes.
-
-    Raises:
-        InputError: see above.
     """
     require(not model.is_causal, f"{what} must use a diffusion model", model.name, instead)
 
@@ -169,9 +166,7 @@ def require_masks(model: LanguageModel, what: str, *, instead: str, remedy: str)
     """Refuse a model whose text is not written by turning masks into tokens.
 
     Args:
-        model: any loaded model.
-        what: is to be done, with its article.
-        instead: what an autoregressive model takes.
+        model, what, instead: as in `require_diffusion`.
         remedy: what a diffusion model of another noise takes.
 
     Raises:

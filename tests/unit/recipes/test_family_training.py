@@ -107,8 +107,8 @@ TASK = {
     "doc_to_choice": ["sea", "town"], "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }  # fmt: skip
 WRITTEN = {
-    "task": "written", "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "sea",
-    "generation_kwargs": {"until": ["."], "do_sample": False},
+    "task": "written", "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",
+    "doc_to_target": "sea", "generation_kwargs": {"until": ["."], "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }  # fmt: skip
 ROWS = [{"question": "The river flows to the"}, {"question": "The river of number 3 flows past the town to the"}]

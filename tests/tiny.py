@@ -158,6 +158,7 @@ def stub(logits_of: Any, *, vocab: int, mask_token_id: int | None, is_causal: bo
         return hidden
 
     fake = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=vocab),
         get_decoder=lambda: body,
         get_output_embeddings=lambda: head,
         parameters=lambda: iter([torch.zeros(1)]),
@@ -202,3 +203,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.add_special_tokens({"mask_token": "[MASK]"})
     assert made.mask_token_id == MASK
     return made
+
+
+NOISES: dict[str, dict[str, object]] = {"uniform": {"kind": "uniform"}, "mixed": {"kind": "mixed", "uniform": 0.1}}
+
+
+def of_noise(path: Path, kind: str, **options: Any) -> LanguageModel:
+    """Save a tiny diffusion model whose config.json states a noise (`"masked"` states none), and load it."""
+    made = folder(path, causal=False, **options)
+    return loading.load(edit_config(made, noise=NOISES.get(kind)))

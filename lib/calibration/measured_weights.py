@@ -12,7 +12,7 @@ from lib.attention import masses as attention
 from lib.calibration import token_weights
 from lib.calibration.statistics import check_masses
 from lib.calibration.token_weights import CONTROLS, INSTABILITY, Level, Unit, Weighting
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, network_body
 
@@ -85,6 +85,9 @@ def measure(
 @torch.inference_mode()
 def weights(masses: Masses, weighting: Weighting, *, seed: int = 0) -> Tensor:
     """Return the weight of each token, as `measure` does, from masses that other weightings share."""
+    if weighting.kind == "mask":
+        rule, got = "the control 'mask' must have mask tokens to weigh down", f"none with {masses.model.name}"
+        require(masses.model.mask_token_id is not None, rule, got, "use random or first")
     if weighting.kind in INSTABILITY:
         raise InputError(f"instability must be measured over noise levels, got {weighting.kind}: use measure_over_levels")
     scores = token_weights.score_of(masses.reduced(weighting.level, weighting.unit), weighting)

@@ -1,5 +1,5 @@
-"""What a calibration reads: clean windows, windows masked at several noise levels, or the states of real generations; and how
-much each token of it counts.
+"""What a calibration reads: clean windows, windows noised at several levels as the model was trained, or the states of real
+generations; and how much each token of it counts.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.diffusion import likelihood, sampler
+from lib.diffusion import likelihood, noise, sampler
 from lib.diffusion.commits import DenoisingStep
-from lib.models.language_model import LanguageModel, blocks_of
+from lib.diffusion.noise import process_of
+from lib.models.language_model import LanguageModel, blocks_of, require_diffusion
 
 Times = Literal["grid", "grid_below_one", "uniform"]
 GRID_STEPS = 10  # the release takes every fifth of 50 steps
@@ -34,7 +35,7 @@ class Inputs:
         kind: `"clean"` text, `"noised"` text, or states along real generations (`"trajectory"`).
         times: how the noise levels are spread, see `noise_times`.
         levels: noise levels (or states of a trajectory) per window.
-        schedule: `"llada"` masks any position, `"dream"` never the first and the last.
+        schedule: `"llada"` noises any position, `"dream"` never the first and the last.
         prompt_share: share of a window that is the prompt of its trajectory.
     """
 
@@ -179,7 +180,7 @@ def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[flo
     if levels < 1:
         raise InputError(f"noise levels must be at least 1, got {levels}: the release uses {GRID_STEPS}")
     if kind == "uniform":
-        return likelihood.stratified_times(levels, generator=generator(seed, "calibration times", window)).tolist()
+        return noise.stratified_times(levels, generator=generator(seed, "calibration times", window)).tolist()
     steps = levels if kind == "grid" else levels + 1
     return [(level + 1) / steps for level in range(levels)]
 
@@ -187,30 +188,31 @@ def noise_times(kind: Times, *, levels: int, seed: int, window: int) -> list[flo
 def noised_windows(
     model: LanguageModel, windows: Int[Tensor, "window position"], inputs: Inputs = NOISED, *, seed: int
 ) -> Int[Tensor, "window level position"]:
-    """Mask every window at several noise levels; of a model with a causal context the last block, as it has one open at a time.
+    """Noise every window at several levels, by masks or by the noise that the model was trained with.
+
+    Of a model with a causal context the last block is masked, as it has one open at a time. All noises change the same positions,
+    but for those that are drawn as they were.
 
     Args:
         model: a diffusion model.
         windows: clean token windows.
         inputs: how many levels, how they are spread, and which positions are masked.
-        seed: the masks of (window, level) depend on it and on these two numbers alone, whatever the batch.
+        seed: the noise of (window, level) depend on it and on these two numbers alone, whatever the batch.
 
     Raises:
         InputError: an autoregressive model.
 
     Source: the release's calibration; it draws all masks from one global stream, so that they depend on the batch size.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"noised calibration must use a diffusion model, got {model.name}: calibrate it on clean text")
+    require_diffusion(model, "noised calibration", instead="calibrate it on clean text")
+    process = process_of(model)
     rows = []
     for index, window in enumerate(windows):
         for level, time in enumerate(noise_times(inputs.times, levels=inputs.levels, seed=seed, window=index)):
             stream = generator(seed, "calibration", index, level)
-            at = torch.tensor([time])
-            noised = likelihood.forward_noise(
-                window[None], mask_token_id=model.mask_token_id, generator=stream, t=at, schedule=inputs.schedule
-            )
-            ids = noised.input_ids[0]
+            at, mask = torch.tensor([time]), 0  # which mask stands there for a moment does not matter
+            drawn = likelihood.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
+            ids = process.fill(window, drawn.is_masked[0], generator=stream)
             if model.attention == "context-causal":
                 blocks = blocks_of(model, len(ids))[0].to(ids.device)
                 ids = torch.where(blocks == blocks[-1], ids, window.to(ids.device))

@@ -1,12 +1,12 @@
-"""What a checkpoint is for a diffusion model's algorithms: mask token, logit shift, attention, block grid and stop tokens.
+"""What a checkpoint is for a diffusion model's algorithms: noise, mask token, logit shift, attention, blocks and stop tokens.
 
 Facts go into the configuration in memory under names that load again, so that every way of saving a model keeps them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -16,6 +16,41 @@ from lib.core.errors import InputError, require
 # Added tokens that stand for the mask in one family or another, where the tokenizer does not say which one is its mask.
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|", "<[MASK]>", "<[MASK_TOKEN]>")
 GENERATION = "generation_config.json"
+Corruption = Literal["masked", "uniform", "mixed"]
+
+
+@dataclass(frozen=True)
+class NoiseKind:
+    """Which noise a diffusion model was trained with; `diffusion.noise.process_of` makes the process of it.
+
+    In config.json: `noise: {"kind": "uniform"}` or `{"kind": "mixed", "uniform": 0.1}`; no such field means masked.
+
+    Attributes:
+        kind: whether tokens become masks, other tokens, or either.
+        uniform: share of the noise that is other tokens.
+        never_drawn: mask token of a vocabulary shared with masked models, where the noise is uniform: no state of the process.
+    """
+
+    kind: Corruption = "masked"
+    uniform: float = 0.0
+    never_drawn: int | None = None
+
+    @property
+    def is_masked(self) -> bool:
+        """Tell whether tokens become masks and nothing else."""
+        return self.kind == "masked"
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"mixed (uniform {self.uniform:g})" if self.kind == "mixed" else self.kind
+
+    def written(self) -> dict[str, object]:
+        """Return what stands in config.json."""
+        share: dict[str, object] = {"uniform": self.uniform} if self.kind == "mixed" else {}
+        return {"kind": self.kind} | share
+
+
+MASKED = NoiseKind()
 
 
 @dataclass(frozen=True)
@@ -30,6 +65,7 @@ class Facts:
     block_length: int | None
     block_origin: BlockOrigin
     stop_token_ids: tuple[int, ...]
+    noise: NoiseKind = MASKED
 
 
 def read(
@@ -52,21 +88,54 @@ def read(
         generation: its generation_config.json; empty when it has none.
 
     Raises:
-        InputError: no mask token, sources that name different ones, one outside the vocabulary, or a shift other than 0 and 1.
+        InputError: no mask token where the noise has one, sources that name different ones, one outside the vocabulary, a shift
+            other than 0 and 1, or a noise that is not known.
     """
     is_causal = family.attention == "causal"
+    kind = read_noise(raw, is_causal=is_causal, attention=family.attention, folder=folder)
+    mask = None if is_causal else _mask(raw, family, tokenizer, vocabulary=vocabulary, folder=folder, noise=kind)
     shift = 1 if is_causal else raw.get("logit_shift", family.logit_shift)
     require(shift in (0, 1), "logit_shift must be 0 or 1", repr(shift), f"mend config.json in {folder}")
     return Facts(
         family=family.name,
         is_causal=is_causal,
-        mask_token_id=None if is_causal else _mask(raw, family, tokenizer, vocabulary=vocabulary, folder=folder),
+        mask_token_id=None if kind.kind == "uniform" else mask,
         logit_shift=int(shift),
         attention=family.attention,
         block_length=family.block_length,
         block_origin=family.block_origin,
         stop_token_ids=_stops(raw, family, tokenizer, generation, vocabulary),
+        noise=replace(kind, never_drawn=mask) if kind.kind == "uniform" else kind,
     )
+
+
+def read_noise(raw: Mapping[str, Any], *, is_causal: bool, attention: Attention, folder: Path) -> NoiseKind:
+    """Read the noise that a configuration states; masked where it states none.
+
+    Args:
+        raw: the config.json.
+        is_causal: of the checkpoint.
+        attention: of the checkpoint.
+        folder: of the checkpoint, for errors.
+
+    Raises:
+        InputError: a kind that is not known, a share outside (0, 1), a setting too many, or noise that cannot go with the rest.
+    """
+    said = raw.get("noise")
+    if said is None:
+        return MASKED
+    remedy = f"mend config.json in {folder}"
+    require(not is_causal, "noise must be that of a diffusion model", f"{said!r} with is_causal", remedy)
+    kind = said.get("kind") if isinstance(said, dict) else None
+    known = get_args(Corruption)
+    require(kind in known, f"noise must be a table whose kind is one of {', '.join(known)}", repr(said), remedy)
+    wanted = {"kind", "uniform"} if kind == "mixed" else {"kind"}
+    require(said.keys() == wanted, f"{kind} noise must state {' and '.join(sorted(wanted))}", repr(said), remedy)
+    share = said.get("uniform", 0.0 if kind == "masked" else 1.0)
+    is_share = isinstance(share, int | float) and not isinstance(share, bool)
+    require(is_share and (kind != "mixed" or 0 < share < 1), "uniform of mixed noise must be in (0, 1)", repr(share), remedy)
+    require(kind == "masked" or attention == "full", "attention by blocks must go with masked noise", repr(said), remedy)
+    return NoiseKind(cast(Corruption, kind), float(share))
 
 
 def remember_(config: PretrainedConfig, facts: Any) -> None:
@@ -82,12 +151,22 @@ def remember_(config: PretrainedConfig, facts: Any) -> None:
         return
     saved.mask_token_id, saved.logit_shift, saved.attention_kind = facts.mask_token_id, facts.logit_shift, facts.attention
     saved.block_length, saved.block_origin, saved.family = facts.block_length, facts.block_origin, facts.family
+    if not facts.noise.is_masked:
+        saved.noise = facts.noise.written()
+    if facts.noise.never_drawn is not None:
+        saved.mask_token_id = facts.noise.never_drawn
 
 
 def _mask(
-    raw: Mapping[str, Any], family: Family, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary: int, folder: Path
-) -> int:
-    """Return the mask id that all sources agree on; the family's own where none says one."""
+    raw: Mapping[str, Any],
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocabulary: int,
+    folder: Path,
+    noise: NoiseKind,
+) -> int | None:
+    """Return the mask id that all sources agree on; the family's own where none says one. Uniform noise needs none."""
     said: dict[str, set[int]] = {}
     if raw.get("mask_token_id") is not None:
         said["config.json"] = {raw["mask_token_id"]}
@@ -100,6 +179,8 @@ def _mask(
     if not said and family.mask_token_id is not None and family.mask_token_id < vocabulary:
         said["the family"] = {family.mask_token_id}
     remedy = "set mask_token_id in config.json"
+    if not said and noise.kind == "uniform":
+        return None
     require(bool(said), "a diffusion model must name its mask token", f"none in {folder}", remedy)
     common = set.intersection(*said.values())
     if len(common) != 1:

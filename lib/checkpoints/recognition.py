@@ -30,7 +30,7 @@ REFUSED = {
     r"dreamreasoner": "a DreamReasoner, a Qwen3 whose logit shift and block grid are not known here",
 }
 ROUTED = re.compile(r"block.*rout|rout.*block|(delete|insert)_token")
-SIGNS = ("mask_token_id", "logit_shift", "attention_kind", "block_length")
+SIGNS = ("mask_token_id", "logit_shift", "attention_kind", "block_length", "noise")
 BLOCKS_IN_NAME = re.compile(r"-b(\d+)(?![\w.])")
 
 

@@ -112,6 +112,7 @@ def collect(
     """
     rule = "a late step must be fitted on a model whose attention is not by blocks"
     require(not model.goes_by_blocks, rule, f"{model.attention} with {model.name}", "its own sampler is block_sampler.generate")
+    sampler.check_masks(model)
     most = most_left(share, block_length=block_length)
     steps: list[DenoisingStep] = []
     keep = steps.append

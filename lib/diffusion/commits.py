@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 
 Remasking = Literal["low_confidence", "random"]
 ROWS_AT_ONCE = 256
@@ -20,9 +20,9 @@ class DenoisingStep:
     Attributes:
         step: index of the denoising step, 0 = everything after the prompt is masked.
         input_ids: what the network read; with guidance the recorded passes hold these rows first, the unguided ones after them.
-        is_masked: positions still masked in `input_ids`.
-        is_committed: positions that this step turns into tokens.
-        mask_ratio: share of the new tokens still masked in `input_ids`.
+        is_masked: positions still masked in `input_ids`; of other noise, see `ancestral.generate`.
+        is_committed: positions that this step turns into tokens, or under other noise into other ones.
+        mask_ratio: share of the new tokens still masked in `input_ids`; under other noise its level, expected to be drawn anew.
         keys: positions that the network read, from the first one; None is all of them.
     """
 
@@ -106,3 +106,43 @@ def check_generator(generator: torch.Generator | None, *, needed: bool) -> None:
     """Raise `InputError` when there is no randomness where some is needed."""
     if needed and generator is None:
         raise InputError("random sampling must be given a generator, got None: pass runtime.generator(seed, 'sampling')")
+
+
+def check_steps(*, new_tokens: int, steps: int, block: int) -> None:
+    """Refuse lengths that do not divide.
+
+    Args:
+        new_tokens: tokens to generate.
+        steps: forward passes in all.
+        block: tokens of a block.
+
+    Raises:
+        InputError: see above.
+    """
+    rule, remedy = "block_length must divide new_tokens", "choose a divisor"
+    require(new_tokens >= 1 and block >= 1 and not new_tokens % block, rule, f"{block} and {new_tokens}", remedy)
+    rule, blocks = "steps must be a multiple of the number of blocks", new_tokens // block
+    require(steps >= 1 and not steps % blocks, rule, f"{steps} for {blocks}", "change steps")
+
+
+def changed(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which tokens each step changes.
+
+    Args:
+        ids: what the network read at each step.
+        texts: what the last step left.
+    """
+    return torch.cat([ids[:, 1:], texts[:, None]], 1) != ids
+
+
+def still_changing(
+    ids: Int[Tensor, "prompt step position"], texts: Int[Tensor, "prompt position"]
+) -> Bool[Tensor, "prompt step position"]:
+    """Tell which positions change at a step or a later one, as `changed` takes its arguments.
+
+    >>> still_changing(torch.tensor([[[4, 7], [5, 7], [4, 7]]]), torch.tensor([[4, 8]])).int().tolist()
+    [[[1, 1], [1, 1], [0, 1]]]
+    """
+    return changed(ids, texts).flip(1).cummax(1).values.flip(1)

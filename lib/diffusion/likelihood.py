@@ -1,4 +1,4 @@
-"""The masked diffusion process: noising, the NELBO, and the log-likelihood of a continuation."""
+"""The masked diffusion process: noising, the NELBO, and the log-likelihood of a continuation; other noise has its own bound."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.core.runtime import generator
+from lib.diffusion import drawn_likelihood
 from lib.diffusion.block_reader import block_logits
-from lib.models.language_model import LanguageModel, blocks_of, logits_at
+from lib.diffusion.noise import NOISE_EPS, process_of, stratified_times
+from lib.models.language_model import LanguageModel, blocks_of, logits_at, require_diffusion
 
 Schedule = Literal["llada", "dream"]
 CountRule = Literal["stratified", "release"]
-NOISE_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,6 @@ class Noised:
     input_ids: Int[Tensor, "batch position"]
     is_masked: Bool[Tensor, "batch position"]
     mask_rate: Float[Tensor, "batch"]
-
-
-def stratified_times(batch: int, *, generator: torch.Generator) -> Float[Tensor, "batch"]:
-    """Draw one diffusion time per row, one from each of `batch` equal parts of [0, 1).
-
-    Source: LLaDA and MDLM draw the times of a batch on a shifted grid, which lowers the variance of the loss.
-
-    >>> times = stratified_times(4, generator=torch.Generator().manual_seed(0))
-    >>> sorted((times * 4).long().tolist())
-    [0, 1, 2, 3]
-    """
-    offset = torch.rand((), generator=generator)
-    return (offset + torch.arange(batch) / batch) % 1.0
 
 
 def forward_noise(
@@ -172,7 +160,8 @@ def masked_log_likelihood(
 
     With k of n tokens masked, n / k times the summed log-probability of the masked tokens is an unbiased estimate of a lower
     bound of log p (in nats, for all n tokens together). Where attention goes by blocks, this holds for each block given those
-    before it, and the estimates of the blocks are added.
+    before it, and the estimates of the blocks are added. Under uniform or mixed noise it is `drawn_likelihood.log_likelihood`,
+    a bound of the same quantity: the other tokens stay clean, and those to score are noised.
 
     Args:
         model: a diffusion model.
@@ -187,11 +176,16 @@ def masked_log_likelihood(
         Estimates whose mean is the bound.
 
     Raises:
-        InputError: the model has no mask token, or nothing is to be scored.
+        InputError: an autoregressive model, nothing to be scored, or the release's counts for other noise than masks.
 
     Source: LLaDA (arXiv 2502.09992), Eq. 6, and its `get_log_likelihood`.
     """
     _check_scored(model, int(maskable.sum()), draws)
+    if not model.noise.is_masked:
+        rule, got = "counts of the release must go with masked noise", f"{model.noise} noise in {model.name}"
+        require(count_rule == "stratified", rule, got, "use stratified")
+        options = {"draws": draws, "generator": generator, "batch_size": batch_size}
+        return drawn_likelihood.log_likelihood(model, process_of(model), input_ids, maskable, **options)
     split = parts(model, maskable.cpu())
     masks = torch.stack([exact_count_masks(part, draws, generator=generator, count_rule=count_rule) for part in split], 1)
     weight = masks.sum(2).reciprocal() * torch.stack(split).sum(1)
@@ -200,8 +194,7 @@ def masked_log_likelihood(
 
 
 def _check_scored(model: LanguageModel, tokens: int, draws: int) -> None:
-    if model.mask_token_id is None:
-        raise InputError(f"a masked likelihood must use a diffusion model, got {model.name}: use next_token_nll")
+    require_diffusion(model, "a masked likelihood", instead="use next_token_nll")
     if tokens < 1 or draws < 1:
         raise InputError(f"a likelihood must have tokens to score and draws >= 1, got {tokens} and {draws}: give some")
 
@@ -251,16 +244,24 @@ def nelbo(
 
     Returns:
         The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t. Where attention
-        goes by blocks, it is the sum of the bounds of the blocks, each given those before it.
+        goes by blocks, it is the sum of the bounds of the blocks, each given those before it. It is the bound of the noise that
+        the model was trained with, so bounds of models of different noise compare.
 
     Raises:
-        InputError: the model has no mask token, or there is nothing to score.
+        InputError: an autoregressive model, or nothing to score.
 
     Source: MDLM / LLaDA's bound E_t[1/t sum CE], t replaced by the exact count k / length (equal in expectation, less noise).
     """
     _check_scored(model, windows.numel(), draws)
-    split = parts(model, torch.ones(windows.shape[1], dtype=torch.bool))
+    whole = torch.ones(windows.shape[1], dtype=torch.bool)
     streams = [generator(seed, "nelbo", index) for index in range(len(windows))]
+    if not model.noise.is_masked:
+        process = process_of(model)
+        pairs = zip(windows, streams, strict=True)
+        noised = [drawn_likelihood.draw(process, ids, whole, draws=draws, generator=stream) for ids, stream in pairs]
+        sums = drawn_likelihood.losses(model, process, drawn_likelihood.together(noised), batch_size=batch_size)
+        return summarise(sums.view(len(windows), draws).mean(1) / windows.shape[1])
+    split = parts(model, whole)
     drawn = [torch.stack([exact_count_masks(part, draws, generator=stream) for part in split], 1) for stream in streams]
     masks, rows = torch.cat(drawn), windows.repeat_interleave(draws, dim=0)
     losses = masked_losses(model, rows, masks.any(1), batch_size=batch_size)

@@ -16,7 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import require
-from lib.diffusion.likelihood import NOISE_EPS, stratified_times
+from lib.models.language_model import LanguageModel, require_diffusion
+
+NOISE_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,33 @@ class Noise:
         fresh = torch.multinomial(self.mixing, input_ids.numel(), replacement=True, generator=generator).view(input_ids.shape)
         is_drawn = drawn.to(input_ids.device)
         return Corrupted(torch.where(is_drawn, fresh.to(input_ids.device), input_ids), is_drawn, t.to(input_ids.device))
+
+    def fill(
+        self,
+        input_ids: Int[Tensor, "*batch position"],
+        where: Bool[Tensor, "*batch position"],
+        *,
+        generator: torch.Generator,
+    ) -> Int[Tensor, "*batch position"]:
+        """Draw the tokens at chosen positions anew from the mixing; where that is all mask, nothing is drawn.
+
+        Args:
+            input_ids: clean token ids.
+            where: which of them.
+            generator: CPU generator.
+        """
+        if self.uniform_share == 0.0 and self.mask_token_id is not None:
+            return input_ids.masked_fill(where, self.mask_token_id)
+        count = int(where.sum())
+        fresh = torch.multinomial(self.mixing, count, replacement=True, generator=generator) if count else torch.empty(0).long()
+        return input_ids.masked_scatter(where, fresh.to(input_ids.device, input_ids.dtype))
+
+    def clean_log_probs(self, logits: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch state"]:
+        """Return the logarithm of x_theta: a clean token is never the mask token, so nothing is left to that."""
+        if self.mask_token_id is not None:
+            logits = logits.clone()
+            logits[..., self.mask_token_id] = float("-inf")
+        return logits.log_softmax(-1)
 
     def weight(self, clean: Int[Tensor, "position"], noisy: Int[Tensor, "position"], t: Float[Tensor, "position"]) -> Tensor:
         """Return r_t(z) / q_t(z), the jump rate into the state seen over its probability: 0 where the loss is 0 for any network.
@@ -170,6 +199,27 @@ class Noise:
         return self.reverse(probs, noisy, t=t, s=0.0)
 
 
+def process_of(model: LanguageModel) -> Noise:
+    """Return the noise that a model was trained with.
+
+    Args:
+        model: a diffusion model.
+
+    Raises:
+        InputError: an autoregressive model, or attention by blocks under other noise than masks.
+    """
+    require_diffusion(model, "noise", instead="read clean text with it")
+    states = int(model.network.config.vocab_size)
+    if model.noise.is_masked:
+        require(model.mask_token_id is not None, "masked noise must have a mask token", f"none with {model.name}", "name it")
+        return Noise(states, model.mask_token_id, 0.0)
+    rule, remedy = "attention by blocks must go with masked noise", "its blocks have no bound here"
+    require(not model.goes_by_blocks, rule, f"{model.noise} noise in {model.name}", remedy)
+    if model.noise.kind == "uniform":
+        return uniform_noise(states, mask_token_id=model.noise.never_drawn)
+    return Noise(states, model.mask_token_id, model.noise.uniform, mask_in_uniform=True)
+
+
 def masked_noise(vocab_size: int, *, mask_token_id: int) -> Noise:
     """Return the noise of LLaDA and MDLM: tokens become masks."""
     return Noise(vocab_size, mask_token_id, 0.0)
@@ -183,6 +233,19 @@ def uniform_noise(vocab_size: int, *, mask_token_id: int | None = None) -> Noise
 def mixed_noise(vocab_size: int, *, mask_token_id: int, uniform_share: float = 0.1) -> Noise:
     """Return XDLM's noise: a share is uniform over all states, the mask token too, the rest becomes masks."""
     return Noise(vocab_size, mask_token_id, uniform_share, mask_in_uniform=True)
+
+
+def stratified_times(batch: int, *, generator: torch.Generator) -> Float[Tensor, "batch"]:
+    """Draw one diffusion time per row, one from each of `batch` equal parts of [0, 1).
+
+    Source: LLaDA and MDLM draw the times of a batch on a shifted grid, which lowers the variance of the loss.
+
+    >>> times = stratified_times(4, generator=torch.Generator().manual_seed(0))
+    >>> sorted((times * 4).long().tolist())
+    [0, 1, 2, 3]
+    """
+    offset = torch.rand((), generator=generator)
+    return (offset + torch.arange(batch) / batch) % 1.0
 
 
 def training_times(rows: int, *, generator: torch.Generator, eps: float = NOISE_EPS) -> Float[Tensor, "row"]:

@@ -52,6 +52,8 @@ def denoise(
         given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "cfg_scale": cfg_scale}
         alone = [sampler.sample(model, torch.tensor([list(prompt)], dtype=torch.long), **given) for prompt in prompts]
         return torch.cat([ids[:, -new_tokens:] for ids in alone])
+    if not model.noise.is_masked:
+        return _from_noise(model, prompts, new_tokens=new_tokens, steps=steps, block_length=block_length, cfg_scale=cfg_scale)
     block = block_length or new_tokens
     sampler.check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     if _are_equally_long(prompts):
@@ -116,6 +118,18 @@ def continue_texts(model: LanguageModel, prompts: Sequence[Sequence[int]], *, ne
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
     return torch.cat(made, dim=1)
+
+
+def _from_noise(model: LanguageModel, prompts: Sequence[Sequence[int]], *, new_tokens: int, **options: Any) -> Tensor:
+    """Denoise by `sampler.sample` prompts of one length at a time: noise of a row depends on its prompt alone."""
+    _are_equally_long(prompts)
+    found = torch.zeros((len(prompts), new_tokens), dtype=torch.long, device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        batch = torch.tensor([prompts[row] for row in rows.tolist()], dtype=torch.long).view(len(rows), length)
+        found[rows] = sampler.sample(model, batch, new_tokens=new_tokens, **options)[:, length:]
+    return found
 
 
 def _check_rows(model: LanguageModel, logits: Tensor, prompts: Sequence[Sequence[int]], made: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.diffusion import block_sampler, commits
+from lib.diffusion import ancestral, block_sampler, commits
 from lib.diffusion.block_rules import in_steps
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.finite import require_finite
-from lib.models.language_model import LanguageModel, check_length, logits_at
+from lib.models.language_model import LanguageModel, check_length, logits_at, require_masks
 
 
 @torch.inference_mode()
@@ -31,7 +31,7 @@ def sample(
     generator: torch.Generator | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Int[Tensor, "batch position"]:
-    """Denoise from all-masked to text.
+    """Denoise from all-masked to text, or from the noise that the model was trained with.
 
     Args:
         model: a diffusion model.
@@ -49,14 +49,37 @@ def sample(
         Prompt and generated tokens.
 
     Raises:
-        InputError: an autoregressive model, lengths that do not divide, or missing randomness.
+        InputError: an autoregressive model, lengths that do not divide, missing randomness, or guidance under other noise.
 
-    Source: ML-GSAI/LLaDA, generate.py; block_sampler.py, its text read anew at each step, for attention by blocks.
+    Source: ML-GSAI/LLaDA, generate.py; block_sampler.py, its text read anew at each step, for attention by blocks;
+        ancestral.py for uniform and mixed noise.
     """
     if model.goes_by_blocks:
         check_blocks(model, block_length=block_length, cfg_scale=cfg_scale)
-        given = {"rule": in_steps(model, remasking), "steps": steps, "temperature": temperature, "generator": generator}
-        return block_sampler.generate(model, prompt, new_tokens=new_tokens, use_cache=False, on_step=on_step, **given).ids
+        own = {"rule": in_steps(model, remasking), "steps": steps, "temperature": temperature, "generator": generator}
+        return block_sampler.generate(model, prompt, new_tokens=new_tokens, use_cache=False, on_step=on_step, **own).ids
+    given: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "block_length": block_length, "temperature": temperature}
+    given |= {"remasking": remasking, "generator": generator, "on_step": on_step}
+    if not model.noise.is_masked:
+        check_noise(model, cfg_scale=cfg_scale)
+        return ancestral.generate(model, prompt, **given)
+    return _filled_in(model, prompt, cfg_scale=cfg_scale, **given)
+
+
+def _filled_in(
+    model: LanguageModel,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    steps: int,
+    block_length: int | None,
+    temperature: float,
+    cfg_scale: float,
+    remasking: Remasking,
+    generator: torch.Generator | None,
+    on_step: Callable[[DenoisingStep], None] | None,
+) -> Tensor:
+    """Turn masks into tokens, as many in every step."""
     block = block_length or new_tokens
     check_sampling(model, new_tokens=new_tokens, steps=steps, block=block)
     commits.check_generator(generator, needed=temperature > 0 or remasking == "random")
@@ -124,18 +147,35 @@ def check_blocks(model: LanguageModel, *, block_length: int | None = None, cfg_s
         require(cfg_scale <= 0, "guidance must go with attention that is not by blocks", str(cfg_scale), "use cfg_scale=0")
 
 
+def check_noise(model: LanguageModel, *, cfg_scale: float = 0.0) -> None:
+    """Refuse guidance under other noise than masks.
+
+    Raises:
+        InputError: see above.
+    """
+    if not model.noise.is_masked:
+        got = f"{cfg_scale:g} with {model.noise} noise in {model.name}"
+        require(cfg_scale <= 0, "guidance must go with masked noise (it masks the prompt)", got, "use cfg_scale=0")
+
+
+def check_masks(model: LanguageModel) -> None:
+    """Refuse what is not written by filling masks in: nothing of it is finished before the last step.
+
+    Raises:
+        InputError: an autoregressive model, or noise that is not all mask.
+    """
+    remedy = "use sampler.sample, in which any token may change until the last step"
+    require_masks(model, "sampling by denoising", instead="use continue_text", remedy=remedy)
+
+
 def check_sampling(model: LanguageModel, *, new_tokens: int, steps: int, block: int) -> None:
     """Refuse what `sample` cannot do, before any work.
 
     Raises:
-        InputError: an autoregressive model, or lengths that do not divide.
+        InputError: an autoregressive model, noise that is not all mask, or lengths that do not divide.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"sampling by denoising must use a diffusion model, got {model.name}: use continue_text")
-    if new_tokens < 1 or block < 1 or new_tokens % block:
-        raise InputError(f"block_length must divide new_tokens, got {block} and {new_tokens}: choose a divisor")
-    if steps < 1 or steps % (new_tokens // block):
-        raise InputError(f"steps must be a multiple of the number of blocks, got {steps} for {new_tokens // block}: change steps")
+    check_masks(model)
+    commits.check_steps(new_tokens=new_tokens, steps=steps, block=block)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.attention import masses, sinks
 from lib.core.errors import InputError
-from lib.diffusion import sampler
+from lib.diffusion import commits, sampler
 from lib.diffusion.block_reader import viewers_of
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import Attention, LanguageModel, blocks_of
@@ -47,7 +47,8 @@ class SinkTrace:
 
     Attributes:
         ids: what the network read at each step.
-        is_masked: positions still masked at each step; all False for an autoregressive model.
+        is_masked: positions still masked at each step; under other noise those that still change, at this step or a later one
+            (under masked noise the same positions); all False for an autoregressive model.
         keys: number of keys at each step.
         mass: averaged over layers and heads.
         layer_mass: averaged over heads.
@@ -80,6 +81,11 @@ class SinkTrace:
     attention: Attention = "full"
     blocks: Int[Tensor, "position"] | None = None
     opened: Int[Tensor, "step"] | None = None
+
+    @property
+    def is_changed(self) -> Bool[Tensor, "prompt step position"]:
+        """Tell which tokens each step of a diffusion model's generation changes: masks that it fills, or tokens of any kind."""
+        return commits.changed(self.ids, self.texts)
 
     @property
     def goes_by_blocks(self) -> bool:
@@ -219,7 +225,7 @@ def _trace_denoising(
         name=model.name,
         prompt_tokens=prompts.shape[1],
         ids=torch.stack(ids, 1),
-        is_masked=torch.stack(masked, 1),
+        is_masked=torch.stack(masked, 1) if model.noise.is_masked else commits.still_changing(torch.stack(ids, 1), texts.cpu()),
         keys=torch.tensor(lengths),
         mark_steps=marks,
         head_mass=torch.stack(at_marks, 1),

@@ -41,6 +41,7 @@ class HarnessModel(LM):
             f"cfg_scale {settings.cfg_scale} for {model.name}",
             "set cfg_scale to 0",
         )
+        sampler.check_noise(model, cfg_scale=settings.cfg_scale)
         self.model, self.settings, self.truncated, self.merged = model, settings, 0, 0
         self.tokenizer = tokenizer_of(model)
         longest = int(cast(Any, model.network.config).max_position_embeddings)
@@ -56,8 +57,8 @@ class HarnessModel(LM):
 
         Returns:
             (nats, greedy) of each continuation. An autoregressive model gives both exactly. A diffusion model gives LLaDA's
-            Monte-Carlo lower bound (exact for one token), and always False: whether decoding would produce the continuation
-            depends on the sampler and is not computed.
+            Monte-Carlo lower bound (exact for one token under masked noise), and always False: whether decoding would produce
+            the continuation depends on the sampler and is not computed.
 
         Raises:
             InputError: a continuation without tokens, or longer than the model's length.

@@ -39,6 +39,29 @@ for _ in range(new):  # one token a step, the surest first
     position = surest.masked_fill(ids != mask, -1.0).argmax()
     ids[0, position] = tokens[0, position]
 """
+NOISED = """\
+start, new, mask, shift = ids.shape[1], 8, model.config.mask_token_id, model.config.logit_shift
+noise = torch.ones(model.config.vocab_size).double()  # what tokens become: others, masks, or either
+if mask is not None and model.config.noise["kind"] == "uniform":
+    noise[mask] = 0.0
+noise *= model.config.noise.get("uniform", 1.0) / noise.sum()
+if model.config.noise["kind"] == "mixed":
+    noise[mask] += 1.0 - model.config.noise["uniform"]
+ids = torch.cat([ids, torch.multinomial(noise, new, replacement=True)[None]], dim=1)
+for step in range(new):  # one more token is kept in every step, the surest; the others are drawn anew
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[0].double()
+    logits = torch.cat([logits[:shift], logits[: len(logits) - shift]])[start:]
+    if mask is not None:
+        logits[:, mask] = -torch.inf
+    t, seen = 1.0 - step / new, ids[0, start:]
+    chance = t * noise[seen][:, None] + (1.0 - t) * torch.nn.functional.one_hot(seen, len(noise))  # of what is seen
+    posterior = logits.softmax(-1) * chance
+    surest, ids[0, start:] = (posterior / posterior.sum(-1, keepdim=True)).max(-1)
+    left = start + surest.argsort()[: new - step - 1].sort().values
+    if len(left):
+        ids[0, left] = torch.multinomial(noise, len(left), replacement=True)
+"""
 CAUSAL = """\
 ids = model.generate(ids, max_new_tokens=8, do_sample=False)
 """
@@ -164,7 +187,7 @@ def write(
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
-        f"```python\n{START}{CAUSAL if model.is_causal else DIFFUSION}{END}```\n",
+        f"```python\n{START}{_loop(model)}{END}```\n",
         _loading(model),
     ]
     provenance.write_text(folder / FILE, "\n".join(parts))
@@ -175,7 +198,7 @@ def _front_matter(model: LanguageModel, license_id: str) -> str:
     """Write what the hub reads; a base model is named where it has an id there."""
     source = model.source.source
     on_hub = bool(lookup.HUB_ID.fullmatch(source)) and not lookup.is_local(model.source)
-    kind = "autoregressive" if model.is_causal else "masked-diffusion"
+    kind = "autoregressive" if model.is_causal else f"{model.noise.kind}-diffusion"
     return ModelCardData(
         base_model=source if on_hub else None,
         library_name="transformers",
@@ -257,12 +280,23 @@ def _measured(measured: Sequence[Measure]) -> str:
     return _table(("", "value", "95 % interval", "documents", "dense model", "settings"), rows)
 
 
+def _loop(model: LanguageModel) -> str:
+    """Return the code that writes with a model of its kind."""
+    return CAUSAL if model.is_causal else DIFFUSION if model.noise.is_masked else NOISED
+
+
 def _loading(model: LanguageModel) -> str:
     """Say what a reader must know about the network; `START` and the rest show it."""
     if model.is_causal:
         return "An autoregressive model like its base: `generate` works as ever.\n"
-    mask = tokenizer_of(model).convert_ids_to_tokens(model.mask_token_id)  # type: ignore[arg-type]
     place = "at the position before it (`logit_shift: 1`)" if model.logit_shift else "at its own position (`logit_shift: 0`)"
+    if not model.noise.is_masked:
+        return (
+            f"A diffusion model of {model.noise} noise (`config.noise`): `config.is_causal` is false, so attention looks both\n"
+            "ways, and `generate` of transformers does not apply. Text begins as noise, and any token may be replaced until the\n"
+            f"last step; what belongs somewhere given all other positions is predicted {place}.\n"
+        )
+    mask = tokenizer_of(model).convert_ids_to_tokens(model.mask_token_id)  # type: ignore[arg-type]
     return (
         f"A masked diffusion model: `config.is_causal` is false, so attention looks both ways, and `generate` of transformers\n"
         f"does not apply. A token to be written is the mask token {model.mask_token_id} (`{mask}`); it is predicted {place}.\n"

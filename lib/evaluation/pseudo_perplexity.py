@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.diffusion.likelihood import masked_losses, part_sums, parts
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, require_masks
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,14 @@ def pseudo_perplexity(
         block has its own masks and counts by its length.
 
     Raises:
-        InputError: an autoregressive model, no windows or draws, or an answer that does not fit into a window.
+        InputError: an autoregressive model, noise that is not all mask, no windows or draws, or an answer that does not fit into
+            a window.
 
     Source: `get_ppl` of the authors' main_llada.py. Deviation: there the masks come from the random state that the pruning
         method left behind, so every method is scored on other masks. The release's figure for Dream has another formula.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"a pseudo-perplexity must use a diffusion model, got {model.name}: use next_token_nll")
+    remedy = "use nelbo, the bound of its own noise"
+    require_masks(model, "a pseudo-perplexity", instead="use next_token_nll", remedy=remedy)
     if not len(windows) or draws < 1:
         raise InputError(
             f"a pseudo-perplexity must have windows and draws >= 1, got {len(windows)} and {draws}: give at least one each"

@@ -21,7 +21,7 @@ class EvaluationSettings:
     """How requests are answered; to be stored beside every number.
 
     Attributes:
-        draws: Monte-Carlo masks per continuation of two tokens or more (one token needs one: it is exact).
+        draws: Monte-Carlo masks per continuation of two tokens or more (one token needs one: it is exact); or noised copies.
         seed: of the masks, which depend on it and on the texts alone.
         batch_size: rows of a forward pass (draws of any requests of one length); does not change results.
         cfg_scale: classifier-free guidance as in LLaDA, 0 = off.
@@ -74,7 +74,8 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
     """Score the ends of passages, rows of equal length together.
 
     With k of its n tokens masked, n / k times their log-probability is an unbiased estimate of a lower bound; its mean over
-    `settings.draws` masks is returned. Neither the order of the passages nor the batch size changes a result.
+    `settings.draws` masks is returned. Under other noise than masks, the end is noised behind its clean context, see
+    `likelihood.masked_log_likelihood`. Neither the order of the passages nor the batch size changes a result.
 
     Returns:
         (nats, whether an autoregressive model's greedy decoding gives these tokens; False for a diffusion model).
@@ -84,6 +85,11 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
     totals, is_greedy = [0.0] * len(passages), [model.is_causal] * len(passages)
     bar = tqdm(total=len(passages), desc="likelihoods", unit="text", disable=None, leave=False)
     for indices in grouped([len(passage.ids) for passage in passages]):
+        if not (model.is_causal or model.noise.is_masked):
+            for index in indices:
+                totals[index] = _noised_likelihood(model, passages[index], settings)
+            bar.update(len(indices))
+            continue
         rows = itertools.chain.from_iterable(_rows(model, index, passages[index], settings) for index in indices)
         for part in batched(rows, settings.batch_size):
             values, are_best = _log_likelihoods(model, part, cfg_scale=settings.cfg_scale)
@@ -93,6 +99,14 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
         bar.update(len(indices))
     bar.close()
     return list(zip(totals, is_greedy, strict=True))
+
+
+def _noised_likelihood(model: LanguageModel, passage: Passage, settings: EvaluationSettings) -> float:
+    """Return the bound of one passage under other noise than masks, one token's too: what is seen of it may be another one."""
+    sampler.check_noise(model, cfg_scale=settings.cfg_scale)
+    ids, stream = torch.tensor(passage.ids), generator(settings.seed, *passage.stream)
+    options = {"draws": settings.draws, "generator": stream, "batch_size": settings.batch_size}
+    return float(likelihood.masked_log_likelihood(model, ids, torch.arange(len(ids)) >= passage.start, **options).mean())
 
 
 def _rows(model: LanguageModel, index: int, passage: Passage, settings: EvaluationSettings) -> Iterator[_Row]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.checkpoints.facts import MASKED, NoiseKind
 from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
@@ -54,7 +55,7 @@ class LanguageModel:
     Attributes:
         network: a `...ForCausalLM` of transformers in evaluation mode.
         tokenizer: None when the folder has none.
-        mask_token_id: None for an autoregressive model.
+        mask_token_id: what is to be written reads so; None for an autoregressive model, and under uniform noise.
         logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
         is_causal: whether attention looks at earlier positions only.
         layers: the prunable linear layers, block by block in the order q k v o gate up down; where a block has experts, gate up
@@ -66,6 +67,7 @@ class LanguageModel:
         stop_token_ids: tokens that end a text; empty when unknown.
         family: name of the family in the registry.
         notes: what is to be said about how it was read, such as an adapter that was merged.
+        noise: that a diffusion model was trained with.
     """
 
     name: str
@@ -83,6 +85,7 @@ class LanguageModel:
     stop_token_ids: tuple[int, ...] = ()
     family: str = ""
     notes: tuple[str, ...] = ()
+    noise: NoiseKind = MASKED
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +119,11 @@ class LanguageModel:
         """Tell whether a block is a mixture of experts."""
         return any(layer.expert is not None for layer in self.by_block[block])
 
+    @property
+    def kind(self) -> str:
+        """What kind of model it is, in words."""
+        return "autoregressive" if self.is_causal else f"{self.noise} diffusion"
+
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""
         notes: dict[str, object] = {"notes": list(self.notes)} if self.notes else {}
@@ -126,7 +134,7 @@ class LanguageModel:
             "fingerprint": self.fingerprint[:16],
             "parameters": self.num_parameters,
             "dtype": str(self.network.dtype).removeprefix("torch."),
-            "kind": "autoregressive" if self.is_causal else "masked diffusion",
+            "kind": self.kind,
             "family": self.family,
             "attention": self.attention,
         }
@@ -141,6 +149,31 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
         raise InputError(f"a model that reads text must bring its tokenizer, got none with {model.name}: add its files")
     return model.tokenizer
+
+
+def require_diffusion(model: LanguageModel, what: str, *, instead: str) -> None:
+    """Raise `InputError` for an autoregressive model.
+
+    Args:
+        model: any loaded model.
+        what: is to be done, with its article.
+        instead: what an autoregressive model takes.
+    """
+    require(not model.is_causal, f"{what} must use a diffusion model", model.name, instead)
+
+
+def require_masks(model: LanguageModel, what: str, *, instead: str, remedy: str) -> None:
+    """Refuse a model whose text is not written by turning masks into tokens.
+
+    Args:
+        model, what, instead: as in `require_diffusion`.
+        remedy: what a diffusion model of another noise takes.
+
+    Raises:
+        InputError: an autoregressive model, or noise that is not all mask.
+    """
+    require_diffusion(model, what, instead=instead)
+    require(model.noise.is_masked, f"{what} must use masked noise", f"{model.noise} noise in {model.name}", remedy)
 
 
 def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:

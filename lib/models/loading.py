@@ -1,6 +1,5 @@
 """Load any supported checkpoint into plain transformers classes: no remote code, safetensors or GGUF only."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +135,7 @@ def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, n
         layers=linear_layers(experts.as_linears_(network)),
         fingerprint=lookup.fingerprint(found.folder),
         notes=contents.notes(found.folder),
-        **dataclasses.asdict(found.facts),
+        **vars(found.facts),
     )
 
 

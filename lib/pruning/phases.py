@@ -140,12 +140,14 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
         table of layers lists those of every phase. It is an experiment, not a checkpoint: no plain class could load it.
 
     Raises:
-        InputError: an autoregressive model, bad borders, or phases that differ outside of the prunable matrices.
+        InputError: an autoregressive model, noise that is not all mask, bad borders, or phases that differ outside of the
+            prunable matrices.
 
     Source: extension (A) of the digest, pruning adapted to the timestep; the paper has one mask for all timesteps.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"phases must follow the mask ratio of a diffusion model, got {model.name}: use one that has masks")
+    if model.mask_token_id is None or not model.noise.is_masked:
+        rule = "phases must follow the mask ratio of masked diffusion"
+        raise InputError(f"{rule}, got {model.kind} with {model.name}: prune it with one mask for all")
     if model.goes_by_blocks:
         rule = "phases must follow one mask ratio of the whole text"
         raise InputError(f"{rule}, got {model.attention} with {model.name}: prune it with one mask for all")

@@ -19,6 +19,22 @@ from recipes.family.batches import Rows
 Member = Literal["ar", "bd", "dlm", "udlm", "xdlm"]
 MEMBERS: tuple[Member, ...] = get_args(Member)
 BLOCK = 16
+NOISE: dict[Member, dict[str, object]] = {"udlm": {"kind": "uniform"}, "xdlm": {"kind": "mixed", "uniform": 0.1}}
+
+
+def stated(member: Member, *, mask_token_id: int) -> dict[str, Any]:
+    """Return what a member's configuration says of it beside the network: attention, mask token, blocks and noise.
+
+    `lib.checkpoints.facts` reads it, so that a folder tells by itself what it is.
+
+    >>> stated("udlm", mask_token_id=3)
+    {'is_causal': False, 'mask_token_id': 3, 'noise': {'kind': 'uniform'}}
+    """
+    if member == "ar":
+        return {"is_causal": True}
+    blocks = {"attention_kind": "block-causal", "block_length": BLOCK, "block_origin": "start"} if member == "bd" else {}
+    noise_kind = {"noise": NOISE[member]} if member in NOISE else {}
+    return {"is_causal": False, "mask_token_id": mask_token_id, **blocks, **noise_kind}
 
 
 def noise_of(member: Member, *, vocab_size: int, mask_token_id: int) -> noise.Noise:

@@ -64,8 +64,8 @@ def answer_greedily(member: Member, model: LlamaForCausalLM, rows: Rows, *, mask
     if member in ("udlm", "xdlm"):
         process = noise_of(member, vocab_size=model.config.vocab_size, mask_token_id=mask_token_id)
 
-        def denoiser(noised: Tensor) -> Tensor:
-            return _logits(member, model, noised, rows).softmax(-1)
+        def denoiser(noised: Tensor, where: Tensor) -> Tensor:
+            return _logits(member, model, noised, rows)[where].softmax(-1)
 
         return sample_back(denoiser, process, ids, rows.is_answer, steps=NOISE_STEPS, generator=rng)
     ids[rows.is_answer] = mask_token_id

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.core.provenance import replacing
-from recipes.family.objectives import Member
+from recipes.family.objectives import Member, stated
 
 
 class Course(Protocol):
@@ -86,9 +86,8 @@ def build_model(recipe: Recipe, tok: PreTrainedTokenizerFast, *, member: Member)
     )
     # Materialised attention: at these lengths its backward pass is faster than SDPA's on the CPU.
     config._attn_implementation = "eager"
-    config.is_causal = member == "ar"
-    if member != "ar":
-        config.mask_token_id = tok.mask_token_id
+    for name, value in stated(member, mask_token_id=cast(int, tok.mask_token_id)).items():
+        setattr(config, name, value)
     torch.manual_seed(recipe.seed)  # transformers initialises from the global stream
     return LlamaForCausalLM(config)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from lib.core import runtime
-from lib.diffusion import likelihood
+from lib.diffusion import likelihood, noise
 
 LEVELS = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -21,7 +21,7 @@ def noisy(release: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_llada_mask_share_follows_the_rate_of_each_level(llada: SimpleNamespace) -> None:
     share = noisy(llada)[0].float().mean(dim=(0, 2))
-    rate = (1 - likelihood.NOISE_EPS) * LEVELS + likelihood.NOISE_EPS
+    rate = (1 - noise.NOISE_EPS) * LEVELS + noise.NOISE_EPS
     # binomial error over 8 x 48 tokens
     assert ((share - rate).abs() <= 4 * (rate * (1 - rate) / 384).sqrt()).all()
     assert share[-1] == 1.0

@@ -177,6 +177,8 @@ def _architecture(model: LanguageModel) -> gguf.MODEL_ARCH:
     require(
         model.attention == wanted, "llama.cpp must look at all positions or at earlier ones", model.attention, "use save_plain"
     )
+    rule = "llama.cpp must write by filling masks in"
+    require(model.is_causal or model.noise.is_masked, rule, f"{model.noise} noise in {model.name}", "use save_plain")
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     require(kind == "default", "positions of a GGUF export must be rotated without scaling", kind, "use save_plain")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from lib.calibration.reads import fell_back, ready, statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
+from lib.diffusion.noise import process_of
+from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
 from lib.pruning import importances, pruner
 from lib.pruning.methods import Method, Target
 from lib.pruning.sparsegpt import sparsegpt
@@ -299,6 +300,9 @@ def loss_by_noise(
 ) -> Float[Tensor, "ratio window"]:
     """Return the cross-entropy of masked tokens at some mask ratios, in nats per masked token.
 
+    Under other noise they are drawn anew: what is seen of them says nothing of what they were, so the cross-entropy of x_theta
+    is least at the same posterior, that of the token given the other positions.
+
     Args:
         model: a diffusion model.
         windows: clean held-out windows.
@@ -309,17 +313,18 @@ def loss_by_noise(
     Raises:
         InputError: an autoregressive model.
     """
-    if model.mask_token_id is None:
-        raise InputError(f"a loss by mask ratio must use a diffusion model, got {model.name}: use lib.studies.pruning.runs.loss")
-    rows = []
+    require_diffusion(model, "a loss by mask ratio", instead="use lib.studies.pruning.runs.loss")
+    rows, process = [], process_of(model)
     for ratio in ratios:
-        order = torch.rand(windows.shape, generator=generator(seed, "loss by noise", f"{ratio:g}")).argsort(1).argsort(1)
+        stream = generator(seed, "loss by noise", f"{ratio:g}")
+        order = torch.rand(windows.shape, generator=stream).argsort(1).argsort(1)
         where = order < max(1, round(ratio * windows.shape[1]))
-        pairs = zip(windows.split(batch_size), where.split(batch_size), strict=True)
-        rows.append(torch.cat([_masked_loss(model, ids.to(model.device), part.to(model.device)) for ids, part in pairs]))
+        noisy = process.fill(windows, where, generator=stream)
+        triples = zip(*(part.to(model.device).split(batch_size) for part in (windows, noisy, where)), strict=True)
+        rows.append(torch.cat([_noised_loss(model, *triple) for triple in triples]))
     return torch.stack(rows)
 
 
-def _masked_loss(model: LanguageModel, ids: Tensor, where: Tensor) -> Float[Tensor, "window"]:
-    logits = logits_at(model, ids.masked_fill(where, cast(int, model.mask_token_id)), where)
-    return F.cross_entropy(logits, ids[where], reduction="none").view(len(ids), -1).double().mean(1).cpu()
+def _noised_loss(model: LanguageModel, ids: Tensor, noisy: Tensor, where: Tensor) -> Float[Tensor, "window"]:
+    losses = F.cross_entropy(logits_at(model, noisy, where), ids[where], reduction="none")
+    return losses.view(len(ids), -1).double().mean(1).cpu()

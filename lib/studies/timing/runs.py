@@ -219,9 +219,11 @@ def check(model: LanguageModel, prompts: Tensor, plans: Mapping[str, Plan], judg
     """Refuse before any decoding what cannot be compared.
 
     Raises:
-        InputError: not one plain sampler, fewer than two prompts, or a judge that is not autoregressive or has other tokens.
+        InputError: not one plain sampler, a model that does not fill masks in, fewer than two prompts, or a judge that is not
+            autoregressive or has other tokens.
     """
     check_plain(plans)
+    sampler.check_masks(model)
     require(len(prompts) > 1, "prompts must be two or more, as intervals are over prompts", str(len(prompts)), "add some")
     if judge is None:
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.core.errors import require
 from lib.decoding.decoder import DecodingPlan
+from lib.diffusion import sampler
 from lib.evaluation import paired, tasks
 from lib.evaluation.harness import HarnessModel, denoising_plan
 from lib.evaluation.scoring import EvaluationSettings
@@ -94,6 +95,7 @@ def accuracies(
         InputError: no plain sampler, guidance, a task without generation, or what a task or a decoder refuses.
     """
     check_plain(plans)
+    sampler.check_masks(model)
     check_task(task)
     require(settings.cfg_scale == 0, "decoders must be compared without guidance", f"{settings.cfg_scale}", "set cfg_scale to 0")
     right = {name: answers(model, task, plan, settings=settings, limit=limit) for name, plan in plans.items()}

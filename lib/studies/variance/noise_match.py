@@ -6,7 +6,6 @@ the final text with some positions masked; here it reads the same text with as m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lib.attention import masses, sinks
 from lib.core.errors import InputError
+from lib.diffusion.noise import process_of
 from lib.diffusion.traces import SinkTrace
 from lib.models.language_model import LanguageModel
 
@@ -78,11 +78,12 @@ def match(model: LanguageModel, trace: SinkTrace, *, ratios: Sequence[float], ge
         generator: CPU generator of the masking stream.
 
     Returns:
-        The masses. Each random mask hides exactly as many positions as the generation did at that step.
+        The masses. Each random mask hides exactly as many positions as the generation did at that step; under other noise as
+        many are drawn anew as were not yet what they became.
 
     Source: the authors analyse generations (paper, section 3.1) and prune with forward noise (release).
     """
-    steps = matching_steps(trace, ratios)
+    steps, process = matching_steps(trace, ratios), process_of(model)
     size = trace.texts.shape[1]
     anywhere = torch.ones(size, dtype=torch.bool)
     generated = torch.arange(size) >= trace.prompt_tokens
@@ -92,8 +93,8 @@ def match(model: LanguageModel, trace: SinkTrace, *, ratios: Sequence[float], ge
         levels = []
         for step in steps:
             masks = random_masks(trace.is_masked[:, step].sum(1).tolist(), maskable, generator=generator)
-            ids = trace.texts.masked_fill(masks, cast(int, model.mask_token_id)).to(model.device)
-            levels.append(sinks.aggregate(masses.sink_mass(model, ids)).cpu())
+            ids = process.fill(trace.texts, masks, generator=generator)
+            levels.append(sinks.aggregate(masses.sink_mass(model, ids.to(model.device))).cpu())
         return torch.stack(levels, 1)
 
     return NoiseMatch(

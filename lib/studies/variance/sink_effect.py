@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +14,7 @@ from lib.attention.blocking import KeyBlocker, unstable_keys
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.diffusion import likelihood
+from lib.diffusion.noise import process_of
 from lib.evaluation import sums
 from lib.models.language_model import LanguageModel
 
@@ -119,7 +119,8 @@ def window_frequency_variance(
     """Return the frequency variance of each layer, head and position of one text.
 
     Args:
-        model: diffusion (its steps are `steps` random masks at evenly spread mask counts) or autoregressive (growing prefixes).
+        model: diffusion (its steps are `steps` random masks at evenly spread mask counts, or as many tokens drawn anew from its
+            own noise) or autoregressive (growing prefixes).
         window: a clean text.
         top_k: largest keys of a head that count as sinks.
         steps: number of masks or prefixes.
@@ -130,8 +131,8 @@ def window_frequency_variance(
         masses = attention.read_prefixes(model, window[None].to(model.device), lengths=lengths).pop()[:, 0]
     else:
         masks = likelihood.exact_count_masks(torch.ones(len(window), dtype=torch.bool), steps, generator=stream)
-        ids = window.expand(steps, -1).masked_fill(masks, cast(int, model.mask_token_id)).to(model.device)
-        masses = attention.sink_mass(model, ids).transpose(1, 2)
+        ids = process_of(model).fill(window.expand(steps, -1), masks, generator=stream)
+        masses = attention.sink_mass(model, ids.to(model.device)).transpose(1, 2)
     return variance.frequency_variance(variance.in_top_k(masses, k=top_k))
 
 

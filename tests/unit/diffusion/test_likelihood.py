@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.diffusion import likelihood
+from lib.diffusion import likelihood, noise
 from lib.models.language_model import LanguageModel, logits_at
 from tests import tiny
 
@@ -80,13 +80,13 @@ def test_dream_never_masks_first_and_last_and_is_otherwise_the_same() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_stratified_times_fall_one_in_each_part(batch: int) -> None:
     for seed in range(50):
-        times = likelihood.stratified_times(batch, generator=generator(seed))
+        times = noise.stratified_times(batch, generator=generator(seed))
         assert ((times >= 0) & (times < 1)).all()
         assert sorted((times.double() * batch + 1e-6).long().clamp(max=batch - 1).tolist()) == list(range(batch))
 
 
 def test_a_stratified_time_is_uniform_in_every_row() -> None:
-    times = torch.stack([likelihood.stratified_times(4, generator=generator(seed)) for seed in range(2000)])
+    times = torch.stack([noise.stratified_times(4, generator=generator(seed)) for seed in range(2000)])
     # standard error of a uniform mean over 2000 draws is 0.0065
     assert (times.mean(0) - 0.5).abs().max() < 4 * 0.0065
 

@@ -138,8 +138,8 @@ def test_drawn_samples_follow_the_exact_distribution_of_the_sampler(name: str) -
     process, steps, draws = NOISES[name], 2, 20_000
     calls = iter(range(steps, 0, -1))
 
-    def denoiser(ids: Tensor) -> Tensor:
-        return padded(denoise(process, "leave_one_out", next(calls) / steps)[ids[:, 0], ids[:, 1]], process)
+    def denoiser(ids: Tensor, where: Tensor) -> Tensor:
+        return padded(denoise(process, "leave_one_out", next(calls) / steps)[ids[:, 0], ids[:, 1]], process)[where]
 
     ids = torch.zeros((draws, 2), dtype=torch.long)
     where = torch.ones_like(ids, dtype=torch.bool)
@@ -156,13 +156,15 @@ def test_greedy_sampling_fills_chosen_places_only_with_the_most_probable_token()
     probs = padded(torch.tensor([[[0.1, 0.2, 0.7], [0.9, 0.05, 0.05], [0.1, 0.8, 0.1]]]).double(), process)
     cases: tuple[tuple[Any, int], ...] = (("last", 1), ("always", 1), ("always", 6))
     for greedy, steps in cases:
-        got = sample_back(lambda noised: probs, process, ids, where, steps=steps, generator=generator(0), greedy=greedy)
+        got = sample_back(
+            lambda _, places: probs[places], process, ids, where, steps=steps, generator=generator(0), greedy=greedy
+        )
         assert got[0, 0] == 2
         if steps == 1:
             assert got.shape == ids.shape
             assert 3 not in got[0, 1:].tolist()
     with pytest.raises(InputError, match="steps must be at least 1, got 0"):
-        sample_back(lambda noised: probs, process, ids, where, steps=0, generator=generator(0))
+        sample_back(lambda _, places: probs[places], process, ids, where, steps=0, generator=generator(0))
 
 
 @every_noise

@@ -223,3 +223,23 @@ def test_a_card_needs_its_checkpoint(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a checkpoint must be a folder with config\.json"):
         model_card.write(tmp_path, model=model, method=METHODS["magnitude"], target=Target(0.3))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", tiny.NOISES)
+def test_the_printed_code_writes_from_the_models_own_noise(kind: str, tmp_path: Path) -> None:
+    """Token for token what the library's sampler draws from the same stream."""
+    model = replace(tiny.of_noise(tmp_path / "dense", kind), tokenizer=tiny.tokenizer())
+    method = METHODS["magnitude"]
+    folder = export.save_plain(model, tmp_path / "made")
+    model_card.write(folder, model=model, method=method, target=Target(0.5), reading=None, license_id="mit")
+    text = text_of(folder)
+    assert f"{kind}-diffusion" in front_matter(folder)["tags"]
+    assert "Text begins as noise, and any token may be replaced" in text and "masked diffusion" not in text
+    code = text.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(folder)!r}")
+    found: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(code, found)
+    ids: Any = language_model.tokenizer_of(model)("Water boils at", return_tensors="pt")["input_ids"]
+    wanted = sampler.sample(model, ids, new_tokens=8, steps=8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found["ids"], wanted)

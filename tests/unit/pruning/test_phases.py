@@ -335,7 +335,7 @@ def test_a_changed_norm_is_refused(dense: LanguageModel) -> None:
 
 def test_an_autoregressive_model_is_refused(tmp_path: Path) -> None:
     causal = tiny.model(tmp_path, causal=True)
-    with pytest.raises(InputError, match="must follow the mask ratio of a diffusion model"):
+    with pytest.raises(InputError, match="must follow the mask ratio of masked diffusion, got autoregressive"):
         phases.phased(causal, [causal, causal], borders=[0.5])
 
 

@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lib.checkpoints import facts
 from lib.core.runtime import generator
+from lib.diffusion import traces
+from lib.diffusion.noise import process_of
+from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.tasks import LoadedTask, evaluate, local_task
 from lib.models import load
+from lib.pruning import pruner
+from lib.pruning.methods import METHODS, Target
+from lib.studies.variance import sink_effect
 from recipes import tokenizer
 from recipes.family import batches, objectives, progress, recipe, sources, train
 from recipes.family.batches import Rows
@@ -92,6 +100,54 @@ def test_members_load_and_differ_in_mask_and_noise_alone(tmp_path: Path) -> None
     differing = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
     assert differing == {"is_causal", "mask_token_id"}
     assert configs[0]["num_key_value_heads"] < configs[0]["num_attention_heads"]
+
+
+TASK = {
+    "task": "toy", "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": 0,
+    "doc_to_choice": ["sea", "town"], "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}  # fmt: skip
+WRITTEN = {
+    "task": "written", "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",
+    "doc_to_target": "sea", "generation_kwargs": {"until": ["."], "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}  # fmt: skip
+ROWS = [{"question": "The river flows to the"}, {"question": "The river of number 3 flows past the town to the"}]
+SAID: dict[Member, dict[str, Any]] = {
+    "ar": {"is_causal": True, "attention": "causal"},
+    "bd": {"attention": "block-causal", "block_length": objectives.BLOCK, "block_origin": "start"},
+    "dlm": {"noise": facts.MASKED},
+    "udlm": {"noise": facts.NoiseKind("uniform", 1.0, 3), "mask_token_id": None},
+    "xdlm": {"noise": facts.NoiseKind("mixed", 0.1)},
+}
+
+
+@every_member
+def test_a_members_folder_tells_what_it_is_and_answers_tasks(member: Member, tmp_path: Path) -> None:
+    """From the recipe to numbers: what is loaded has the noise that it was trained with, a bound, choices, text and a trace."""
+    model = load(run(member, tmp_path, toy=dataclasses.replace(TOY, steps=2)))
+    wanted = {"is_causal": False, "attention": "full", "block_length": None, "mask_token_id": 3, "logit_shift": 0}
+    wanted |= {"logit_shift": 1, "mask_token_id": None} if member == "ar" else {}
+    wanted |= SAID[member]
+    assert {name: getattr(model, name) for name in wanted} == wanted
+    config: Any = model.network.config
+    if member != "ar":
+        trained = objectives.noise_of(member, vocab_size=config.vocab_size, mask_token_id=3)
+        found = process_of(model)
+        assert found == trained and torch.equal(found.mixing, trained.mixing)
+    windows = torch.randint(4, config.vocab_size, (2, 32), generator=generator(0))
+    loss = sink_effect.text_loss(model, windows, draws=2, seed=0)
+    assert bool(loss.isfinite().all()) and 0 < float(loss.mean()) < 30
+    settings = EvaluationSettings(draws=2, gen_length=4, steps=4, block_length=4)
+    tasks = {
+        name: LoadedTask(name, {name: local_task(config, {"test": ROWS})}, metric, 0.0)
+        for name, config, metric in (("toy", TASK, "acc"), ("written", WRITTEN, "exact_match"))
+    }
+    results = evaluate(model, tasks, settings=settings)
+    assert {name: len(result.correct) for name, result in results.items()} == {"toy": 2, "written": 2}
+    traced = traces.trace(model, windows[:, :16], positions=32, steps=8)
+    assert traced.mass.shape == (2, 8, 32) and bool(traced.mass.isfinite().all())
+    pruned = pruner.prune_(model, METHODS["Wanda"], Target(0.5), windows=windows, seed=0)
+    assert not pruned or all(isinstance(note, str) for note in pruned)
 
 
 def test_members_start_alike_and_read_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

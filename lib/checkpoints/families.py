@@ -73,7 +73,7 @@ class Family:
         block_field: setting that changes it.
         block_origin: where blocks are counted from.
         stop_token_ids: known from the family's code; the configuration's and the tokenizer's are added.
-        tokenizer: class that reads `vocab.json` with `merges.txt` where there is no `tokenizer.json`; `"auto"` is what the folder says.
+        tokenizer: class that reads it where there is no `tokenizer.json`; `"auto"` is what the folder says, see `tokenizers`.
         sampler: the family's own.
         options: settings and the values that the network can express; a missing one is the first. Each item of a list is checked.
         rope_types: kinds of `rope_scaling` that are applied as the family's code does.

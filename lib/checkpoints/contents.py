@@ -54,7 +54,10 @@ def places(folder: Path) -> dict[str, tuple[Path, str]]:
     Raises:
         InputError: a prefix that some tensors have and others lack, or LoRA matrices that are not merged.
     """
-    found = {name: (file, name) for file in files.weight_files(folder) for name in files.check_safetensors(file)}
+    where = files.shard_of(folder / files.INDEX) if files.exists(folder / files.INDEX) else {}
+    shards = {file: files.check_safetensors(file) for file in files.weight_files(folder)}
+    # a tensor that a second shard has, too, is the one that the index names
+    found = {name: (file, name) for file, names in shards.items() for name in names if where.get(name, file.name) == file.name}
     loose = next((name for name in found if ".lora_A." in name), None)
     require(loose is None, f"{folder} must hold a model", f"LoRA beside its base, {loose}", adapters.MERGE)
     plain = plain_names(found, folder)

@@ -89,11 +89,17 @@ def read(
 
     Raises:
         InputError: no mask token where the noise has one, sources that name different ones, one outside the vocabulary, a shift
-            other than 0 and 1, or a noise that is not known.
+            other than 0 and 1, a noise that is not known, or a tokenizer with words that the network does not have.
     """
+    _check_words(tokenizer, vocabulary, folder)
     is_causal = family.attention == "causal"
+    stated = {
+        file: where["mask_token_id"]
+        for file, where in (("config.json", raw), (GENERATION, generation))
+        if "mask_token_id" in where
+    }
     kind = read_noise(raw, is_causal=is_causal, attention=family.attention, folder=folder)
-    mask = None if is_causal else _mask(raw, family, tokenizer, vocabulary=vocabulary, folder=folder, noise=kind)
+    mask = None if is_causal else _mask(stated, family, tokenizer, vocabulary=vocabulary, folder=folder, noise=kind)
     shift = 1 if is_causal else raw.get("logit_shift", family.logit_shift)
     require(shift in (0, 1), "logit_shift must be 0 or 1", repr(shift), f"mend config.json in {folder}")
     return Facts(
@@ -157,8 +163,23 @@ def remember_(config: PretrainedConfig, facts: Any) -> None:
         saved.mask_token_id = facts.noise.never_drawn
 
 
+def _check_words(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, folder: Path) -> None:
+    """Refuse the tokenizer of another network; a token that was added and never used may lie outside."""
+    if tokenizer is None:
+        return
+    made: Any = tokenizer
+    added = made.get_added_vocab()
+    last = max((number for word, number in made.get_vocab().items() if word not in added), default=0)
+    last = max([last, *(number for number in (made.bos_token_id, made.eos_token_id) if number is not None)])
+    rule, remedy = (
+        f"words must be among the {vocabulary} tokens of the network",
+        "copy the tokenizer that goes with these weights",
+    )
+    require(last < vocabulary, rule, f"token {last} of the tokenizer in {folder}", remedy)
+
+
 def _mask(
-    raw: Mapping[str, Any],
+    stated: Mapping[str, Any],
     family: Family,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -166,10 +187,18 @@ def _mask(
     folder: Path,
     noise: NoiseKind,
 ) -> int | None:
-    """Return the mask id that all sources agree on; the family's own where none says one. Uniform noise needs none."""
+    """Return the mask id that all sources agree on, `stated` by the name of the file; the family's own where none says one.
+
+    Uniform noise needs none.
+    """
     said: dict[str, set[int]] = {}
-    if raw.get("mask_token_id") is not None:
-        said["config.json"] = {raw["mask_token_id"]}
+    remedy = "set mask_token_id in config.json"
+    for file, number in stated.items():
+        if number is not None:
+            valid = isinstance(number, int) and not isinstance(number, bool)
+            rule = f"mask_token_id must be one of the {vocabulary} tokens of the network"
+            require(valid, rule, f"{number!r} in {folder}", remedy)
+            said[file] = {number}
     if tokenizer is not None:
         own = getattr(tokenizer, "mask_token_id", None)
         added = cast(Any, tokenizer).get_added_vocab()
@@ -178,7 +207,6 @@ def _mask(
         said |= {"its added tokens": named} if named else {}
     if not said and family.mask_token_id is not None and family.mask_token_id < vocabulary:
         said["the family"] = {family.mask_token_id}
-    remedy = "set mask_token_id in config.json"
     if not said and noise.kind == "uniform":
         return None
     require(bool(said), "a diffusion model must name its mask token", f"none in {folder}", remedy)
@@ -187,7 +215,7 @@ def _mask(
         got = ", ".join(f"{' or '.join(sorted(map(str, ids), key=_by_size))} in {source}" for source, ids in said.items())
         raise InputError(f"all that name the mask token of {folder} must name the same one, got {got}: mend what is wrong")
     (found,) = common
-    valid = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < vocabulary
+    valid = 0 <= found < vocabulary
     require(valid, f"mask_token_id must be one of the {vocabulary} tokens of the network", f"{found!r} in {folder}", remedy)
     return found
 
@@ -207,7 +235,7 @@ def _stops(
     if raw.get("stop_token_ids") is not None:
         return tuple(raw["stop_token_ids"])
     own = getattr(tokenizer, "eos_token_id", None)
-    found: list[int] = [*family.stop_token_ids]
+    found: list[Any] = [*family.stop_token_ids]
     for each in (raw.get("eos_token_id"), generation.get("eos_token_id"), own):
-        found += each if isinstance(each, list) else [each] if isinstance(each, int) else []
-    return tuple(dict.fromkeys(token for token in found if 0 <= token < vocabulary))
+        found += each if isinstance(each, list) else [each]
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, int) and 0 <= token < vocabulary))

@@ -18,7 +18,7 @@ BlockOrigin = Literal["start", "prompt"]
 Rule = Literal["quota", "entropy", "threshold or quota", "above or best", "at least or best"]
 Network = Literal["Llama", "Qwen2", "Qwen3", "Ministral3", "Qwen3Moe", "Glm4Moe"]
 Layout = Literal["plain", "llada", "dream", "llava", "copy", "nemotron", "llada-moe", "llada2", "qwen3-moe"]
-Tokenizer = Literal["auto", "fast", "qwen2"]
+Tokenizer = Literal["auto", "qwen2"]
 SAME_EVERYWHERE = ("default", "linear", "dynamic", "llama3")  # rotations that every version of transformers reads alike
 
 
@@ -73,7 +73,7 @@ class Family:
         block_field: setting that changes it.
         block_origin: where blocks are counted from.
         stop_token_ids: known from the family's code; the configuration's and the tokenizer's are added.
-        tokenizer: class that reads it without the checkpoint's code.
+        tokenizer: class that reads it where there is no `tokenizer.json`; `"auto"` is what the folder says, see `tokenizers`.
         sampler: the family's own.
         options: settings and the values that the network can express; a missing one is the first. Each item of a list is checked.
         rope_types: kinds of `rope_scaling` that are applied as the family's code does.
@@ -95,7 +95,7 @@ class Family:
     block_field: str = ""
     block_origin: BlockOrigin = "prompt"
     stop_token_ids: tuple[int, ...] = ()
-    tokenizer: Tokenizer = "fast"
+    tokenizer: Tokenizer = "auto"
     sampler: SamplerDefaults = SamplerDefaults()
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default",)
@@ -140,7 +140,7 @@ LLADA21_SAMPLER = replace(LLADA2_SAMPLER, threshold=0.7, edit_threshold=0.5, max
 QWEN_ENDS = (151645, 151643)
 
 DLLM: tuple[tuple[str, Network, Tokenizer, tuple[str, ...]], ...] = (
-    ("llama", "Llama", "fast", ()),
+    ("llama", "Llama", "auto", ()),
     ("qwen2", "Qwen2", "qwen2", ("Qwen2.5-Coder-0.5B-diffusion-mdlm",)),
     ("qwen3", "Qwen3", "qwen2", ("Qwen3-0.6B-diffusion-mdlm", "Qwen3-0.6B-diffusion-bd3lm")),
 )
@@ -182,7 +182,7 @@ DIFFUSION = (
         sampler=SamplerDefaults("quota"), options=NO_WINDOW, rope_types=SAME_EVERYWHERE,
     ),
     Family(
-        "diffullama", "Llama", "copy", called="diffullama", releases=("DiffuLLaMA-7B",), logit_shift=1, tokenizer="auto",
+        "diffullama", "Llama", "copy", called="diffullama", releases=("DiffuLLaMA-7B",), logit_shift=1,
         rope_types=SAME_EVERYWHERE,
     ),
     *(
@@ -254,7 +254,6 @@ PLAIN = tuple(
         (kind,),
         logit_shift=1,
         attention="causal",
-        tokenizer="auto",
         state="parity-tested" if kind in ("llama", "qwen2", "qwen3") else "experimental",
     )
     for kind, network in PLAIN_NETWORKS.items()

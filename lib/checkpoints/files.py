@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lib.core.config import ROOT, typed_path
 from lib.core.errors import InputError, require
@@ -141,6 +141,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def shard_of(index: Path) -> dict[str, str]:
+    """Read which shard each tensor lies in.
+
+    Args:
+        index: `model.safetensors.index.json`.
+
+    Raises:
+        InputError: an index that does not say it.
+    """
+    where = read_json(index).get("weight_map")
+    says = isinstance(where, dict) and bool(where) and all(isinstance(name, str) for name in where.values())
+    require(says, f"{index} must name the file of every tensor in weight_map", repr(where)[:80], "restore the index")
+    return dict(cast(Mapping[str, str], where))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: the shards that its index names, or the single file.
 
@@ -148,14 +163,14 @@ def weight_files(folder: Path) -> list[Path]:
         InputError: no safetensors file, or a shard that the index names is missing.
     """
     if exists(folder / INDEX):
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(shard_of(folder / INDEX).values()))
         foreign = [name for name in names if Path(name).name != name]
         require(not foreign, f"{folder / INDEX} must name files beside it", str(foreign[:1]), "restore the index")
         lost = [name for name in names if not exists(folder / name)]
         links = [name for name in lost if (folder / name).is_symlink()]
         require(not links, f"every shard in {folder / INDEX} must be there", f"links to nothing, {links}", _RESTORE_LINK)
         rule = f"every shard in {folder / INDEX} must be there"
-        require(bool(names) and not lost, rule, f"none of {lost}", "fetch the shards that are missing")
+        require(not lost, rule, f"none of {lost}", "fetch the shards that are missing")
         return [folder / name for name in names]
     for name in (SINGLE, SPARSE):
         if exists(folder / name):

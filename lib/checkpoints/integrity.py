@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lib.checkpoints.files import INDEX, cache_folder, read_json, weight_files
+from lib.checkpoints.files import INDEX, cache_folder, read_json, shard_of, weight_files
 from lib.core.errors import InputError, require
 from lib.core.provenance import file_hash, write_json, write_text
 
@@ -44,7 +44,7 @@ def check_index(folder: Path) -> None:
     """
     if not (folder / INDEX).exists():
         return
-    where = read_json(folder / INDEX).get("weight_map", {})
+    where = shard_of(folder / INDEX)
     shards = {file.name: _tensor_names(file) for file in weight_files(folder)}
     others = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in shards)
     rule, remedy = f"the shards in {folder} must be those that {INDEX} names", "delete what is left of another download"

@@ -9,7 +9,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lib.checkpoints.families import Family
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 
 # Settings of every configuration that say nothing about the computation, or that are set here.
 OWN = {"transformers_version", "architectures", "dtype", "rope_parameters", "use_cache", "output_hidden_states", "return_dict"}
@@ -33,6 +33,7 @@ def configuration(raw: Mapping[str, Any], family: Family, folder: Path) -> tuple
         InputError: an incomplete configuration, or one with values that the class cannot use.
     """
     network = cast(type[PreTrainedModel], getattr(transformers, f"{family.network}ForCausalLM"))
+    _check_rotations(raw, folder / "config.json")
     try:
         config = TRANSLATIONS[family.layout](dict(raw), cast(Any, network).config_class)
     except Exception as error:  # a missing key, or whatever transformers raises for a value it cannot use
@@ -44,6 +45,28 @@ def configuration(raw: Mapping[str, Any], family: Family, folder: Path) -> tuple
     if family.attention != "causal":
         config.is_causal = False
     return network, config
+
+
+def _check_rotations(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuse a configuration that says two different things of its rotations; which one counts differs between versions."""
+    said = [part for part in (raw.get("rope_parameters"), raw.get("rope_scaling")) if isinstance(part, Mapping)]
+    kinds = [part.get("rope_type") or part.get("type") for part in said]
+    for name, values in {
+        "rope_theta": [raw.get("rope_theta"), *(part.get("rope_theta") for part in said)],
+        "the type of rotations": kinds if all(kinds) else [],
+        "the factor of rotations": [part.get("factor") for part in said],
+    }.items():
+        different = dict.fromkeys(str(value) for value in values if value is not None and not isinstance(value, Mapping))
+        rule, got = f"{name} must be one in all of {file}", " and ".join(different)
+        require(len({_number(value) for value in different}) < 2, rule, got, "keep what the checkpoint was trained with")
+
+
+def _number(text: str) -> float | str:
+    """Read 500000 and 500000.0 alike."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _plain(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:

@@ -44,13 +44,15 @@ def parse(text: str) -> ModelSource:
 def named_sources(models: Mapping[str, ModelSource], extra: Iterable[str] = ()) -> dict[str, ModelSource]:
     """Return the models of the settings and further ones written on one line, which are named by the last part of their source.
 
+    A name is lower-case words joined by `_`, whatever the source is called: tables, figures and files are named after it.
+
     Raises:
         InputError: two models would have the same name.
     """
     named = dict(models)
     for text in extra:
         source = parse(text)
-        name = source.source.rstrip("/").rsplit("/", 1)[-1].lower()
+        name = "_".join(re.findall("[a-z0-9]+", source.source.rstrip("/").rsplit("/", 1)[-1].lower())) or "model"
         if name in named:
             raise InputError(f"models must have different names, got {name!r} twice: set models.NAME.source for one of them")
         named[name] = source
@@ -141,7 +143,7 @@ def check_configuration(folder: Path, *, name: str = "") -> None:
     family_of(folder, name=name)  # first, since a family that cannot be loaded is not helped by other files
     if not files.exists(folder / files.SINGLE):  # else its header tells more
         index = folder / files.INDEX
-        names = read_json(index).get("weight_map", {}) if files.exists(index) else None
+        names = files.shard_of(index) if files.exists(index) else None
         refusals.check_stated(raw, names, folder)
 
 
@@ -170,7 +172,7 @@ def _tensor_names(folder: Path) -> list[str]:
     """Read the names of a checkpoint's tensors from its index or its header; none where they cannot be read."""
     with suppress(InputError, OSError):
         if files.exists(folder / files.INDEX):
-            return list(read_json(folder / files.INDEX).get("weight_map", {}))
+            return list(files.shard_of(folder / files.INDEX))
         return list(files.check_safetensors(folder / files.SINGLE))
     return []
 

@@ -61,8 +61,8 @@ def recognise(raw: Mapping[str, Any], *, keys: Collection[str] = (), name: str =
 def _said(raw: Mapping[str, Any]) -> tuple[str, str]:
     """Return the first architecture and the model type, empty where the configuration has none."""
     architectures = raw.get("architectures")
-    first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    return str(first), str(raw.get("model_type") or "")
+    first = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    return str(first or ""), str(raw.get("model_type") or "")
 
 
 def _refuse_known(architecture: str, model_type: str, name: str, *, raw: Mapping[str, Any], keys: Collection[str]) -> None:

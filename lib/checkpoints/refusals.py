@@ -5,7 +5,8 @@ from typing import Any
 
 from lib.core.errors import InputError
 
-CODES = ("F8", "F6", "F4", "I8", "U8", "I16", "U16", "I32", "U32")  # dtypes of quantized weights; others are of buffers
+CODES = ("F8", "F6_", "F4", "I8", "U8", "I16", "U16", "I32", "U32")  # dtypes of quantized weights; others are of buffers
+FLOATS = ("F16", "BF16", "F32", "F64")  # of matrices that are read
 PACKED = "pack-quantized"
 NAMES = {
     "bitsandbytes": "bitsandbytes",
@@ -73,7 +74,9 @@ def stored(entries: Mapping[str, str]) -> str | None:
     for kind, ends in MARKS.items():
         if any(name.endswith(ends) for name in entries):
             return kind
-    kinds = {kind for kind in entries.values() if kind.startswith(CODES)}
+    kinds = {
+        kind for name, kind in entries.items() if kind.startswith(CODES) or (name.endswith(".weight") and kind not in FLOATS)
+    }
     if not kinds:
         return None
     return "fp8" if any(kind.startswith("F8") for kind in kinds) else "quantized"

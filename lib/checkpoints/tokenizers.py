@@ -31,7 +31,8 @@ def load(folder: Path, *, kind: Tokenizer = "auto") -> PreTrainedTokenizerBase |
 
     Args:
         folder: of the checkpoint.
-        kind: class that the family has; `"auto"` is what the folder says, where that is one of transformers', else by its files.
+        kind: class that the family has, for a folder without `tokenizer.json`; `"auto"` is what the folder says, where that is
+            one of transformers', else by its files.
 
     Raises:
         InputError: files that do not make a tokenizer: some are missing or damaged, or the vocabulary is empty.
@@ -63,15 +64,17 @@ def load(folder: Path, *, kind: Tokenizer = "auto") -> PreTrainedTokenizerBase |
 
 
 def _made(folder: Path, *, kind: Tokenizer, had_code: bool) -> PreTrainedTokenizerBase:
-    """Choose the class: the family's; else what the folder says, where that is one of transformers'; else by the files."""
-    if kind == "fast" and (folder / WHOLE).exists():
+    """Read the whole file as it is; without one choose the class: the family's, else what the folder says or its files.
+
+    Classes of transformers take words and merges alone out of `tokenizer.json` and put their own rules round them, whatever
+    stands there: words without merges become a Qwen2's, and a Llama's pieces lose their spaces.
+    """
+    if (folder / WHOLE).exists():
         return cast(Any, PreTrainedTokenizerFast).from_pretrained(folder)
     if kind == "qwen2":
         return cast(Any, Qwen2Tokenizer).from_pretrained(folder)
     if not had_code:
         return cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
-    if (folder / WHOLE).exists():
-        return cast(Any, PreTrainedTokenizerFast).from_pretrained(folder)
     stated = files.read_json(folder / SETTINGS).get("tokenizer_class") if (folder / SETTINGS).exists() else None
     known = getattr(transformers, str(stated), None)
     if isinstance(known, type) and issubclass(known, PreTrainedTokenizerBase):

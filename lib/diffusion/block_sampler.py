@@ -144,8 +144,8 @@ def _quotas(
     if steps is None:
         whole = torch.tensor([length])
         return [commits.commit_schedule(whole, steps=rule.steps or length)[0].tolist()] * len(blocks)
-    masks = [min(block.stop, canvas.end) - max(block.start, canvas.start) for block in blocks]
-    seeds = [int(_is_seeded(rule, block, canvas)) for block in blocks]
+    masks = [_masks(block, canvas.start, canvas.end) for block in blocks]
+    seeds = [int(_is_seeded(rule, block, canvas.start)) for block in blocks]
     least = [1 + seed * (count > 1) for seed, count in zip(seeds, masks, strict=True)]
     require(steps >= sum(least), f"steps must be at least {sum(least)} for {len(blocks)} blocks", str(steps), "raise it")
     parts = zip(spread_steps(masks, steps, least=least), masks, seeds, strict=True)
@@ -155,14 +155,32 @@ def _quotas(
     ]
 
 
-def _is_seeded(rule: BlockRule, block: range, canvas: _Canvas) -> bool:
-    return rule.seeded and block.start >= max(canvas.start, 1)
+def least_steps(model: LanguageModel, *, start: int, end: int) -> int:
+    """Return the fewest steps in which a text is written: one a block, and one more where its first token is written alone.
+
+    Args:
+        model: whose attention goes by blocks.
+        start: end of the prompt.
+        end: of the text.
+    """
+    rule = in_steps(model)
+    blocks = block_ranges(model, start=start, end=end, cut_last=True)
+    return sum(1 + (_is_seeded(rule, block, start) and _masks(block, start, end) > 1) for block in blocks)
+
+
+def _masks(block: range, start: int, end: int) -> int:
+    """Count the positions of a block that are written."""
+    return min(block.stop, end) - max(block.start, start)
+
+
+def _is_seeded(rule: BlockRule, block: range, start: int) -> bool:
+    return rule.seeded and block.start >= max(start, 1)
 
 
 def _write_block(writer: _Writer, canvas: _Canvas, block: range, quota: Sequence[int]) -> None:
     """Write one block in all rows that are not finished."""
     rule, step = writer.rule, 0
-    if _is_seeded(rule, block, canvas):
+    if _is_seeded(rule, block, canvas.start):
         _write_first(writer, canvas, block)
     size = rule.sub_block_length or len(block)
     post = torch.zeros(len(canvas.ids), dtype=torch.long, device=canvas.ids.device)

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lib.checkpoints import lookup
-from lib.checkpoints.files import local_path
+from lib.checkpoints.files import WHOLE, local_path
 from lib.core import provenance
 from lib.core.errors import require
 from lib.evaluation.tasks import TaskResult
@@ -21,11 +21,11 @@ DISTRIBUTION = "sink-aware-pruning-replication"
 FILE = "README.md"
 START = """\
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {tokenizer}
 
 folder = "."  # this folder, or the checkpoint's id on the hub
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = {tokenizer}.from_pretrained(folder)
 ids = tokenizer("Water boils at", return_tensors="pt").input_ids
 """
 DIFFUSION = """\
@@ -62,6 +62,30 @@ for step in range(new):  # one more token is kept in every step, the surest; the
     if len(left):
         ids[0, left] = torch.multinomial(noise, len(left), replacement=True)
 """
+BY_BLOCKS = """\
+start, new, mask, shift = ids.shape[1], 8, model.config.mask_token_id, model.config.logit_shift
+ids = torch.cat([ids, torch.full((1, new), mask)], dim=1)
+places, origin = torch.arange(ids.shape[1]), start if model.config.block_origin == "prompt" else 0
+blocks = torch.div(places - origin, model.config.block_length, rounding_mode="floor").clamp(min=-1)
+for _ in range(new):  # one token a step, the surest of the first block that has masks
+    block = blocks == blocks[(ids[0] == mask).int().argmax()]
+    sees = SEES
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=sees[None, None], use_cache=False).logits.double()
+    logits = torch.cat([logits[:, :shift], logits[:, : logits.shape[1] - shift]], dim=1)
+    surest, tokens = logits.softmax(-1).max(-1)
+    position = surest.masked_fill((ids != mask) | ~block, -1.0).argmax()
+    ids[0, position] = tokens[0, position]
+"""
+SEES = {
+    "block-causal": "blocks[:, None] >= blocks  # its own block and those before it",
+    "context-causal": "(places[:, None] >= places) | (block[:, None] & block)  # what is before it, and its open block",
+}
+LOOKS = {
+    "full": "every token sees all others",
+    "block-causal": "a token sees its whole block of {length} tokens and all before it (blocks are counted from {origin})",
+    "context-causal": "a token sees what stands before it and, in the block of {length} that is being written, the whole block",
+}
 CAUSAL = """\
 ids = model.generate(ids, max_new_tokens=8, do_sample=False)
 """
@@ -187,7 +211,7 @@ def write(
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
-        f"```python\n{START}{_loop(model)}{END}```\n",
+        f"```python\n{_program(model, folder)}```\n",
         _loading(model),
     ]
     provenance.write_text(folder / FILE, "\n".join(parts))
@@ -280,9 +304,21 @@ def _measured(measured: Sequence[Measure]) -> str:
     return _table(("", "value", "95 % interval", "documents", "dense model", "settings"), rows)
 
 
+def _program(model: LanguageModel, folder: Path) -> str:
+    """Return code that loads the checkpoint and writes with it, under the model's own mask and noise."""
+    # AutoTokenizer puts another class's rules round the words of some folders, such as those of a Qwen2.
+    whole = (folder / WHOLE).exists()
+    start = START.replace("{tokenizer}", "PreTrainedTokenizerFast" if whole else "AutoTokenizer")
+    return start + _loop(model) + END
+
+
 def _loop(model: LanguageModel) -> str:
     """Return the code that writes with a model of its kind."""
-    return CAUSAL if model.is_causal else DIFFUSION if model.noise.is_masked else NOISED
+    if model.is_causal:
+        return CAUSAL
+    if not model.noise.is_masked:
+        return NOISED
+    return BY_BLOCKS.replace("SEES", SEES[model.attention]) if model.goes_by_blocks else DIFFUSION
 
 
 def _loading(model: LanguageModel) -> str:
@@ -297,10 +333,15 @@ def _loading(model: LanguageModel) -> str:
             f"last step; what belongs somewhere given all other positions is predicted {place}.\n"
         )
     mask = tokenizer_of(model).convert_ids_to_tokens(model.mask_token_id)  # type: ignore[arg-type]
+    origin = "the first token" if model.block_origin == "start" else "the end of the prompt"
+    looks = LOOKS[model.attention].format(length=model.block_length, origin=origin)
+    need = " That mask must be given to the network at every pass." if model.goes_by_blocks else ""
+    loop = "one block after the other" if model.goes_by_blocks else "no blocks"
     return (
-        f"A masked diffusion model: `config.is_causal` is false, so attention looks both ways, and `generate` of transformers\n"
-        f"does not apply. A token to be written is the mask token {model.mask_token_id} (`{mask}`); it is predicted {place}.\n"
-        "The loop above is LLaDA's sampler (low-confidence remasking, no blocks, no temperature).\n"
+        f"A masked diffusion model: `config.is_causal` is false, {looks}, and `generate` of transformers\n"
+        f"does not apply.{need} A token to be written is the mask token {model.mask_token_id} (`{mask}`);\n"
+        f"it is predicted {place}.\n"
+        f"The loop above is LLaDA's sampler (low-confidence remasking, {loop}, no temperature).\n"
     )
 
 

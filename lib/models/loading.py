@@ -169,7 +169,7 @@ def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
     stored = contents.without_frequencies(contents.tensors(found.folder, dtype=dtype), found.config)
     made = renaming.plan(stored, found.family, found.config, folder=found.files)
     untie_(found.config, made, stored.__getitem__)
-    with torch.device("meta"):
+    with torch.device("meta"), buildable(found.config):
         empty = found.network(cast(Any, found.config))
     shapes = {name: tuple(value.shape) for name, value in stored.items()}
     check_shapes(empty, {name: renaming.shape(pieces, shapes) for name, pieces in made.items()})
@@ -179,6 +179,26 @@ def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
             None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
         )
     return experts.as_linears_(cast(PreTrainedModel, loaded))
+
+
+@contextmanager
+def buildable(config: PretrainedConfig) -> Iterator[None]:
+    """Turn what transformers raises for a network that it cannot build into one line.
+
+    Args:
+        config: of the network that is built inside.
+
+    Raises:
+        InputError: an activation, a rotation or sizes that the network class does not know.
+    """
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise InputError(
+            f"config.json must describe a network that transformers can build, got {reason} for {type(config).__name__}: compare "
+            "it with the original"
+        ) from error
 
 
 def _joined(made: renaming.Plan, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def _network(
     scratch: Path | str | None,
 ) -> PreTrainedModel:
     """Build the network without weights, read those that stay, and let the others be fetched."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), loading.buildable(config):
         network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
         experts.as_linears_(network)
     network.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.calibration.routes import routed_mass
 from lib.calibration.statistics import CalibrationSet
-from lib.core.errors import require
+from lib.core.errors import InputError, require
 from lib.models.experts import choices
 from lib.models.language_model import LanguageModel
 from lib.pruning import shrink
@@ -38,12 +38,41 @@ def by_routed_mass(
     Raises:
         InputError: another method, or what `choose` refuses.
     """
+    _check_method(method)
+    mass = routed_mass(model, calibration, batch_size=batch_size)
+    return without_experts(model, choose(model, mass, sparsity=sparsity))
+
+
+def refusal(model: LanguageModel, method: Method, *, sparsity: float) -> str | None:
+    """Say why a method cannot remove whole experts of a model; None where it can, or where there are none.
+
+    Args:
+        model: the dense model.
+        method: how its experts would be ranked.
+        sparsity: share of them to remove.
+    """
+    if not model.has_experts:
+        return None
+    config = model.network.config
+    experts = int(next(getattr(config, name) for name in COUNTS if hasattr(config, name)))
+    try:
+        _check_method(method)
+        choose(model, {block: torch.zeros(experts) for block in _mixtures(model)}, sparsity=sparsity)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _check_method(method: Method) -> None:
     fits = method.importance == "wanda" and not method.sequential
     order = "sequential" if method.sequential else "one-shot"
     rule = "experts must be ranked by what a one-shot Wanda method reads"
     require(fits, rule, f"{order} {method.importance}", "use one of these")
-    mass = routed_mass(model, calibration, batch_size=batch_size)
-    return without_experts(model, choose(model, mass, sparsity=sparsity))
+
+
+def _mixtures(model: LanguageModel) -> list[int]:
+    """Return the blocks that have experts."""
+    return [block for block in sorted(model.by_block) if model.has_experts_in(block)]
 
 
 def choose(
@@ -64,8 +93,8 @@ def choose(
         InputError: bad sparsity, masses of other blocks, or fewer experts left than a token is given to.
     """
     config, chosen = model.network.config, choices(model.network)
-    mixtures = {block for block in model.by_block if model.has_experts_in(block)}
-    require(mass.keys() == mixtures, f"masses must be of blocks {sorted(mixtures)}", str(sorted(mass)), "measure this model")
+    mixtures = _mixtures(model)
+    require(sorted(mass) == mixtures, f"masses must be of blocks {mixtures}", str(sorted(mass)), "measure this model")
     groups, open_groups = int(getattr(config, "n_group", None) or 1), int(getattr(config, "topk_group", None) or 1)
     kept = {}
     for block, own in mass.items():

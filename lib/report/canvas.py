@@ -17,6 +17,7 @@ WIDTH = 9.0  # inches: a page shows figures about 900 pixels wide, so that 1 poi
 FILE_DPI = 200
 INLINE_DPI = 100
 FOOTER_SIZE = 7
+FOOTER_SHARE = 0.25  # of the height at most: many overrides would leave no room for axes
 RC: Mapping[Any, Any] = MappingProxyType({
     "figure.constrained_layout.use": True, "figure.facecolor": "white", "savefig.facecolor": "white",
     "figure.dpi": INLINE_DPI, "savefig.dpi": FILE_DPI, "figure.figsize": (WIDTH, 4.5),
@@ -57,7 +58,7 @@ def add_footer(figure: Figure, text: str) -> None:
 
     Args:
         figure: a figure with constrained layout.
-        text: what ran; wrapped to the width of the figure.
+        text: what ran; wrapped to the width of the figure, and cut where it would take more than a quarter of its height.
 
     Raises:
         InputError: the figure was made without constrained layout.
@@ -66,7 +67,9 @@ def add_footer(figure: Figure, text: str) -> None:
         if figure.get_layout_engine() is None or not hasattr(figure.get_layout_engine(), "_params"):
             figure.set_layout_engine("constrained")
         width, height = figure.get_size_inches()
-        lines = textwrap.wrap(text, max(20, int(width * 72 / (FOOTER_SIZE * 0.6)))) or [""]
+        most = max(1, int(FOOTER_SHARE * height * 72 / (FOOTER_SIZE * 1.25)))
+        columns = max(20, int(width * 72 / (FOOTER_SIZE * 0.6)))
+        lines = textwrap.wrap(text, columns, max_lines=most, placeholder=" ...") or [""]
         share = (len(lines) * FOOTER_SIZE * 1.25 + 5) / 72 / height
         floor = share + _raise_common_label(figure, share)
         figure.get_layout_engine().set(rect=(0, floor, 1, 1 - floor))  # type: ignore[union-attr, call-arg]

@@ -16,7 +16,7 @@ from lib.calibration.sets import Inputs
 from lib.calibration.statistics import CalibrationSet
 from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
-from lib.core.errors import InputError
+from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, Role, linear_layers, network_body
 from lib.pruning import expert_removal, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
@@ -255,13 +255,14 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
         seeds: calibration seeds.
 
     Returns:
-        Outcomes with pattern `"structured"`.
+        Outcomes with pattern `"structured"`, without those that `expert_removal.refusal` names.
     """
     outcomes = []
     for seed in seeds:
         found = Calibrations(bench, seed)
         for name, method in chosen.items():
-            for sparsity in sparsities if seed in seeds_that_matter(method, seeds) else ():
+            asked = sparsities if seed in seeds_that_matter(method, seeds) else ()
+            for sparsity in (each for each in asked if expert_removal.refusal(bench.model, method, sparsity=each) is None):
                 small = shrunk(found, method, sparsity=sparsity)
                 gone = 1.0 - _weights(small) / _weights(bench.model)
                 outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small)))
@@ -300,8 +301,7 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
     Raises:
         InputError: nothing was measured under the wanted condition.
     """
-    if not parts:
-        raise InputError("a comparison must have outcomes on both sides, got none: measure the condition first")
+    require(bool(parts), "a comparison must have outcomes on both sides", "none", "measure the condition first")
     return torch.stack(list(parts))
 
 
@@ -317,11 +317,12 @@ def speed_ups(
         repeats: timed rounds.
 
     Returns:
-        Median, first and third quartile of the speed-up by (pattern, sparsity).
+        Median, first and third quartile of the speed-up by (pattern, sparsity), where the model can be cut so.
     """
     model = found.bench.model
     variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, Target(sparsity)) for sparsity in sparsities}
-    variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in sparsities}
+    cut = [each for each in sparsities if expert_removal.refusal(model, method, sparsity=each) is None]
+    variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in cut}
     ids = found.bench.windows[:TIMED_WINDOWS].to(model.device)
     calls = {"dense": partial(network_body(model), input_ids=ids, use_cache=False)}
     calls |= {str(key): partial(network_body(variant), input_ids=ids, use_cache=False) for key, variant in variants.items()}

@@ -19,7 +19,7 @@ from lib.checkpoints import lookup
 from lib.core import provenance
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
-from lib.diffusion import sampler
+from lib.diffusion import block_sampler, sampler
 from lib.evaluation import model_card
 from lib.evaluation.model_card import Measure, Reading
 from lib.evaluation.scoring import EvaluationSettings
@@ -143,10 +143,8 @@ def test_no_path_of_this_machine_is_told(cards: dict[str, tuple[LanguageModel, P
         assert str(dense.parent) not in text_of(folder) and str(folder.parent) not in text_of(folder)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[LanguageModel, Path]], name: str) -> None:
-    """The same tokens as this project's sampler writes, from the pruned weights."""
-    model, folder = cards[name]
+def run_printed_code(folder: Path) -> tuple[list[int], list[str]]:
+    """What the code of a card writes, and the modules of this project that it imports, where the project is not."""
     code = text_of(folder).split("```python\n")[1].split("```")[0]
     report = "import json, sys\nprint(json.dumps([ids[0].tolist(), sorted(m for m in sys.modules if m.split('.')[0] == 'lib')]))"
     outside = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and not (Path(path) / "lib").is_dir()]
@@ -155,7 +153,14 @@ def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[Langu
         [sys.executable, "-c", code + report], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    written, modules = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[LanguageModel, Path]], name: str) -> None:
+    """The same tokens as this project's sampler writes, from the pruned weights."""
+    model, folder = cards[name]
+    written, modules = run_printed_code(folder)
     ids = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
     assert written == by_hand(model, ids)  # type: ignore[arg-type]
     assert modules == []
@@ -166,6 +171,47 @@ def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[Langu
         assert (config["is_causal"], config["mask_token_id"]) == (False, model.mask_token_id)
         assert f"the mask token {config['mask_token_id']} " in text
         assert f"`logit_shift: {config['logit_shift']}`" in text
+
+
+BLOCKS = {
+    "sdar": "a token sees its whole block of 3 tokens and all before it (blocks are counted from the first token)",
+    "fast_dllm_v2": "a token sees its whole block of 3 tokens and all before it (blocks are counted from the first",
+    "nemotron_labs_diffusion": "a token sees what stands before it and, in the block of 3 that is being written, the whole block",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_model_that_goes_by_blocks_is_shown_with_its_mask(name: str, tmp_path: Path) -> None:
+    """Its prompt of four tokens ends inside of a block."""
+    base = tiny.edit_config(tiny.copied(tiny.PARITY / name, tmp_path / name), mask_token_id=30, block_length=3)
+    weights = load_file(base / "model.safetensors").items()
+    tiny.edit_weights(base, {key: 9 * value for key, value in weights if "_proj" in key})  # so that it matters who is seen
+    tiny.tokenizer().save_pretrained(base)
+    model = loading.load(base)
+    folder = export.save_plain(model, tmp_path / "out")
+    model_card.write(folder, model=model, method=METHODS["magnitude"], target=Target(0.0))
+    text = " ".join(text_of(folder).split())
+    assert BLOCKS[name] in text and "That mask must be given to the network at every pass" in text
+    assert "sees all others" not in text and "both ways" not in text
+    ids: Any = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
+    unseeded = block_sampler.BlockRule(cut_last=True)
+    wanted = block_sampler.generate(model, ids, new_tokens=8, rule=unseeded).ids[0].tolist()
+    assert run_printed_code(folder) == [wanted, []]
+    assert len(set(wanted[-8:])) > 1
+    everywhere = replace(model, attention="full", block_length=None)
+    assert sampler.sample(everywhere, ids, new_tokens=8, steps=8)[0].tolist() != wanted  # what the card showed before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_printed_code_reads_the_words_that_were_calibrated_with(family: str, tmp_path: Path) -> None:
+    """transformers' AutoTokenizer makes a Qwen2's pieces of the words in a folder of that type."""
+    tiny.folder(tmp_path / "base", family=family)
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    model = loading.load(tmp_path / "base")
+    folder = export.save_plain(model, tmp_path / "out")
+    model_card.write(folder, model=model, method=METHODS["magnitude"], target=Target(0.0))
+    ids: Any = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
+    assert run_printed_code(folder)[0] == by_hand(model, ids)
 
 
 def test_equal_facts_give_equal_cards(dense: Path, cards: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:

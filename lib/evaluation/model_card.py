@@ -13,6 +13,7 @@ from lib.checkpoints.files import local_path
 from lib.core import provenance
 from lib.core.errors import require
 from lib.evaluation.tasks import TaskResult
+from lib.models import official
 from lib.models.language_model import LanguageModel, tokenizer_of
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Method, Target
@@ -44,6 +45,11 @@ ids = model.generate(ids, max_new_tokens=8, do_sample=False)
 """
 END = """\
 print(tokenizer.decode(ids[0]))
+"""
+OWN = """\
+from lib import models  # of the repository that pruned it; runs none of the family's code
+
+model = models.load(".")  # this folder
 """
 ZEROED = """\
 setting weights to zero, without any training afterwards. Zeros are stored as
@@ -164,8 +170,7 @@ def write(
         "## What was measured\n",
         _measured(measured),
         "## How to load it\n",
-        f"```python\n{START}{CAUSAL if model.is_causal else DIFFUSION}{END}```\n",
-        _loading(model),
+        *_how_to_load(model, folder),
     ]
     provenance.write_text(folder / FILE, "\n".join(parts))
     return folder / FILE
@@ -196,7 +201,7 @@ def _origin(model: LanguageModel, folder: Path) -> Iterator[tuple[str, str]]:
     yield "its revision", f"`{model.source.revision}`" if model.source.revision else "a local folder, no revision"
     yield "its fingerprint (SHA-256)", f"`{model.fingerprint}`" if model.fingerprint else "not recorded"
     yield "this checkpoint's fingerprint", f"`{lookup.fingerprint(folder)}`"
-    yield "parameters, dtype", f"{model.num_parameters:,}, {str(model.network.dtype).removeprefix('torch.')}"
+    yield "parameters, dtype", f"{model.num_parameters:,}, {str(official.stored_dtype(folder)).removeprefix('torch.')}"
 
 
 def _how(method: Method) -> Iterator[tuple[str, str]]:
@@ -255,6 +260,17 @@ def _measured(measured: Sequence[Measure]) -> str:
         documents, dense = ("" if value is None else f"{value:.4g}" for value in (row.documents, row.dense))
         rows.append((row.name, f"{row.value:.4g}", interval, documents, dense, row.settings))
     return _table(("", "value", "95 % interval", "documents", "dense model", "settings"), rows)
+
+
+def _how_to_load(model: LanguageModel, folder: Path) -> list[str]:
+    """Show the code that loads a checkpoint: transformers alone, unless it is in a layout that transformers does not know."""
+    family = lookup.family_of(folder)
+    if family.layout != "plain":
+        return [
+            f"In the layout of its base ({family.name}): whatever loads the base loads this folder, the family's own code too.\n",
+            f"```python\n{OWN}```\n",
+        ]
+    return [f"```python\n{START}{CAUSAL if model.is_causal else DIFFUSION}{END}```\n", _loading(model)]
 
 
 def _loading(model: LanguageModel) -> str:

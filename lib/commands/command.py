@@ -6,11 +6,19 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from lib.commands import export, prune, quantize, terminal
+from lib.commands import compare, decode, evaluate, export, prune, quantize, terminal, trace
 from lib.commands.words import MODEL, Parser, UsageError
 from lib.core.errors import InputError
 
-COMMANDS: dict[str, ModuleType] = {"prune": prune, "quantize": quantize, "export": export}
+COMMANDS: dict[str, ModuleType] = {
+    "trace": trace,
+    "prune": prune,
+    "quantize": quantize,
+    "export": export,
+    "evaluate": evaluate,
+    "decode": decode,
+    "compare": compare,
+}
 EPILOG = f"""MODEL is {MODEL}. Relative paths start where the command was typed. Exit code: 0 done, 1 failed, 2 bad input,
 130 interrupted. sinks COMMAND --help lists the options of one command."""
 

@@ -61,6 +61,7 @@ def run(chosen: argparse.Namespace) -> None:
     folder, target, method = session.new_folder(chosen.output), target_of(chosen), method_of(chosen.method)
     model = session.open_model(chosen.model, chosen)
     method = fitting(method, model)
+    pruner.check(model, target)
     length = session.length_for(model, chosen.length)
     read: dict[str, Any] = {"length": length, "seed": chosen.seed}
     loss_windows = session.windows(model, chosen.loss_text, count=chosen.loss_windows, split="test", **read)

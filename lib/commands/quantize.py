@@ -35,20 +35,20 @@ def run(chosen: argparse.Namespace) -> None:
     from lib.pruning import pruner
     from lib.pruning.methods import Target
     from lib.quantization.rounding import Grid
-    from lib.studies.joint import exported
-    from lib.studies.joint.runs import PLAIN, Recipe
+    from lib.studies.joint import exported, runs
     from lib.studies.pruning.runs import Bench, Calibrations
 
     begun = time.monotonic()
     if chosen.prune is None and (chosen.sparsity is not None or chosen.pattern is not None):
         raise UsageError("--sparsity and --pattern must go with --prune, got no method: add --prune sparsegpt")
     folder = session.new_folder(chosen.output)
-    method = PLAIN if chosen.prune is None else prune.method_of(chosen.prune)
+    method = runs.PLAIN if chosen.prune is None else prune.method_of(chosen.prune)
     target = Target(0.0) if chosen.prune is None else prune.target_of(chosen)
     rounding = "nearest" if chosen.nearest else "gptq"
     order = "joint" if (method.importance, rounding) == ("sparsegpt", "gptq") else "prune, quantize"
     model = session.open_model(chosen.model, chosen)
-    recipe = Recipe(Grid(chosen.bits, chosen.group, "search"), target, prune.fitting(method, model), order, rounding)
+    recipe = runs.Recipe(Grid(chosen.bits, chosen.group, "search"), target, prune.fitting(method, model), order, rounding)
+    runs.check(model, recipe)
     length = session.length_for(model, chosen.length)
     read = {"length": length, "seed": chosen.seed}
     held_out = session.windows(model, chosen.loss_text, count=chosen.loss_windows, split="test", **read)

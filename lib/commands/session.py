@@ -62,11 +62,20 @@ def open_model(text: str, chosen: argparse.Namespace, *, as_stored: bool = False
         InputError: see `models.load`; or a tokenizer is wanted and missing.
     """
     place, source = device_of(chosen), source_of(text)
-    lookup.check(source)
-    if not as_stored:
-        lookup.check_tokenizer(source)
+    check(source, tokenizer=not as_stored)
     dtype = official.stored_dtype(lookup.resolve(source)) if as_stored and chosen.dtype == "auto" else place.dtype
     return models.load(source, dtype=dtype, device="cpu" if as_stored else place.device)
+
+
+def check(source: ModelSource, *, tokenizer: bool = True) -> None:
+    """Refuse a checkpoint that cannot be loaded, from its name and its headers.
+
+    Raises:
+        InputError: see `lookup.check` and `lookup.check_tokenizer`.
+    """
+    lookup.check(source)
+    if tokenizer:
+        lookup.check_tokenizer(source)
 
 
 def new_folder(text: str) -> Path:

@@ -19,6 +19,7 @@ FLOORS = (
     {"quantization", "evaluation", "timing"},
     {"studies"},
     {"grid"},
+    {"commands"},
     {"launch"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,7 +35,7 @@ PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in
 PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.core.errors"}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
-MAY_PRINT = ("lib.launch.command",)
+MAY_PRINT = ("lib.launch.command", "lib.commands.terminal")
 GLOBAL_RANDOM = (
     "torch.manual_seed",
     "torch.seed",

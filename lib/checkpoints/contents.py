@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,24 +144,48 @@ def _unpacked_all(weights: dict[str, Tensor], raw: Mapping[str, Any]) -> dict[st
     packed = [name for name in weights if name.endswith(".weight_packed")]
     if not packed:
         return weights
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     rule = "packed weights must be those of save_packed"
     require(refusals.is_packed(raw), rule, "another scheme", refusals.UNQUANTIZED)
-    bits = _bits(raw["quantization_config"])
     dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."))
+    for module, codes, scales in _unpacked(weights, packed, raw):
+        weights[f"{module}.weight"] = _scaled(codes, scales, dtype)
+    return weights
+
+
+def packed_parts(folder: Path) -> dict[str, tuple[Int8[Tensor, "out_feature in_feature"], Tensor]]:
+    """Read codes and scales of a folder that `save_packed` wrote, by the name of the weight.
+
+    Args:
+        folder: whose configuration says so.
+
+    Raises:
+        InputError: damaged files.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, (file, key) in places(folder).items():
+        if name.endswith((".weight_packed", ".weight_scale", ".weight_shape")):
+            with safe_open(file, framework="pt") as opened:
+                stored[name] = opened.get_tensor(key)
+    packed = [name for name in stored if name.endswith(".weight_packed")]
+    raw = files.read_json(folder / "config.json")
+    return {f"{module}.weight": (codes.to(torch.int8), scales) for module, codes, scales in _unpacked(stored, packed, raw)}
+
+
+def _unpacked(weights: dict[str, Tensor], packed: list[str], raw: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Take the parts of packed matrices out of a dictionary, and yield module, codes and scales of each."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    bits = bits_by_module(raw["quantization_config"])
     for name in packed:
         module = name.removesuffix(".weight_packed")
         parts = [weights.pop(f"{module}.weight_{part}", None) for part in ("packed", "scale", "shape")]
         codes, scales, shape = parts
         if codes is None or scales is None or shape is None:
             raise InputError(f"{module} must have weight_packed, weight_scale and weight_shape, got fewer: fetch it again")
-        dense = unpack_from_int32(codes, bits.get(module, bits[""]), torch.Size(shape.tolist()))
-        weights[f"{module}.weight"] = _scaled(dense, scales, dtype)
-    return weights
+        yield module, unpack_from_int32(codes, bits.get(module, bits[""]), torch.Size(shape.tolist())), scales
 
 
-def _bits(config: Mapping[str, Any]) -> dict[str, int]:
+def bits_by_module(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the bits by module, those of the class `Linear` under the empty name."""
     found: dict[str, int] = {"": 0}
     for group in config["config_groups"].values():

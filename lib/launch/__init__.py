@@ -1,1 +1,1 @@
-"""What ./run_all.sh does. Floor 10: stands on everything."""
+"""What ./run_all.sh does. Floor 11: stands on everything."""

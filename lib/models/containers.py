@@ -15,8 +15,8 @@ from jaxtyping import Int8, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.checkpoints import contents
-from lib.checkpoints.files import SPARSE, local_path
+from lib.checkpoints import contents, refusals
+from lib.checkpoints.files import SPARSE, local_path, read_json
 from lib.core.config import ModelSource
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel
@@ -112,6 +112,26 @@ def load_sparse(folder: Path | str, *, dtype: torch.dtype = torch.float32, devic
     with tempfile.TemporaryDirectory() as temporary:
         plain = unpack_sparse(folder, Path(temporary) / folder.name)
         return replace(loading.load(plain, dtype=dtype, device=device), source=ModelSource(str(folder)))
+
+
+def read_codes(folder: Path) -> dict[str, export.QuantizedWeight]:
+    """Read the codes and scales of a checkpoint that `save_packed` wrote, by the name of the weight as in `model.layers`.
+
+    Args:
+        folder: as `lookup.resolve` returns it; another checkpoint has none.
+
+    Raises:
+        InputError: damaged files.
+    """
+    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not refusals.is_packed(raw):
+        return {}
+    bits, codes = contents.bits_by_module(raw["quantization_config"]), {}
+    for name, parts in contents.packed_parts(folder).items():
+        module = name.removesuffix(".weight")
+        whole, scales = parts
+        codes[name] = export.QuantizedWeight(whole, scales, bits.get(module, bits[""]), whole.shape[1] // scales.shape[1])
+    return codes
 
 
 def bytes_by_kind(folder: Path | str) -> dict[str, int]:

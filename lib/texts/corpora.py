@@ -100,6 +100,32 @@ def windows(
     return _from_stream(encode(tokenizer, joiner.join(texts), special=False), count=count, length=length, stream=stream)
 
 
+def file_windows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int
+) -> Int[Tensor, "window position"]:
+    """Draw windows from a file of the user's own.
+
+    Args:
+        path: `.jsonl` with a `text` in each line, drawn document by document as C4 is; any other is one text, as WikiText-2 is.
+        tokenizer: of the model that will read them.
+        count: windows.
+        length: tokens of each.
+        seed: of the places.
+
+    Raises:
+        InputError: a file that cannot be read, or too short.
+    """
+    stream = generator(seed, "corpus", path.name)
+    if path.suffix == ".jsonl":
+        texts = [row["text"] for row in articles.read_rows(path.stem, folder=path.parent, fields=["text"])]
+        return _from_documents(texts, lambda text: encode(tokenizer, text), count=count, length=length, stream=stream)
+    try:
+        whole = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a text file in UTF-8, got {error}: name another, or JSON lines with a text") from error
+    return _from_stream(encode(tokenizer, whole, special=False), count=count, length=length, stream=stream)
+
+
 def _from_stream(ids: list[int], *, count: int, length: int, stream: torch.Generator) -> Tensor:
     """Cut windows out of one long text, at places that may overlap."""
     last = len(ids) - length

@@ -1,0 +1,101 @@
+"""Continue a prompt with a fast decoder, and say how many passes it took."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from lib.commands.words import MODEL, UsageError, add_common, whole
+
+if TYPE_CHECKING:
+    from lib.decoding import DecodingPlan
+
+EPILOG = """DECODER is words joined by +: a cache (prefix, dual, adaptive[=SHARE]), threshold[=P] (default .9) or steps=N a block,
+refresh=N, suffix=BLOCKS, late=SHARE, stop. Example: dual+threshold=.95+suffix=1. An autoregressive model decodes greedily."""
+DEFAULTS = {"threshold": 0.9, "adaptive": 0.25}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the words of this command."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="to be continued")
+    parser.add_argument(
+        "--decoder", default="threshold", metavar="DECODER", help="see below (default threshold, without a cache)"
+    )
+    parser.add_argument("--tokens", type=whole(1), default=64, metavar="N", help="new tokens (default 64)")
+    parser.add_argument("--block", type=whole(1), metavar="N", help="tokens of a block (default 16, or the model's own)")
+    add_common(parser)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Decode one prompt."""
+    import torch
+
+    from lib import decoding
+    from lib.commands import session
+    from lib.diffusion import sampler
+    from lib.models.language_model import tokenizer_of
+    from lib.texts.encoding import encode
+
+    begun, plan = time.monotonic(), plan_of(chosen.decoder)
+    model = session.open_model(chosen.model, chosen)
+    tokenizer = tokenizer_of(model)
+    ids = encode(tokenizer, chosen.prompt)
+    if not ids:
+        raise UsageError("--prompt must have a token, got an empty text: write some words")
+    prompt, started = torch.tensor([ids]), time.monotonic()
+    with session.blocks_counted(model, "decoding", passes=chosen.tokens):
+        if model.is_causal:
+            new, forwards = sampler.continue_text(model, prompt, new_tokens=chosen.tokens), chosen.tokens
+        else:
+            stop = model.stop_token_ids[0] if model.stop_token_ids else None
+            block = chosen.block or model.block_length or min(16, chosen.tokens)
+            done = decoding.decode(model, prompt, new_tokens=chosen.tokens, block_length=block, plan=plan, stop_token_id=stop)
+            new, forwards = done.ids, done.forwards
+    seconds = time.monotonic() - started
+    text: Any = tokenizer.decode(new[0, len(ids) :].tolist(), skip_special_tokens=True)
+    facts = {
+        "model": session.facts_of(model), "prompt": chosen.prompt, "text": text, "forwards": forwards,
+        "tokens": chosen.tokens, "tokens_per_second": chosen.tokens / seconds,
+        "decoder": "greedy, one token a pass" if model.is_causal else chosen.decoder,
+    }  # fmt: skip
+    speed = f"{chosen.tokens} tokens in {forwards} passes, {chosen.tokens / seconds:.1f} tokens/s ({facts['decoder']})"
+    session.finish(chosen, facts, [chosen.prompt + text, speed], begun=begun)
+
+
+def plan_of(text: str) -> "DecodingPlan":
+    """Read a decoder in words; this is all that knows how `lib.decoding` names its choices.
+
+    Raises:
+        UsageError: an unknown word, or a number that is none.
+        InputError: choices that do not go together.
+    """
+    from lib.decoding import DecodingPlan
+
+    options: dict[str, Any] = {}
+    for word in text.split("+"):
+        name, _, value = word.strip().partition("=")
+        if name in ("none", "prefix", "dual", "adaptive"):
+            options["cache"] = name
+            if name == "adaptive":
+                options["refresh_ratio"] = _number(word, value, DEFAULTS["adaptive"])
+        elif name in ("threshold", "late"):
+            options["threshold" if name == "threshold" else "late_share"] = _number(word, value, DEFAULTS.get(name))
+        elif name in ("steps", "refresh", "suffix"):
+            key = {"steps": "steps_per_block", "refresh": "refresh_every", "suffix": "suffix_blocks"}[name]
+            options[key] = int(_number(word, value, None))
+        elif name == "stop":
+            options["early_stop"] = True
+        else:
+            known = "none, prefix, dual, adaptive, threshold, steps, refresh, suffix, late, stop"
+            raise UsageError(f"--decoder must be words of {known} joined by +, got {word!r}: write it like dual+threshold=.9")
+    if "steps_per_block" not in options:
+        options.setdefault("threshold", DEFAULTS["threshold"])
+    return DecodingPlan(**options)
+
+
+def _number(word: str, value: str, default: float | None) -> float:
+    """Read the number of a word such as `threshold=.9`."""
+    try:
+        return float(value) if value or default is None else default
+    except ValueError as error:
+        raise UsageError(f"--decoder must have a number in {word!r}, got {value!r}: write it like threshold=.9") from error

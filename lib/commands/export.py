@@ -1,0 +1,87 @@
+"""Write a checkpoint in another form: as transformers, LLaDA's or Dream's own code, or llama.cpp loads it, or packed."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.commands.words import MODEL, UsageError, add_common
+
+if TYPE_CHECKING:
+    from lib.models.export import QuantizedWeight
+    from lib.models.language_model import LanguageModel
+
+FORMS = ("transformers", "llada", "dream", "gguf", "packed", "sparse")
+EPILOG = """Weights keep the dtype that they are stored in unless --dtype says another. gguf and packed (compressed-tensors'
+pack-quantized) hold the codes of a folder of sinks quantize; gguf takes floats, too. sparse stores no zeros and is
+read by sinks alone."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the words of this command."""
+    parser.add_argument("model", metavar="FOLDER", help=MODEL)
+    parser.add_argument("--as", dest="form", choices=FORMS, required=True, help="in which form")
+    parser.add_argument("-o", "--output", metavar="PATH", required=True, help="a new folder, or a new .gguf file")
+    add_common(parser)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Read one form, write another."""
+    from lib.commands import session
+    from lib.models import containers, export
+    from lib.models.gguf.export import save_gguf
+
+    begun = time.monotonic()
+    path = session.new_folder(chosen.output)
+    if chosen.form == "gguf" and path.suffix != ".gguf":
+        raise UsageError(f"a GGUF must be a file that ends in .gguf, got {chosen.output!r}: name it so")
+    model = session.open_model(chosen.model, chosen, as_stored=True)
+    codes = _codes(model, chosen)
+    note, exact = "", 0
+    if chosen.form == "transformers":
+        export.save_plain(model, path)
+    elif chosen.form == "sparse":
+        containers.save_sparse(model, path)
+    elif chosen.form == "packed":
+        export.save_packed(model, path, quantized=codes)
+    elif chosen.form == "gguf":
+        done = save_gguf(model, path, quantized=codes)
+        exact = len(done.exact)
+        note = f", {exact} layers bit for bit, {len(done.requantized)} rounded again" if codes else ", floats"
+    else:
+        _official(model, path, chosen.form)
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    facts = {"model": session.facts_of(model), "output": str(path), "form": chosen.form, "bytes": size, "codes": len(codes)}
+    facts |= {"exact": exact} if chosen.form == "gguf" else {}
+    session.finish(chosen, facts, [f"wrote {path} (as {chosen.form}, {size / 1e6:.1f} MB{note})"], begun=begun)
+
+
+def _official(model: "LanguageModel", path: Path, form: str) -> None:
+    """Write in a family's own layout: as it was read where it has that already."""
+    from lib.checkpoints import lookup
+    from lib.models import official
+
+    source = lookup.resolve(model.source)
+    if not official.other_layout(source) and lookup.family_of(source).layout == form:
+        official.save_as_read(model, path)
+    else:
+        official.save_as(model, path, layout="llada" if form == "llada" else "dream")
+
+
+def _codes(model: "LanguageModel", chosen: argparse.Namespace) -> "dict[str, QuantizedWeight]":
+    """Return the codes and scales that a folder holds.
+
+    Raises:
+        UsageError: packed weights are wanted and there are none.
+    """
+    from lib.checkpoints import lookup
+    from lib.models import containers
+
+    if chosen.form not in ("gguf", "packed"):
+        return {}
+    stored = containers.read_codes(lookup.resolve(model.source))
+    if not stored and chosen.form == "packed":
+        raise UsageError(
+            f"--as packed must be of a folder with codes, got the floats of {chosen.model}: use sinks quantize --bits 4"
+        )
+    return stored

@@ -1,0 +1,83 @@
+"""Round the weights of a model to a few bits, with or without removing some, and write codes that transformers loads."""
+
+import argparse
+import time
+
+from lib.commands import prune
+from lib.commands.words import MODEL, UsageError, add_common, whole
+
+EPILOG = """With --prune, SparseGPT prunes and rounds in one sweep; any other method prunes first. Mixtures of experts are
+written as a container that sinks alone reads."""
+BITS = (2, 3, 4, 8)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the words of this command."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--bits", type=int, choices=BITS, required=True, help="of a weight")
+    parser.add_argument("--group", type=whole(1), default=64, metavar="N", help="neighbours that share a scale (default 64)")
+    parser.add_argument("--nearest", action="store_true", help="round to the nearest instead of by GPTQ")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="a new folder")
+    parser.add_argument("--prune", metavar="NAME", help=f"remove weights too, by {', '.join(prune.NAMES)}, ...")
+    prune.add_target(parser)
+    prune.add_calibration(parser)
+    prune.add_loss(parser)
+    add_common(parser)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Round, write, read back, measure."""
+    import torch
+
+    from lib.checkpoints import lookup
+    from lib.commands import session
+    from lib.models import containers, export, official
+    from lib.pruning import pruner
+    from lib.pruning.methods import Target
+    from lib.quantization.rounding import Grid
+    from lib.studies.joint import exported, runs
+    from lib.studies.pruning.runs import Bench, Calibrations
+
+    begun = time.monotonic()
+    if chosen.prune is None and (chosen.sparsity is not None or chosen.pattern is not None):
+        raise UsageError("--sparsity and --pattern must go with --prune, got no method: add --prune sparsegpt")
+    folder = session.new_folder(chosen.output)
+    method = runs.PLAIN if chosen.prune is None else prune.method_of(chosen.prune)
+    target = Target(0.0) if chosen.prune is None else prune.target_of(chosen)
+    rounding = "nearest" if chosen.nearest else "gptq"
+    order = "joint" if (method.importance, rounding) == ("sparsegpt", "gptq") else "prune, quantize"
+    model = session.open_model(chosen.model, chosen)
+    recipe = runs.Recipe(Grid(chosen.bits, chosen.group, "search"), target, prune.fitting(method, model), order, rounding)
+    runs.check(model, recipe)
+    length = session.length_for(model, chosen.length)
+    read = {"length": length, "seed": chosen.seed}
+    held_out = session.windows(model, chosen.loss_text, count=chosen.loss_windows, split="test", **read)
+    pool = session.windows(model, chosen.calibration, count=chosen.windows, split="train", **read)
+    before = session.loss(model, held_out, seed=chosen.seed, what="loss of the dense model")
+    bench = Bench(model, pool, held_out, chosen.windows, session.DRAWS, chosen.seed, batch_size=chosen.batch)
+    stored = official.stored_dtype(lookup.resolve(model.source))
+    dtype = torch.bfloat16 if stored == torch.float16 else stored  # scales are bfloat16
+    passes = -(-chosen.windows * method.inputs.levels // chosen.batch) * 2 if recipe.needs_calibration else 0
+    with session.blocks_counted(model, "rounding", passes=passes):
+        ready = exported.exportable(Calibrations(bench, chosen.seed), recipe, dtype=dtype)
+    if model.has_experts:
+        containers.save_sparse(ready.model, folder, quantized=ready.quantized)
+    else:
+        export.save_packed(ready.model, folder, quantized=ready.quantized)
+    del ready, bench
+    rounded = session.reread(folder, model)
+    after = session.loss(rounded, held_out, seed=chosen.seed, what="loss of the rounded model")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    zeros = pruner.measured_sparsity(rounded)
+    facts = {
+        "model": session.facts_of(model), "output": str(folder), "bits": chosen.bits, "group": chosen.group,
+        "rounding": rounding, "order": order, "method": chosen.prune, "sparsity_asked": target.sparsity,
+        "pattern": target.pattern, "zeros": zeros, "bytes": size, **session.loss_facts(before, after, chosen),
+    }  # fmt: skip
+    what = f"{chosen.bits} bits, groups of {chosen.group}, {rounding}" + (f", {chosen.prune} {order}" if chosen.prune else "")
+    lines = [
+        f"{model.name}: {what}; {zeros:.2%} of the weights of its linear layers are zero",
+        session.loss_line(before, after, chosen),
+        f"wrote {folder} ({size / 1e6:.1f} MB)",
+    ]
+    session.finish(chosen, facts, lines, begun=begun)

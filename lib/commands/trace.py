@@ -1,0 +1,135 @@
+"""Generate with a model and follow its attention sinks: a figure, an animation, and a table of sinks by step."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from lib.commands.words import MODEL, add_common, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from lib.diffusion.traces import SinkTrace
+    from lib.models.language_model import LanguageModel
+
+EPILOG = (
+    "Without --prompt, the openings of articles that ship with this project are continued; the figure shows the first of them."
+)
+FIGURE, MOVIE, TABLE = "sinks_by_step.png", "attention.gif", "sinks_by_step.csv"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the words of this command."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", metavar="TEXT", help="continue this text")
+    texts.add_argument("--articles", type=whole(1), default=4, metavar="N", help="continue N articles (default 4)")
+    parser.add_argument("--tokens", type=whole(2), default=64, metavar="N", help="new tokens (default 64)")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: half as many as tokens)")
+    parser.add_argument("--top", type=whole(1), default=5, metavar="K", help="sinks of a step in the table (default 5)")
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", help="default: runs/sinks-trace-NAME in the project or in SINKS_OUTPUT"
+    )
+    add_common(parser)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Trace, draw, tabulate."""
+    from lib.commands import session
+    from lib.core import config, provenance
+    from lib.core.runtime import generator
+    from lib.diffusion import traces
+    from lib.report import animation, canvas, tables
+    from lib.studies.traces import figures
+
+    begun = time.monotonic()
+    model = session.open_model(chosen.model, chosen)
+    default = config.output_root() / "runs" / f"sinks-trace-{model.name}"
+    folder = default if chosen.output is None else session.typed(chosen.output)
+    prompts = _prompts(model, chosen)
+    steps = chosen.steps or max(1, chosen.tokens // 2)
+    with session.blocks_counted(model, "tracing", passes=chosen.tokens + steps if model.is_causal else steps):
+        positions, random = prompts.shape[1] + chosen.tokens, generator(chosen.seed, "sampling")
+        trace = traces.trace(model, prompts, positions=positions, steps=steps, generator=random)
+    figure, numbers = figures.position_by_step([trace])
+    footer = f"sinks trace  |  model {model.name}  |  seed {chosen.seed}  |  {len(prompts)} prompts, the first is shown"
+    canvas.add_footer(figure, footer)
+    provenance.write_bytes(folder / FIGURE, canvas.png_bytes(figure))
+    provenance.write_text(folder / "mass_by_step.csv", tables.csv_text(numbers))
+    provenance.write_bytes(folder / MOVIE, animation.gif_bytes(_movie(model, trace), footer=footer))
+    found = sinks_by_step(trace, model, k=chosen.top)
+    provenance.write_text(folder / TABLE, tables.csv_text(found))
+    facts = {
+        "model": session.facts_of(model), "output": str(folder), "prompts": len(prompts), "steps": steps,
+        "text": _text(model, trace.texts[0]), "files": [FIGURE, "mass_by_step.csv", MOVIE, TABLE],
+        "sinks": found[found["prompt"] == 0].to_dict("records"),
+    }  # fmt: skip
+    shown = found[(found["prompt"] == 0) & found["step"].isin([0, *trace.mark_steps, steps - 1])]
+    lines = [_text(model, trace.texts[0]), *_table_lines(shown), *(f"wrote {folder / name}" for name in facts["files"])]
+    session.finish(chosen, facts, lines, begun=begun)
+
+
+def sinks_by_step(trace: "SinkTrace", model: "LanguageModel", *, k: int) -> "pd.DataFrame":
+    """Tabulate the k largest sinks of every step and prompt: position, token, mass (1 = mean over keys), masked or not."""
+    import pandas as pd
+
+    from lib.attention import sinks
+    from lib.models.language_model import tokenizer_of
+    from lib.report.figures import token_label
+    from lib.studies.traces.tables import decode_one
+
+    tokenizer, rows = tokenizer_of(model), []
+    for prompt, masses in enumerate(trace.mass):
+        for step, mass in enumerate(masses):
+            keys = int(trace.keys[step])
+            for rank, position in enumerate(sinks.top_k_positions(mass[:keys], k=min(k, keys)).tolist(), 1):
+                token = token_label(decode_one(tokenizer, int(trace.ids[prompt, step, position])))
+                is_masked, value = bool(trace.is_masked[prompt, step, position]), float(mass[position])
+                rows.append((prompt, step, rank, position, token, is_masked, value))
+    return pd.DataFrame(rows, columns=pd.Index(["prompt", "step", "rank", "position", "token", "masked", "mass"]))
+
+
+def _prompts(model: "LanguageModel", chosen: argparse.Namespace) -> "Int[Tensor, 'prompt position']":
+    """Return what is continued."""
+    import torch
+
+    from lib.models.language_model import tokenizer_of
+    from lib.texts import articles
+    from lib.texts.encoding import encode
+
+    tokenizer = tokenizer_of(model)
+    if chosen.prompt is None:
+        return articles.article_prompts(tokenizer, articles.read_rows("articles_evaluation"), count=chosen.articles, length=16)
+    return torch.tensor([encode(tokenizer, chosen.prompt)])
+
+
+def _movie(model: "LanguageModel", trace: "SinkTrace") -> Any:
+    """Describe the animation: the mean attention map of the first prompt, at most 20 frames."""
+    import numpy as np
+
+    from lib.report.animation import Movie
+    from lib.studies.traces import views
+
+    steps = np.unique(np.linspace(0, trace.mass.shape[1] - 1, 20).round().astype(int)).tolist()
+    frames = views.attention_maps(model, trace, prompt=0, steps=steps)
+    shown = np.where(frames.numpy() > 0, frames.numpy(), np.nan)
+    titles = [f"{model.name}, step {step + 1} of {trace.mass.shape[1]}" for step in steps]
+    masked = None if trace.is_causal else trace.is_masked[0, steps].numpy()
+    return Movie(shown, titles, "key position", "query position", "attention", masked)
+
+
+def _text(model: "LanguageModel", ids: "Tensor") -> str:
+    from lib.models.language_model import tokenizer_of
+
+    return str(tokenizer_of(model).decode(ids.tolist(), skip_special_tokens=True))
+
+
+def _table_lines(found: "pd.DataFrame") -> list[str]:
+    """Write the sinks of some steps for people, a step a line."""
+    lines = ["step  largest sinks: position token mass"]
+    for step, rows in found.groupby("step"):
+        said = [f"{row.position} {row.token} {row.mass:.3g}" for row in rows.itertuples()]
+        lines.append(f"{step!s:>4}  {'   '.join(said)}")
+    return lines

@@ -1,0 +1,254 @@
+"""Write a changed model as its family's own code reads it: the files, names, dtypes and settings of the checkpoint it came from.
+
+What `export.save_plain` writes is for transformers' classes; this is for those who run LLaDA's or Dream's own code.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib.checkpoints import contents, lookup, refusals
+from lib.checkpoints.files import INDEX, TEXT_FILES, check_safetensors, read_json, weight_files
+from lib.checkpoints.gguf import headers
+from lib.checkpoints.renaming import LLADA_BLOCK, LLADA_TOP
+from lib.core.config import typed_path
+from lib.core.errors import InputError, require
+from lib.core.provenance import write_json
+from lib.models import export, loading, streaming
+from lib.models.language_model import LanguageModel
+
+Layout = Literal["llada", "dream"]
+# What goes along: settings, tokenizer, code, licence. Numbers and pictures of the base would be untrue of the changed model.
+COPIED = ("*config*.json", *TEXT_FILES, "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+FACTS = (
+    "is_causal",
+    "stop_token_ids",
+    "mask_token_id",
+    "logit_shift",
+    "attention_kind",
+    "block_length",
+    "block_origin",
+    "family",
+)
+# LLaDA's own settings that a Llama has no name for, with the values that make LLaDA's code compute one.
+LLADA_SETTINGS: Mapping[str, Any] = {
+    "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "activation_type": "silu",
+    "layer_norm_type": "rms", "layer_norm_with_affine": True, "bias_for_layer_norm": False, "include_bias": False,
+    "include_qkv_bias": False, "rope": True, "rope_full_precision": True, "alibi": False, "alibi_bias_max": 8.0,
+    "attention_layer_norm": False, "attention_layer_norm_with_affine": True, "input_emb_norm": False, "scale_logits": False,
+    "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "block_group_size": 1, "flash_attention": False,
+    "init_device": "cpu", "init_fn": "normal", "init_std": 0.02, "multi_query_attention": None, "use_cache": False,
+}  # fmt: skip
+
+
+def other_layout(source: Path) -> str:
+    """Return why a checkpoint's layout cannot be written again, empty where it can.
+
+    Args:
+        source: as `lookup.resolve` returns it.
+    """
+    if headers.find(source) is not None:
+        return "a GGUF file"
+    if source.is_dir() and contents.is_sparse(source):
+        return "a sparse container"
+    files = contents.folder_of(source)
+    return "packed weights" if refusals.is_packed(read_json(files / "config.json")) else ""
+
+
+def stored_dtype(source: Path) -> torch.dtype:
+    """Return the dtype of most tensors in a checkpoint's files; what its settings say where they hold codes.
+
+    Args:
+        source: as `lookup.resolve` returns it.
+    """
+    files = contents.folder_of(source)
+    raw = read_json(files / "config.json")
+    if contents.is_sparse(files) or refusals.is_packed(raw):
+        return getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."))
+    stored = [entry["dtype"] for file in weight_files(files) for entry in check_safetensors(file).values()]
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sorted(set(stored)), key=stored.count), torch.float32)
+
+
+def save_as_read(model: LanguageModel, folder: Path | str) -> Path:
+    """Write a model in the layout of the checkpoint that it was loaded from, each tensor in its stored dtype, bit for bit.
+
+    Names lose what trainers put before them (`module.`), a LoRA is merged into its base, and what the network has no use for (the
+    images of LLaDA-V) is copied. Code that lies in a local folder is copied and not run; that of the hub is named by its place.
+
+    Args:
+        model: of the shapes it was loaded with: pruned, or rounded.
+        folder: a new folder.
+
+    Returns:
+        The folder; `models.load` and the family's own code read it.
+
+    Raises:
+        InputError: the folder exists, packed weights or a GGUF, or tensors of another shape or number than those that were read.
+    """
+    source = lookup.resolve(model.source)
+    why = other_layout(source)
+    require(not why, "a layout to be written again must be of plain floats", why, "write it with export.save_plain")
+    found = loading.opened(source)
+    own = model.network.state_dict()
+    parts: dict[tuple[Path, str], list[tuple[tuple[int, int], str]]] = {}
+    for name, place in streaming.stored_tensors(found).items():
+        parts.setdefault((place.file, place.key), []).append((place.rows or (0, 0), name))
+    _check_same(model, parts, own)
+    plain = {key: name for name, (_, key) in contents.places(found.files).items()}
+    with export.new_folder(folder) as partial:
+        _copy_beside(found, source, partial)
+        write_json(partial / "config.json", _settings(model, found))
+        for file in weight_files(found.files):
+            with safe_open(file, framework="pt") as stored:
+                tensors = {
+                    plain[key]: _tensor(stored.get_tensor(key), parts.get((file, key), []), own)
+                    for key in stored.keys()  # noqa: SIM118 (not a mapping)
+                }
+            save_file(tensors, partial / file.name, metadata={"format": "pt"})
+        if (found.files / INDEX).exists():
+            index = read_json(found.files / INDEX)
+            write_json(partial / INDEX, {**index, "weight_map": {plain[key]: at for key, at in index["weight_map"].items()}})
+    return typed_path(Path(folder).expanduser())
+
+
+def save_as(model: LanguageModel, folder: Path | str, *, layout: Layout) -> Path:
+    """Write a diffusion model of transformers' classes with LLaDA's or Dream's names and settings.
+
+    Args:
+        model: a Llama that looks both ways without a shift, for `llada`; a Qwen2 with one, for `dream`.
+        folder: a new folder.
+        layout: whose.
+
+    Returns:
+        The folder; weights are in the dtype of the network.
+
+    Raises:
+        InputError: the folder exists, or a network that the family's own code cannot express.
+    """
+    config: Any = model.network.config
+    kind, shift = {"llada": ("llama", 0), "dream": ("qwen2", 1)}[layout]
+    rule, remedy = (
+        f"the layout of {layout} must hold a {kind} diffusion model with logit shift {shift}",
+        "write it as transformers",
+    )
+    got = f"{config.model_type}, {model.attention} attention, logit shift {model.logit_shift}"
+    fits = (config.model_type, model.attention, model.logit_shift) == (kind, "full", shift)
+    require(fits, rule, got, remedy)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    whole = head * config.num_attention_heads == config.hidden_size
+    require(whole, f"heads of {layout} must make up the width", f"{config.num_attention_heads} of {head}", remedy)
+    scaled = config.rope_parameters.get("rope_type", "default") != "default"
+    require(not scaled, f"positions of {layout} must be rotated without scaling", str(config.rope_parameters), remedy)
+    weights = export.state(model)
+    if layout == "llada":
+        biased = [name for name in weights if name.endswith(".bias")]
+        require(not biased, "a LLaDA must have no biases", str(biased[:1]), remedy)
+        weights = {llada_key(name): tensor for name, tensor in weights.items()}
+    with export.new_folder(folder) as partial:
+        export.write_beside(model, partial)
+        settings = _llada_settings(model) if layout == "llada" else _dream_settings(model, read_json(partial / "config.json"))
+        write_json(partial / "config.json", settings)
+        save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+    return typed_path(Path(folder).expanduser())
+
+
+def llada_key(name: str) -> str:
+    """Return LLaDA's name of a Llama's tensor.
+
+    >>> llada_key("model.layers.3.self_attn.o_proj.weight")
+    'model.transformer.blocks.3.attn_out.weight'
+    """
+    module = name.removesuffix(".weight")
+    top = {own: short for short, own in LLADA_TOP.items()}
+    if module in top:
+        return f"model.transformer.{top[module]}.weight"
+    _, _, block, rest = module.split(".", 3)
+    return f"model.transformer.blocks.{block}.{ {own: short for short, own in LLADA_BLOCK.items()}[rest] }.weight"
+
+
+def _check_same(model: LanguageModel, parts: Mapping[Any, list[tuple[Any, str]]], own: Mapping[str, Tensor]) -> None:
+    """Refuse a network with other tensors than its checkpoint."""
+    names = {name for of_key in parts.values() for _, name in of_key}
+    odd = sorted(names ^ own.keys() - ({"lm_head.weight"} if model.network.config.tie_word_embeddings else set()))
+    rule = f"a model to be written as it was read must have the tensors of {model.source.source}"
+    require(not odd, rule, f"{odd[:1]} more or less", "write it with export.save_plain")
+
+
+def _tensor(old: Tensor, parts: list[tuple[tuple[int, int], str]], own: Mapping[str, Tensor]) -> Tensor:
+    """Return a stored tensor with the weights of the network; as it was where the network has no use for it."""
+    if not parts:
+        return old
+    new = torch.cat([own[name].detach() for _, name in sorted(parts)]) if len(parts) > 1 else own[parts[0][1]].detach()
+    if new.shape != old.shape:
+        raise InputError(
+            f"{parts[0][1]} must have shape {tuple(old.shape)} as it was read, got {tuple(new.shape)}: use export.save_plain"
+        )
+    return new.to(device="cpu", dtype=old.dtype).contiguous()
+
+
+def _copy_beside(found: loading.Opened, source: Path, partial: Path) -> None:
+    """Copy all that goes along; an adapter's tokenizer is its own, where it has one."""
+    for folder in dict.fromkeys((found.files, contents.text_folder(source))):
+        for file in (file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()):
+            target = partial / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            if not file.name.startswith("adapter_"):
+                shutil.copyfile(file, target)
+
+
+def _settings(model: LanguageModel, found: loading.Opened) -> dict[str, Any]:
+    """Return config.json as it was, with what tells the model apart from others where its folder's name does not any more."""
+    raw = read_json(found.files / "config.json")
+    is_local = lookup.is_local(model.source)
+    raw.setdefault("_name_or_path", found.folder.name if is_local else model.source.source)
+    if not is_local and isinstance(raw.get("auto_map"), dict):
+        place = model.source.source
+        raw["auto_map"] = {key: _placed(value, place) for key, value in raw["auto_map"].items()}
+    if found.family.layout == "plain":  # the card's loop reads them
+        raw |= {key: getattr(found.config, key) for key in FACTS if hasattr(found.config, key)}
+    return raw
+
+
+def _placed(code: Any, place: str) -> Any:
+    """Name the hub's checkpoint before a class of its code, as transformers writes it."""
+    return f"{place}--{code}" if isinstance(code, str) and "--" not in code else code
+
+
+def _llada_settings(model: LanguageModel) -> dict[str, Any]:
+    """Translate a Llama's configuration to LLaDA's."""
+    config: Any = model.network.config
+    return {
+        **LLADA_SETTINGS,
+        "d_model": config.hidden_size,
+        "mlp_hidden_size": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "max_sequence_length": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size,
+        "weight_tying": config.tie_word_embeddings,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "mask_token_id": model.mask_token_id,
+        "torch_dtype": str(model.network.dtype).removeprefix("torch."),
+    }
+
+
+def _dream_settings(model: LanguageModel, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a Qwen2's configuration to Dream's, which has the same names but for the rotations."""
+    dropped = ("rope_parameters", "layer_types", "is_causal", "logit_shift", "attention_kind", "block_length", "block_origin")
+    kept = {key: value for key, value in raw.items() if key not in (*dropped, "family", "stop_token_ids", "dtype")}
+    config: Any = model.network.config
+    base = {"rope_theta": config.rope_parameters["rope_theta"], "rope_scaling": None, "mask_token_id": model.mask_token_id}
+    dtype = str(model.network.dtype).removeprefix("torch.")
+    return {**kept, **base, "architectures": ["DreamModel"], "model_type": "Dream", "torch_dtype": dtype}

@@ -1,0 +1,208 @@
+"""`sinks trace`, `evaluate`, `decode` and `compare` on tiny checkpoints, the words of all commands, and bars in a log file."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lib.commands import command, decode, terminal, words
+from lib.core.environment import ROOT
+from lib.core.errors import InputError
+from recipes import rehearsal_models
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("llada", "llama"):
+        rehearsal_models.write(folder / name, name, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in this process, as if typed in an empty folder, without the network."""
+    monkeypatch.setenv("SINKS_ENTERED", str(os.getpid()))
+    monkeypatch.setenv("SINKS_CWD", str(tmp_path))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert command.main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["llada", "llama"])
+def test_trace_writes_a_figure_an_animation_and_a_table_of_every_step(
+    name: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "Title: Water", "--tokens", 6, "--steps", 3, "--top", 2, "-o", "out"]
+    said = answer(capsys, "trace", checkpoints / name, *words)
+    assert said["output"] == str(tmp_path / "out")
+    assert all((tmp_path / "out" / file).stat().st_size for file in said["files"])
+    table = pd.read_csv(tmp_path / "out" / "sinks_by_step.csv")
+    assert table.groupby(["prompt", "step"]).size().tolist() == [2, 2, 2]
+    assert (table.loc[table["rank"] == 1, "mass"].to_numpy() >= table.loc[table["rank"] == 2, "mass"].to_numpy()).all()
+    assert len(said["sinks"]) == 6
+
+
+def test_trace_goes_to_runs_unless_it_is_told_otherwise(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINKS_OUTPUT", "here")
+    said = answer(capsys, "trace", checkpoints / "llada", "--prompt", "a b", "--tokens", 4)
+    assert said["output"] == str(tmp_path / "here" / "runs" / "sinks-trace-llada")
+
+
+def test_several_models_are_compared_on_the_same_documents(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [checkpoints / "llada", checkpoints / "llama"]
+    said = answer(capsys, "evaluate", *both, "--tasks", "tiny_topic", "--limit", 4, "--draws", 2, "-o", "both.json")
+    marks = [said["results"][name]["tiny_topic"]["correct"] for name in ("llada", "llama")]
+    (row,) = said["pairs"]
+    assert row["difference"] == pytest.approx((sum(marks[0]) - sum(marks[1])) / 4)
+    assert (row["models"], row["n"], row["p_holm"]) == ("llada - llama", 4, row["p"])
+    for name, file in (("llada", "a.json"), ("llama", "b.json")):
+        alone = {**said, "results": {name: said["results"][name]}}
+        (tmp_path / file).write_text(json.dumps(alone))
+    found = answer(capsys, "compare", "a.json", "b.json")
+    assert found["rows"] == [row]
+
+
+def test_losses_are_paired_by_window_and_refused_for_other_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [1.0, 2.0, 3.0]
+    for name, after, start in (
+        ("a", [1.5, 2.5, 3.7], before),
+        ("b", [1.1, 2.3, 3.3], before),
+        ("c", [1.0, 2.0, 3.0], [1.0, 2.0, 9.0]),
+    ):
+        losses = {"losses_before": start, "losses_after": after, "loss_before": sum(start) / 3, "loss_after": sum(after) / 3}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**losses, "loss_text": "articles"}))
+    (row,) = answer(capsys, "compare", "a.json", "b.json")["rows"]
+    assert row["difference"] == pytest.approx(1.0 / 3)
+    assert (row["n"], row["p"]) == (3, 0.25), "all signs alike: 2 of 8 patterns"
+    assert command.main(["compare", "a.json", "c.json"]) == 2
+    assert "of one dense model on the same windows, got 2.0000 and 4.0000 before" in capsys.readouterr().err
+
+
+def test_claims_of_a_notebook_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ROOT / "results" / "full" / "01_sink_traces.json"
+    rows = answer(capsys, "compare", result, result)["rows"]
+    assert len(rows) == len(json.loads(result.read_text())["claims"])
+    assert all(row["first"] == row["second"] for row in rows)
+
+
+@pytest.mark.parametrize("decoder", ["threshold=.5", "dual+threshold", "prefix+steps=2+suffix=1", "adaptive=.5+threshold+stop"])
+def test_decoders_are_read_and_run(decoder: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "Title: Water", "--tokens", 8, "--block", 4, "--decoder", decoder]
+    said = answer(capsys, "decode", checkpoints / "llada", *words)
+    assert 1 <= said["forwards"] <= 16 and said["decoder"] == decoder and isinstance(said["text"], str)
+
+
+def test_an_autoregressive_model_decodes_one_token_a_pass(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = answer(capsys, "decode", checkpoints / "llama", "--prompt", "Title: Water", "--tokens", 5)
+    assert (said["forwards"], said["decoder"]) == (5, "greedy, one token a pass")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "expected"),
+    [
+        ("tripple", "--decoder must be words of"),
+        ("steps=two", "must have a number in 'steps=two'"),
+        ("steps", "must have a number"),
+    ],
+)
+def test_a_decoder_that_is_none_is_said_in_one_line(decoder: str, expected: str) -> None:
+    with pytest.raises(words.UsageError, match=expected):
+        decode.plan_of(decoder)
+    with pytest.raises(InputError, match="late_share must be a share"):
+        decode.plan_of("threshold+late=2")
+
+
+NO_RESULT = str(ROOT / "models" / "reference" / "dlm" / "config.json")
+WRONG = [
+    ([], "the following arguments are required: COMMAND"),
+    (["prun", "dlm", "-o", "x"], "invalid choice: 'prun'"),
+    (["prune", "dlm"], "the following arguments are required: -o/--output: sinks prune --help lists what is known"),
+    (["prune", "dlm", "-o", "x", "--sparsity", "50"], "it must be in [0, 1), got '50' (a fraction, not per cent: use 0.5)"),
+    (["prune", "dlm", "-o", "x", "--sparsity", "half"], "it must be in [0, 1), got 'half'"),
+    (["prune", "dlm", "-o", "x", "--method", "wandb"], "--method must be one of sink-wanda, "),
+    (["prune", "dlm", "-o", "x", "--pattern", "4"], "pattern"),
+    (["prune", "dlm", "-o", "x", "--pattern", "2:4", "--sparsity", "0.7"], "--sparsity must be 0.5 as 2:4 says, got 0.7"),
+    (["prune", "nowhere", "-o", "x"], "a model must be an existing folder or a hub id, got 'nowhere'"),
+    (["prune", "GSAI-ML/LLaDA-8B-Base", "-o", "x"], "a hub id must have a pinned revision"),
+    (["prune", "GSAI-ML/none@0f2787f", "-o", "x"], "GSAI-ML/none@0f2787f must be cached or reachable"),
+    (["prune", "dlm", "-o", "."], "the output must be a new folder or file, got "),
+    (["prune", "dlm", "-o", "x", "--length", "100000"], "--length must be in [2, 256] for dlm, got 100000"),
+    (["prune", "dlm", "-o", "x", "--windows", "0"], "it must be a whole number from 1, got '0'"),
+    (["prune", "dlm", "-o", "x", "--windows", "99999"], "windows must be at most"),
+    (["prune", "dlm", "-o", "x", "--calibration", "no.txt"], "a text must be one of wikitext2, c4, articles or a file"),
+    (["prune", "dlm", "-o", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["prune", "dlm", "-o", "x", "--device", "cuda"], "device cuda must have a GPU that torch sees, got none"),
+    (["prune", "dlm", "-o", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["prune", "dlm", "-o", "x", "--seed", "-1"], "it must be a whole number from 0, got '-1'"),
+    (["quantize", "dlm", "-o", "x", "--bits", "5"], "invalid choice: 5"),
+    (["quantize", "dlm", "-o", "x", "--bits", "4", "--group", "7"], "group_size must divide"),
+    (["quantize", "dlm", "-o", "x", "--bits", "4", "--sparsity", "0.5"], "--sparsity and --pattern must go with --prune"),
+    (["export", "dlm", "--as", "onnx", "-o", "x"], "invalid choice: 'onnx'"),
+    (["export", "dlm", "--as", "gguf", "-o", "x"], "a GGUF must be a file that ends in .gguf, got 'x'"),
+    (["export", "dlm", "--as", "packed", "-o", "x"], "--as packed must be of a folder with codes"),
+    (["export", "dlm", "--as", "dream", "-o", "x"], "the layout of dream must hold a qwen2 diffusion model"),
+    (["evaluate", "dlm"], "the following arguments are required: --tasks"),
+    (["evaluate", "dlm", "--tasks", "mmul"], "a task must be one of"),
+    (["evaluate", "dlm", "--tasks", ","], "--tasks must name a task, got none"),
+    (["evaluate", "dlm", "nowhere", "--tasks", "tiny_sums"], "got 'nowhere' and no such folder"),
+    (["decode", "dlm"], "the following arguments are required: --prompt"),
+    (["decode", "dlm", "--prompt", "a", "--decoder", "fast"], "--decoder must be words of"),
+    (["decode", "dlm", "--prompt", "a", "--tokens", "63", "--block", "16"], "block_length must divide new_tokens"),
+    (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "9999"),
+    (["trace", "dlm", "--prompt", "a", "--articles", "2"], "not allowed with argument --prompt"),
+    (["trace", "dlm", "--tokens", "999"], "positions must be above the prompt's 16 and at most 256"),
+    (["trace", "dlm", "--articles", "99999"], "prompts must be at most"),
+    (["compare", "no.json", "no.json"], "a result must be a JSON file, got "),
+    (["compare", NO_RESULT, NO_RESULT], "a result must be of sinks evaluate, prune or quantize, or of a notebook"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), WRONG, ids=[" ".join(given)[:60] for given, _ in WRONG])
+def test_a_wrong_call_is_one_line_and_leaves_nothing(
+    given: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(given) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and expected in said.err, said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bars_become_lines_in_a_file_once_in_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    file = io.StringIO()
+    stream = terminal.LogLines(file)
+    for second in range(65):
+        now = float(second)
+        stream.write(f"\rpruning:  {second}%")
+        stream.write("\n\x1b[A")
+    stream.write("\r          \r")
+    stream.write("error: x\n")
+    assert file.getvalue() == "pruning:  30%\npruning:  60%\nerror: x\n"
+    assert stream.isatty()
+
+
+def test_help_answers_at_once_without_any_package() -> None:
+    """Only the standard library may be needed before a wrong word is answered; half a second is ten times what it takes."""
+    begun = time.monotonic()
+    command = [sys.executable, "-S", "-E", str(ROOT / "sink_aware_pruning_command.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 5
+    for name in ("trace", "prune", "quantize", "export", "evaluate", "decode", "compare"):
+        assert name in done.stdout

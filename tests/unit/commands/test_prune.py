@@ -1,0 +1,106 @@
+"""`sinks prune`, `quantize` and `export` on tiny checkpoints: what they print, write and refuse."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib.commands import command, prune
+from lib.models import containers, loading
+from lib.pruning import pruner
+from recipes import rehearsal_models
+
+FEW = ["--windows", "4", "--length", "32", "--loss-windows", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("llada", "dream", "llama"):
+        rehearsal_models.write(folder / name, name, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in this process, as if typed in an empty folder."""
+    monkeypatch.setenv("SINKS_ENTERED", str(os.getpid()))
+    monkeypatch.setenv("SINKS_CWD", str(tmp_path))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert command.main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_method_of_the_help_is_known() -> None:
+    assert len({id(prune.method_of(name)) for name in prune.NAMES}) == len(prune.NAMES)
+    assert prune.method_of("sink_wanda") == prune.method_of("sink-aware (Wanda)")
+
+
+@pytest.mark.parametrize(("name", "method"), [("llada", "sink-wanda"), ("dream", "sparsegpt"), ("llama", "sink-wanda")])
+def test_prune_writes_what_it_says(
+    name: str, method: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = answer(capsys, "prune", checkpoints / name, "--method", method, "--sparsity", 0.25, "-o", "out", *FEW)
+    assert said["output"] == str(tmp_path / "out")
+    written, base = loading.load(tmp_path / "out"), loading.load(checkpoints / name)
+    assert (written.family, written.logit_shift) == (base.family, base.logit_shift)
+    assert written.tokenizer is not None
+    assert said["sparsity"] == pruner.measured_sparsity(written) == pytest.approx(0.25, abs=0.01)
+    assert said["loss_after"] == pytest.approx(sum(said["losses_after"]) / 3) and said["loss_after"] != said["loss_before"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "25.00% exact zeros" in card and f"{said['loss_after']:.4g}" in card and f"{said['loss_before']:.4g}" in card
+    assert str(checkpoints) not in card
+    own = {"llada": "In the layout of its base (llada)", "dream": "In the layout of its base (dream)", "llama": "from_pretrained"}
+    assert own[name] in card
+
+
+def test_a_pattern_holds_and_a_file_calibrates(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.txt").write_text("water boils at some heat and steam goes up. " * 200)
+    words = ["--pattern", "2:4", "--calibration", "my.txt", "--loss-text", "my.txt"]
+    said = answer(capsys, "prune", checkpoints / "llada", "-o", "out", *words, *FEW)
+    assert (said["sparsity"], said["pattern"]) == (0.5, "2:4")
+    for layer in loading.load(tmp_path / "out").layers:
+        assert bool(((layer.module.weight.unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all())
+    assert "a file, my.txt" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_lines_for_people_hold_sparsity_both_losses_and_an_absolute_path(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["prune", str(checkpoints / "llada"), "--method", "magnitude", "-o", "out", *FEW]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llada: magnitude, 50.00% of the weights of its linear layers are zero")
+    assert lines[1].startswith("loss ") and " -> " in lines[1] and "on 3 windows of articles" in lines[1]
+    assert lines[2].startswith(f"wrote {tmp_path / 'out'} (in the layout of llada")
+    assert lines[3].startswith("total ")
+
+
+def test_codes_go_through_every_form_unchanged(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--bits", "4", "--group", "32", "--prune", "sparsegpt"]
+    said = answer(capsys, "quantize", checkpoints / "llada", *words, "-o", "q", *FEW)
+    assert said["order"] == "joint" and said["zeros"] >= 0.5
+    codes = containers.read_codes(tmp_path / "q")
+    assert len(codes) == len(loading.load(tmp_path / "q").layers)
+    answer(capsys, "export", "q", "--as", "packed", "-o", "again")
+    again = containers.read_codes(tmp_path / "again")
+    assert all(torch.equal(codes[name].codes, again[name].codes) and codes[name].bits == again[name].bits for name in codes)
+    told = answer(capsys, "export", "q", "--as", "gguf", "-o", "q.gguf")
+    assert told["codes"] == told["exact"] == len(codes)
+    answer(capsys, "export", "q", "--as", "llada", "-o", "own")
+    first, second = loading.load(tmp_path / "q"), loading.load(tmp_path / "own")
+    assert all(torch.equal(a.module.weight, b.module.weight) for a, b in zip(first.layers, second.layers, strict=True))
+
+
+@pytest.mark.parametrize("form", ["transformers", "llada", "sparse"])
+def test_a_pruned_model_stays_what_it_is_in_every_form(
+    form: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "prune", checkpoints / "llada", "--method", "magnitude", "-o", "pruned", *FEW)
+    answer(capsys, "export", "pruned", "--as", form, "-o", form)
+    first, second = loading.load(tmp_path / "pruned"), loading.load(tmp_path / form)
+    assert all(torch.equal(a.module.weight, b.module.weight) for a, b in zip(first.layers, second.layers, strict=True))

@@ -1,0 +1,128 @@
+"""A changed model in its family's own layout: the same names, shapes, dtypes and settings, other weights where it was changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lib.checkpoints import lookup
+from lib.checkpoints.files import weight_files
+from lib.core.errors import InputError
+from lib.models import export, loading, official
+from lib.pruning import methods, pruner
+from recipes import rehearsal_models
+from tests import tiny
+
+NAMES = ("llada", "dream", "mmada", "llama", "qwen2")
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, Tensor]]:
+    """Every stored tensor with its file, by the name it has there."""
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            found |= {key: (file.name, stored.get_tensor(key)) for key in stored.keys()}  # noqa: SIM118
+    return found
+
+
+def layout(folder: Path) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
+    return {key: (file, tuple(value.shape), value.dtype) for key, (file, value) in tensors(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("official")
+    for name in NAMES:
+        rehearsal_models.write(folder / name, name, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pruned_model_has_names_shapes_files_and_dtypes_of_its_base(name: str, checkpoints: Path, tmp_path: Path) -> None:
+    base = checkpoints / name
+    model = loading.load(base)
+    pruner.prune_(model, methods.METHODS["magnitude per row"], methods.Target(0.5))
+    written = official.save_as_read(model, tmp_path / "pruned")
+    assert layout(written) == layout(base)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, written))
+    assert {key: after[key] for key in before} == before
+    again = loading.load(written)
+    assert (again.family, again.logit_shift, again.mask_token_id) == (model.family, model.logit_shift, model.mask_token_id)
+    assert pruner.measured_sparsity(again) == pruner.measured_sparsity(model) > 0.49
+    assert (again.tokenizer is None) == (model.tokenizer is None)
+    ids = torch.arange(8)[None] + 5
+    assert torch.equal(again.network(input_ids=ids).logits, model.network(input_ids=ids).logits)
+
+
+def test_an_unchanged_model_is_written_bit_for_bit_in_the_dtype_of_its_files(tmp_path: Path) -> None:
+    base = tiny.folder(tmp_path / "base", causal=False, dtype=torch.bfloat16, shard_size="20KB")
+    written = official.save_as_read(loading.load(base), tmp_path / "written")
+    old, new = tensors(base), tensors(written)
+    assert old.keys() == new.keys()
+    for key in old:
+        assert old[key][0] == new[key][0] and new[key][1].dtype == torch.bfloat16 and torch.equal(old[key][1], new[key][1])
+    assert official.stored_dtype(written) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "family", ["fast_dllm_v2", "illada", "llada_moe", "llada2_moe", "llada_v", "nemotron_labs_diffusion", "sdar"]
+)
+def test_every_layout_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
+    """LLaDA 2 fuses its projections, Nemotron renames its head, LLaDA-V holds what reads images."""
+    base = tiny.copied(tiny.PARITY / family, tmp_path / family)
+    written = official.save_as_read(loading.load(base), tmp_path / "other name")
+    old, new = tensors(base), tensors(written)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key][1], new[key][1]) for key in old)
+    assert lookup.family_of(written) == lookup.family_of(base)
+
+
+def test_code_is_carried_along_and_numbers_of_the_base_are_not(tmp_path: Path) -> None:
+    base = tiny.copied(tiny.LLADA, tmp_path / "base")
+    (base / "modeling_llada.py").write_text("raise SystemExit('nobody runs this')\n")
+    (base / "LICENSE").write_text("MIT\n")
+    (base / "evaluation.json").write_text("{}")
+    (base / "README.md").write_text("of the base\n")
+    written = official.save_as_read(loading.load(base), tmp_path / "written")
+    assert sorted(path.name for path in written.iterdir()) == ["LICENSE", "config.json", "model.safetensors", "modeling_llada.py"]
+
+
+def test_code_of_the_hub_is_named_by_its_place() -> None:
+    assert official._placed("modeling_llada.LLaDAModelLM", "GSAI-ML/LLaDA") == "GSAI-ML/LLaDA--modeling_llada.LLaDAModelLM"
+    assert official._placed("a/b--c.D", "other/place") == "a/b--c.D"
+    assert official._placed(["t.Slow", None], "a/b") == ["t.Slow", None]
+
+
+@pytest.mark.parametrize(("name", "origin"), [("llada", "llada"), ("dream", "dream")])
+def test_a_plain_export_finds_its_way_back_to_the_own_layout(
+    name: official.Layout, origin: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    model = loading.load(checkpoints / origin, dtype=torch.bfloat16)
+    plain = loading.load(export.save_plain(model, tmp_path / "plain"), dtype=torch.bfloat16)
+    back = official.save_as(plain, tmp_path / "back", layout=name)
+    strip = {key: value[1:] for key, value in layout(back).items()}
+    assert strip == {key: value[1:] for key, value in layout(checkpoints / origin).items()}
+    again = loading.load(back, dtype=torch.bfloat16)
+    assert (again.family, again.logit_shift, again.mask_token_id) == (name, model.logit_shift, model.mask_token_id)
+    ids = torch.arange(8)[None] + 5
+    assert torch.equal(again.network(input_ids=ids).logits, model.network(input_ids=ids).logits)
+
+
+def test_what_a_layout_cannot_express_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the layout of llada must hold a llama diffusion model with logit shift 0, got qwen2"):
+        official.save_as(loading.load(checkpoints / "dream"), tmp_path / "x", layout="llada")
+    with pytest.raises(InputError, match="must hold a llama diffusion model with logit shift 0, got llama, causal attention"):
+        official.save_as(loading.load(checkpoints / "llama"), tmp_path / "x", layout="llada")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_other_shapes_is_refused_and_leaves_nothing(checkpoints: Path, tmp_path: Path) -> None:
+    model = loading.load(checkpoints / "llada")
+    layer = model.layers[-1].module
+    layer.weight = torch.nn.Parameter(layer.weight[:, :-1], requires_grad=False)
+    with pytest.raises(InputError, match="must have shape"):
+        official.save_as_read(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

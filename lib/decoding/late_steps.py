@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.decoding.caches import read_out, states_at, whole_pass
+from lib.decoding.caches import read_out, run_whole, states_at
 from lib.diffusion import sampler
 from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
@@ -146,7 +146,7 @@ def _of_block(
     model: LanguageModel, steps: Sequence[DenoisingStep], ids: Tensor, *, block: range, most: int
 ) -> list[dict[str, Tensor]]:
     """Return the examples of one block by late state; `ids` is the finished text."""
-    mask_id, run = cast(int, model.mask_token_id), whole_pass(model)
+    mask_id = cast(int, model.mask_token_id)
     in_block = torch.zeros_like(ids, dtype=torch.bool)
     in_block[:, block.start : block.stop] = True
     final, waiting = torch.empty(0), []
@@ -154,7 +154,7 @@ def _of_block(
         left_masked = in_block & (following.is_masked if following else False)
         if int(left_masked.sum(1).min()) > most:
             continue
-        hidden = run(step.input_ids, True)
+        hidden = run_whole(model, step.input_ids)
         final = final if len(final) else torch.zeros_like(hidden.states)
         written = step.is_committed & in_block
         final[written] = states_at(model, hidden, written)

@@ -1,4 +1,4 @@
-"""Fast decoding: four choices (commit, remask, recompute, visible), the systems made of them, late steps. Floor 5: on diffusion."""
+"""Fast decoding: four choices (commit, remask, recompute, visible) and the systems made of them. Floor 5: stands on diffusion."""
 
 from lib.decoding.decoder import DecodingPlan, decode
 from lib.decoding.systems import fast_plan

@@ -128,7 +128,7 @@ class Factor(Commit):
 
     def __call__(self, view: View) -> Bool[Tensor, "batch place"]:
         """Rank by confidence."""
-        ranked = view.confidence.sort(1, descending=True).values
+        ranked = view.confidence.sort(dim=1, descending=True).values
         ranks = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
         return largest_prefix(view.confidence, (ranks + 1) * (1 - ranked) < self.factor)
 
@@ -166,14 +166,14 @@ class EntropyBound(Commit):
         assert view.guess is not None
         logs = view.guess.log_probabilities()
         entropy = view.guess.spread(-(logs.exp() * logs).sum(1), float("inf"))
-        ranked = entropy.gather(1, view.confidence.sort(1, descending=True, stable=True).indices)
+        ranked = entropy.gather(1, view.confidence.sort(dim=1, descending=True, stable=True).indices)
         excess = ranked.cumsum(1) - ranked.cummax(1).values
         return largest_prefix(view.confidence, excess <= self.bound)
 
 
 @dataclass(frozen=True)
 class Klass(Commit):
-    """Confident predictions whose distribution has stood still: KL(p_t || p_(t-1)) below a bound in the last `steps_alike` passes.
+    """Confident predictions that have stood still: KL(p_t || p_(t-1)) below a bound in the last `steps_alike` passes.
 
     Source: KLASS (arXiv 2511.05664), after the paper's description.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.decoding import caches
-from lib.decoding.recompute import Blockwise, BlockCache
+from lib.decoding.recompute import BlockCache, Blockwise
 from lib.decoding.view import View
 from lib.models import language_model, loading
 from lib.models.language_model import LanguageModel

@@ -1,5 +1,6 @@
 """The first choice: which predictions of a pass are committed. Each rule takes at least the best one of a row."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,23 @@ from torch import Tensor
 from lib.core.errors import require
 from lib.decoding.view import View
 from lib.diffusion import commits
+from lib.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A rule; `needs_previous` tells whether it compares a pass with the one before."""
+    """A rule. `watches` tells that it looks at attention, so that rows are decoded one by one."""
+
+    watches = False
 
     @property
     def steps(self) -> int | None:
         """Return how many steps a block takes where that is fixed."""
         return None
+
+    def opened(self, model: LanguageModel, view: View) -> AbstractContextManager[object]:
+        """Open what is needed while a block is written."""
+        return nullcontext()
 
     def adjusted(self, view: View, logits: Float[Tensor, "selected vocab"], where: Bool[Tensor, "batch place"]) -> Tensor:
         """Return the logits that are read, of the network's own."""

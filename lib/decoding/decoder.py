@@ -14,10 +14,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.decoding.caches import Hidden, logits_from, new_store, readable, states_at
-from lib.decoding.commit import Commit, Quota, Threshold
-from lib.decoding.late_steps import LateStep, beside, most_left
-from lib.decoding.recompute import Adaptive, Blockwise, Recompute
+from lib.decoding.caches import Hidden, logits_from, new_store, readable
+from lib.decoding.commit import Commit, Credit, Quota, Threshold
+from lib.decoding.late_steps import LateStep, Predictor, most_left
+from lib.decoding.recompute import Adaptive, Blockwise, Pass, Recompute, Vicinity
+from lib.decoding.remask import BlockEnds, NarrowOut, Remask, Shadows
 from lib.decoding.view import View, guess
 from lib.decoding.visible import Visible
 from lib.diffusion import block_sampler, commits, sampler
@@ -31,33 +32,47 @@ class DecodingPlan:
 
     Attributes:
         commit: which predictions of a pass are written.
+        remask: what a pass takes back or changes of what is written in the block; None is nothing.
         recompute: which places a pass computes anew.
         visible: which places the network is given.
         early_stop: end a text when an end token is committed and nothing before it is masked; what follows becomes end tokens.
         late_share: when at most this share of the block is still masked, write the rest at once without another pass.
         late_step: what predicts those tokens; None is the best token of the last pass.
+        ends: where blocks end.
 
     Raises:
         InputError: a value out of range, or options that do not go together.
     """
 
     commit: Commit = field(default_factory=Quota)
+    remask: Remask | None = None
     recompute: Recompute = field(default_factory=Recompute)
     visible: Visible = field(default_factory=Visible)
     early_stop: bool = False
     late_share: float | None = None
-    late_step: LateStep | None = field(default=None, repr=False, compare=False)
+    late_step: Predictor | None = field(default=None, repr=False, compare=False)
+    ends: BlockEnds = field(default_factory=BlockEnds)
 
     def __post_init__(self) -> None:
         if self.late_share is not None and not 0 < self.late_share < 1:
             raise InputError(f"late_share must be a share in (0, 1), got {self.late_share}: use 0.25 for a quarter")
         if self.late_step is not None and self.late_share is None:
             raise InputError("late_step must go with late_share, got none: say from which share of masks on it is used")
+        rule, remedy = "tokens that are written late must stay", "leave out late_share or remask"
+        require(self.late_share is None or self.remask is None, rule, f"{self.remask} with late_share", remedy)
+        shadows = isinstance(self.remask, NarrowOut) == isinstance(self.recompute, Shadows)
+        require(shadows, "NarrowOut must go with Shadows", f"{self.remask} with {self.recompute}", "set both or none")
+        dual = isinstance(self.recompute, Blockwise) and self.recompute == Blockwise()
+        rule, remedy = "eviction must go with a dual cache without refresh", "use recompute=Blockwise()"
+        require(dual or not self.visible.evicts, rule, f"{self.recompute}", remedy)
+        outside = "tokens can be judged where a pass computes them all"
+        fits = self.remask is None or isinstance(self.recompute, Adaptive | Blockwise | Vicinity) or not self.recompute.keeps
+        require(fits, outside, f"{self.remask} with {self.recompute}", "use a blockwise cache or none")
 
     @property
     def alone(self) -> bool:
         """Tell whether rows are decoded one by one."""
-        return self.recompute.alone or self.visible.alone
+        return self.remask is not None or self.commit.watches or self.recompute.alone or self.visible.alone or self.ends.alone
 
 
 @dataclass(frozen=True)
@@ -147,8 +162,10 @@ def _decode(job: _Job, prompt: Tensor) -> Decoded:
     ids = torch.full((len(prompt), job.total), job.mask_id, dtype=torch.long, device=job.model.device)
     ids[:, : job.start] = prompt.to(job.model.device)
     forwards = computed = 0
-    for first in range(job.start, job.total, job.block_length):
-        block = range(first, first + job.block_length)
+    first = job.start
+    while first < job.total:
+        block, looks = _next_block(job, ids, first)
+        first, forwards, computed = block.stop, forwards + looks, computed + looks * ids.numel()
         unfinished = (ids[:, block.start : block.stop] == job.mask_id).any(1)
         if not bool(unfinished.any()):
             break
@@ -158,36 +175,60 @@ def _decode(job: _Job, prompt: Tensor) -> Decoded:
     return Decoded(ids, forwards, computed)
 
 
+def _next_block(job: _Job, ids: Tensor, first: int) -> tuple[range, int]:
+    """Return the block that begins at `first`, and the passes that it took to find its end."""
+    usual = range(first, min(first + job.block_length, job.total))
+    end, looks = job.plan.ends.end(job.model, ids, usual, new_tokens=job.total - job.start)
+    return range(first, end), looks
+
+
 def _finish_block(job: _Job, ids: Tensor, block: range, *, passes: int) -> Decoded:
     """Write the tokens of one block."""
-    model, plan, mask_id = job.model, job.plan, job.mask_id
-    places = plan.visible.places(block, total=job.total, block_length=job.block_length)
-    at = torch.tensor(places, device=ids.device)
+    plan = job.plan
+    at = torch.tensor(plan.visible.places(block, total=job.total, block_length=job.block_length), device=ids.device)
     # At least one token is committed a step, so a rule without a schedule needs no more steps than the block has tokens.
     steps = plan.commit.steps or len(block)
-    quota = commits.commit_schedule((ids[:, block.start : block.stop] == mask_id).sum(1), steps=steps)
-    view = View(ids[:, at], at, block, job.start, mask_id, quota, passes=passes)
-    computed = 0
+    most = steps if plan.remask is None else plan.remask.most_steps(len(block))
+    quota = commits.commit_schedule((ids[:, block.start : block.stop] == job.mask_id).sum(1), steps=steps)
+    view, computed = View(ids[:, at], at, block, job.start, job.mask_id, quota, passes=passes), 0
     with ExitStack() as stack:
-        forward = stack.enter_context(plan.recompute.passes(model, view))
-        while view.step < steps and bool(view.is_open.any()):
-            run = partial(forward, view)
-            view.hidden = hidden = run()
-            computed += hidden.computed
-            where = view.is_open & readable(model, hidden, len(places))
-            logits = plan.commit.adjusted(view, logits_from(model, hidden, where, again=run), where)
-            view.previous, view.guess = view.guess, guess(view.ids, where, logits)
-            if job.on_pass is not None:
-                job.on_pass(view)
-            ids[:, at] = _written(job, view, hidden)
+        for choice in (plan.commit, plan.visible):
+            stack.enter_context(choice.opened(job.model, view))
+        forward = stack.enter_context(plan.recompute.passes(job.model, view))
+        while _goes_on(plan, view, most):
+            computed += _read(job, view, forward).computed
+            ids[:, at] = _written(job, view)
             if job.stop is not None:
-                new = fill_finished(ids[:, job.start :], mask_id=mask_id, stop_token_id=job.stop)
+                new = fill_finished(ids[:, job.start :], mask_id=job.mask_id, stop_token_id=job.stop)
                 ids = torch.cat([ids[:, : job.start], new], dim=1)
+            changed = not torch.equal(view.ids, ids[:, at])
+            view.after = 0 if bool(view.is_open.any()) else view.after + 1 if changed else len(block) * most
             view.ids, view.step, view.passes = ids[:, at], view.step + 1, view.passes + 1
     return Decoded(ids, view.step, computed)
 
 
-def _written(job: _Job, view: View, hidden: Hidden) -> Int[Tensor, "batch place"]:
+def _goes_on(plan: DecodingPlan, view: View, most: int) -> bool:
+    """Tell whether a block needs another pass: it has masks, or is looked at again after its last one."""
+    if bool(view.is_open.any()):
+        return view.step < most
+    return plan.remask is not None and view.after < plan.remask.post_passes
+
+
+def _read(job: _Job, view: View, forward: Pass) -> Hidden:
+    """Make one pass, and note in the view what it predicts."""
+    plan, run = job.plan, partial(forward, view)
+    view.hidden = hidden = run()
+    asked = view.is_open if plan.remask is None else view.is_open | view.written
+    where = asked & readable(job.model, hidden, view.ids.shape[1])
+    logits = plan.commit.adjusted(view, logits_from(job.model, hidden, where, again=run), where)
+    view.previous, view.guess = view.guess, guess(view.ids, where, logits)
+    plan.visible.after(job.model, view)
+    if job.on_pass is not None:
+        job.on_pass(view)
+    return hidden
+
+
+def _written(job: _Job, view: View) -> Int[Tensor, "batch place"]:
     """Return the text after a pass: what is committed, and the end of the block where it is written at once."""
     plan, guessed = job.plan, cast(Tensor, view.guess and view.guess.tokens)
     view.committed = committed = plan.commit(view)
@@ -195,18 +236,12 @@ def _written(job: _Job, view: View, hidden: Hidden) -> Int[Tensor, "batch place"
     if plan.late_share is not None:
         most = most_left(plan.late_share, block_length=len(view.block))
         late = late_positions((ids == job.mask_id) & view.in_block, most=most)
-        ids = _written_late(job.model, hidden, torch.where(late, guessed, ids), late, plan.late_step, guessed)
-    return ids
-
-
-def _written_late(
-    model: LanguageModel, hidden: Hidden, ids: Tensor, late: Tensor, step: LateStep | None, guessed: Tensor
-) -> Tensor:
-    """Correct the tokens at the places `late`, which hold the best ones of the last pass."""
-    if step is None or not bool(late.any()):
-        return ids
-    left, right = beside(guessed, late)
-    return ids.masked_scatter(late, step.predict(model, states_at(model, hidden, late), left=left, right=right))
+        ids = torch.where(late, guessed, ids)
+        if plan.late_step is not None and bool(late.any()):
+            # What a step looks at beside a late place is the text with the last pass' guesses, not only with what is committed.
+            text = guessed if isinstance(plan.late_step, LateStep) else ids
+            ids = ids.masked_scatter(late, plan.late_step.write(job.model, cast(Hidden, view.hidden), text, late))
+    return ids if plan.remask is None else plan.remask(view, ids)
 
 
 def late_positions(open_now: Bool[Tensor, "batch position"], *, most: int) -> Bool[Tensor, "batch position"]:
@@ -242,7 +277,8 @@ def _decode_by_blocks(
     sampler.check_blocks(model, block_length=block_length)
     _check_by_blocks(plan)
     _check_stop(model, plan, stop_token_id)
-    threshold = plan.commit.threshold if isinstance(plan.commit, Threshold) else None
+    threshold = plan.commit.threshold if type(plan.commit) is Threshold else None
+    own = type(plan.commit) in (Quota, Threshold)
     rule = replace(
         rule_of(model),
         rule="quota" if threshold is None else "above or best",
@@ -251,11 +287,31 @@ def _decode_by_blocks(
         edit_threshold=None,
     )
     stops = [cast(int, stop_token_id)] if plan.early_stop else []
-    options = {"rule": rule, "stop_token_ids": stops, "use_cache": plan.recompute.keeps}
+    choose = None if own else _Chooser(plan.commit, prompt.shape[1], cast(int, model.mask_token_id))
+    options = {"rule": rule, "stop_token_ids": stops, "use_cache": plan.recompute.keeps, "choose": choose}
     text = block_sampler.generate(model, prompt, new_tokens=new_tokens, **options)
     behind = torch.arange(text.ids.shape[1], device=text.ids.device) >= text.ends[:, None]
     ids = text.ids.masked_fill(behind, stops[0]) if stops else text.ids
     return Decoded(ids, text.forwards, text.computed_tokens)
+
+
+@dataclass
+class _Chooser:
+    """Lets a commit rule choose in a block sampler."""
+
+    commit: Commit
+    start: int
+    mask_id: int
+    view: View | None = None
+
+    def __call__(self, ids: Tensor, where: Tensor, logits: Tensor, block: range, quota: int) -> Tensor:
+        """Return what the rule commits of the predictions at `where`."""
+        asked = torch.full((len(ids), 1), quota, device=ids.device)
+        view = View(ids, torch.arange(ids.shape[1], device=ids.device), block, self.start, self.mask_id, asked)
+        if self.view is not None and self.view.block == block:
+            view.memory, view.previous, view.step = self.view.memory, self.view.guess, self.view.step + 1
+        view.guess, self.view = guess(ids, where, logits), view
+        return self.commit(view)
 
 
 def _check_by_blocks(plan: DecodingPlan) -> None:
@@ -264,7 +320,9 @@ def _check_by_blocks(plan: DecodingPlan) -> None:
     prefix = type(kept) is Recompute or (isinstance(kept, Blockwise) and kept.kind == "prefix" and kept.refresh_every is None)
     suffix = type(plan.visible) is Visible and plan.visible.suffix_blocks in (None, 0) and plan.visible.suffix_tokens in (None, 0)
     useless = {
-        "commit": type(plan.commit) not in (Quota, Threshold),
+        "commit": isinstance(plan.commit, Credit) or plan.commit.watches,
+        "remask": plan.remask is not None,
+        "ends": plan.ends != BlockEnds(),
         "recompute": not prefix,
         "visible": not suffix,
         "late_share": plan.late_share is not None,

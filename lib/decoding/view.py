@@ -61,6 +61,7 @@ class View:
         quota: tokens that each step commits where their number is fixed.
         step: passes before in this block.
         passes: passes before in the whole text.
+        after: passes since the block's last mask, all of which changed something.
         guess: of the last pass.
         previous: of the pass before.
         hidden: what the last pass left.
@@ -76,6 +77,7 @@ class View:
     quota: Int[Tensor, "batch step"]
     step: int = 0
     passes: int = 0
+    after: int = 0
     guess: Guess | None = None
     previous: Guess | None = None
     hidden: Hidden | None = None

@@ -1,8 +1,11 @@
 """The fourth choice: which places the network is given at all. What is evicted from kept keys is in `by_attention.evict`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from lib.core.errors import require
+from lib.decoding.view import View
+from lib.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Visible:
     suffix_tokens: int | None = None
     tail: str | None = None
     alone = False
+    evicts = False
 
     def __post_init__(self) -> None:
         for name in ("suffix_blocks", "suffix_tokens"):
@@ -30,6 +34,13 @@ class Visible:
         both = self.suffix_blocks is not None and self.suffix_tokens is not None
         require(not both, "a suffix must be counted in blocks or in tokens", "both", "set one of them")
         require(self.tail in (None, "last", "middle"), "tail must be last or middle", repr(self.tail), "leave it out for none")
+
+    def opened(self, model: LanguageModel, view: View) -> AbstractContextManager[object]:
+        """Open what is needed while a block is written."""
+        return nullcontext()
+
+    def after(self, model: LanguageModel, view: View) -> None:
+        """Take note of a pass, and hide keys from the next one. Nothing here."""
 
     def places(self, block: range, *, total: int, block_length: int) -> list[int]:
         """Return the positions that passes over a block are given.

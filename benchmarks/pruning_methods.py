@@ -20,7 +20,8 @@ from benchmarks import references
 from benchmarks.attention_recorder import MIB, build, peak_bytes, seconds
 from lib.calibration.sets import Inputs
 from lib.core import runtime
-from lib.decoding.decoder import DecodingPlan, decode
+from lib.decoding.decoder import decode
+from lib.decoding.systems import fast_plan
 from lib.diffusion import sampler
 from lib.models.language_model import LanguageModel
 from lib.pruning import pruner
@@ -109,8 +110,8 @@ def generation_calls(model: LanguageModel, *, prompt: int, new_tokens: int, bloc
     dual = new_tokens // block * (each + (block - 1) * part)
     prefix = new_tokens // block * each + part * (block - 1) * sum(range(1, new_tokens // block + 1))
     name = REFERENCE + "generation"
-    decoder = {"prefix cache": (DecodingPlan("prefix", steps_per_block=block), prefix)}
-    decoder["dual cache"] = (DecodingPlan("dual", steps_per_block=block), dual)
+    decoder = {"prefix cache": (fast_plan("prefix", steps_per_block=block), prefix)}
+    decoder["dual cache"] = (fast_plan("dual", steps_per_block=block), dual)
     found = {name: Call(partial(references.generate, model, ids, new_tokens=new_tokens, steps=new_tokens), name, steps)}
     plain = partial(sampler.sample, model, ids, steps=new_tokens, **sizes)
     found["generation"] = Call(plain, name, steps)

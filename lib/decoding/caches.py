@@ -6,7 +6,7 @@ new keys and values replace the ones kept at the same positions; no mask is give
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,33 +17,45 @@ from lib.core.errors import InputError
 from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, network_body
 
-BlockCache = Literal["prefix", "dual"]
-
 
 @dataclass(frozen=True)
 class Hidden:
     """What a pass brings out of the network, before the LM head.
 
     Attributes:
-        states: final hidden states of consecutive positions.
-        first: position of the first of them.
-        computed: query positions that went through the network, over the batch.
+        states: final hidden states.
+        rows: which place of the text each of them is of; None is every place in order.
+        computed: query positions that went through the network, over the batch; a mean over layers where they differ.
     """
 
     states: Float[Tensor, "batch query feature"]
-    first: int
+    rows: Int[Tensor, "batch query"] | None
     computed: int
 
-
-Pass = Callable[[Tensor, bool], Hidden]  # (visible ids [batch, position], whether nothing kept may be used) -> hidden states
+    def index(self, places: int) -> Int[Tensor, "batch place"]:
+        """Return where in `states` each of the first `places` places stands, -1 for those that were not computed."""
+        if self.rows is None:
+            return torch.arange(places, device=self.states.device).expand(len(self.states), -1)
+        order = torch.arange(self.rows.shape[1], device=self.rows.device).expand(self.rows.shape)
+        return torch.full((len(self.rows), places), -1, device=self.rows.device).scatter(1, self.rows, order)
 
 
 class _PositionLayer(CacheLayerMixin):
     """Keys and values of one layer, written at given positions."""
 
+    slots: Tensor | None = None  # [batch, position] where each position is kept, -1 for nowhere; None: in order
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the first keys and values as they are: a pass over everything."""
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        self.keys, self.values, self.slots, self.is_initialized = key_states, value_states, None, True
+
+    def keep(self, kept: Tensor) -> None:
+        """Forget all positions but `kept`, [batch, count], which rise."""
+        rows = torch.arange(len(kept), device=kept.device)[:, None]
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        places = torch.full((len(kept), keys.shape[2]), -1, device=kept.device)
+        self.slots = places.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand(kept.shape))
+        self.keys, self.values = keys[rows, :, kept].transpose(1, 2), values[rows, :, kept].transpose(1, 2)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
         """Replace what is kept at the positions `args[0]`, or everything, and return all of it."""
@@ -52,6 +64,7 @@ class _PositionLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         else:
             rows = torch.arange(len(where), device=where.device)[:, None]
+            where = where if self.slots is None else self.slots.gather(1, where)
             cast(Tensor, self.keys)[rows, :, where] = key_states.transpose(1, 2)
             cast(Tensor, self.values)[rows, :, where] = value_states.transpose(1, 2)
         return cast(Tensor, self.keys), cast(Tensor, self.values)
@@ -80,6 +93,10 @@ class KeyValueStore(Cache):
         super().__init__(layers=[_PositionLayer() for _ in range(layers)])
         self.where: Int[Tensor, "batch query"] | None = None
 
+    def keep(self, layer: int, kept: Int[Tensor, "batch count"]) -> None:
+        """Let a layer forget the keys and values of all positions but `kept`; a pass over everything brings them back."""
+        cast(_PositionLayer, self.layers[layer]).keep(kept)
+
     def values_of(self, layer: int) -> Float[Tensor, "batch position feature"]:
         """Return the kept value vectors of a layer, heads side by side as the value projection puts them."""
         kept = cast(Tensor, cast(_PositionLayer, self.layers[layer]).values)
@@ -107,46 +124,52 @@ def new_store(model: LanguageModel) -> KeyValueStore:
     return KeyValueStore(config.num_hidden_layers)
 
 
-def whole_pass(model: LanguageModel) -> Pass:
-    """Return passes that keep nothing."""
-
-    def run(ids: Int[Tensor, "batch position"], _: bool) -> Hidden:
-        return Hidden(network_body(model)(input_ids=ids, use_cache=False).last_hidden_state, 0, ids.numel())
-
-    return run
-
-
-def block_pass(model: LanguageModel, *, kind: BlockCache, block: range) -> Pass:
-    """Return passes over one block that reuse the keys and values of what lies outside.
+def run_whole(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch place"],
+    *,
+    places: Int[Tensor, "place"] | None = None,
+    store: KeyValueStore | None = None,
+) -> Hidden:
+    """Run the network on all places.
 
     Args:
-        model: a diffusion model.
-        kind: `"prefix"` reuses what stands before the block, `"dual"` also what follows it.
-        block: positions of the block.
-
-    Returns:
-        Passes, to be called with the same number of visible positions every time. A fresh one computes all positions, as the
-        first must; the others use what the last fresh one kept outside.
-
-    Raises:
-        InputError: layers with sliding windows.
-
-    Source: Fast-dLLM (arXiv 2505.22618), section 3.2. With a logit shift of 1 the position before the block is computed too,
-        because it predicts the block's first token.
+        model: any loaded model.
+        ids: what it reads.
+        places: position of each place in the text; None is 0, 1, ...
+        store: takes all keys and values, in the place of those that it keeps.
     """
-    store = new_store(model)
+    options: dict[str, Any] = {} if places is None else {"position_ids": places[None]}
+    if store is not None:
+        store.where = None
+        positions = torch.arange(ids.shape[1], device=ids.device) if places is None else places
+        options = {"position_ids": positions[None], "past_key_values": store}
+    output = network_body(model)(input_ids=ids, use_cache=store is not None, **options)
+    return Hidden(output.last_hidden_state, None, ids.numel())
 
-    def run(ids: Int[Tensor, "batch position"], fresh: bool) -> Hidden:
-        """Compute all positions, or those that the kept keys and values do not stand for."""
-        first = 0 if fresh else max(block.start - model.logit_shift, 0)
-        last = block.stop if kind == "dual" and not fresh else ids.shape[1]
-        positions = torch.arange(first, last, device=ids.device)[None]
-        store.where = None if fresh else positions.expand(len(ids), -1)
-        queries = ids[:, first:last]
-        output = network_body(model)(input_ids=queries, position_ids=positions, past_key_values=store, use_cache=True)
-        return Hidden(output.last_hidden_state, first, queries.numel())
 
-    return run
+def run_rows(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch place"],
+    rows: Int[Tensor, "batch query"],
+    *,
+    store: KeyValueStore,
+    places: Int[Tensor, "place"] | None = None,
+) -> Hidden:
+    """Run the network on some places of each row, which see what is kept of the others.
+
+    Args:
+        model: any loaded model.
+        ids: the text.
+        rows: places that are computed; their keys and values replace the kept ones.
+        store: of a pass over everything before.
+        places: as in `run_whole`.
+    """
+    store.where = rows
+    queries = ids.gather(1, rows)
+    positions = rows if places is None else places[rows]
+    output = network_body(model)(input_ids=queries, position_ids=positions, past_key_values=store, use_cache=True)
+    return Hidden(output.last_hidden_state, rows, queries.numel())
 
 
 def states_at(model: LanguageModel, hidden: Hidden, where: Bool[Tensor, "batch position"]) -> Float[Tensor, "selected feature"]:
@@ -154,11 +177,18 @@ def states_at(model: LanguageModel, hidden: Hidden, where: Bool[Tensor, "batch p
 
     Args:
         model: any loaded model.
-        hidden: states that cover these positions, and the ones before them for a logit shift of 1.
+        hidden: states that cover these positions, for a logit shift of 1 the ones before them.
         where: positions whose token is to be predicted. With a shift, position 0 keeps its own state.
     """
     rows, positions = where.nonzero(as_tuple=True)
-    return hidden.states[rows, (positions - model.logit_shift).clamp(min=0) - hidden.first]
+    index = hidden.index(where.shape[1])[rows, (positions - model.logit_shift).clamp(min=0)]
+    return hidden.states[rows, index]
+
+
+def readable(model: LanguageModel, hidden: Hidden, places: int) -> Bool[Tensor, "batch place"]:
+    """Mark the places whose token a pass predicts: those whose state, or for a logit shift the one before, it computed."""
+    before = (torch.arange(places, device=hidden.states.device) - model.logit_shift).clamp(min=0)
+    return hidden.index(places)[:, before] >= 0
 
 
 def logits_from(

@@ -1,83 +1,78 @@
-"""Fast greedy decoding of masked diffusion models: caches, parallel commits by confidence, a trimmed suffix, an early stop.
+"""Fast greedy decoding of masked diffusion models, out of four choices: commit, remask, recompute, visible.
 
 The end of a block may also be written without further passes: by the best tokens of the last one, or by a fitted `LateStep`.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lib.core.errors import InputError, require
-from lib.decoding.caches import Hidden, Pass, block_pass, logits_from, new_store, states_at, whole_pass
-from lib.decoding.late_steps import LateStep, beside, most_left
-from lib.decoding.refresh import adaptive_pass
+from lib.decoding.caches import Hidden, logits_from, new_store, readable
+from lib.decoding.commit import Commit, Credit, Quota, Threshold
+from lib.decoding.late_steps import LateStep, Predictor, most_left
+from lib.decoding.recompute import Adaptive, Blockwise, Pass, Recompute, Vicinity
+from lib.decoding.remask import BlockEnds, NarrowOut, Remask, Shadows
+from lib.decoding.view import View, guess
+from lib.decoding.visible import Visible
 from lib.diffusion import block_sampler, commits, sampler
 from lib.diffusion.block_rules import rule_of
 from lib.models.language_model import LanguageModel, check_length
 
-CacheKind = Literal["none", "prefix", "dual", "adaptive"]
-
 
 @dataclass(frozen=True)
 class DecodingPlan:
-    """How text is decoded, block by block.
+    """How text is decoded, block by block: the four choices, and how texts and blocks end.
 
     Attributes:
-        cache: `"none"`; `"prefix"` or `"dual"` as in `caches.block_pass`; `"adaptive"` as in `refresh.adaptive_pass`.
-        refresh_every: denoising steps from one full pass to the next within a block; None is one at the block's start. 1 keeps
-            nothing.
-        refresh_ratio: share of positions recomputed by an adaptive cache, in (0, 1].
-        threshold: commit every token of the block whose probability is above it, and the most probable one in any case; 1 is one
-            token a step.
-        steps_per_block: commit a fixed number of tokens a step instead, as `sampler.sample` does.
-        suffix_blocks: masked blocks after the current one that the network sees; None is all of them.
+        commit: which predictions of a pass are written.
+        remask: what a pass takes back or changes of what is written in the block; None is nothing.
+        recompute: which places a pass computes anew.
+        visible: which places the network is given.
         early_stop: end a text when an end token is committed and nothing before it is masked; what follows becomes end tokens.
         late_share: when at most this share of the block is still masked, write the rest at once without another pass.
         late_step: what predicts those tokens; None is the best token of the last pass.
+        ends: where blocks end.
 
     Raises:
         InputError: a value out of range, or options that do not go together.
     """
 
-    cache: CacheKind = "none"
-    refresh_every: int | None = None
-    refresh_ratio: float | None = None
-    threshold: float | None = None
-    steps_per_block: int | None = None
-    suffix_blocks: int | None = None
+    commit: Commit = field(default_factory=Quota)
+    remask: Remask | None = None
+    recompute: Recompute = field(default_factory=Recompute)
+    visible: Visible = field(default_factory=Visible)
     early_stop: bool = False
     late_share: float | None = None
-    late_step: LateStep | None = field(default=None, repr=False, compare=False)
+    late_step: Predictor | None = field(default=None, repr=False, compare=False)
+    ends: BlockEnds = field(default_factory=BlockEnds)
 
     def __post_init__(self) -> None:
-        if self.cache not in get_args(CacheKind):
-            raise InputError(f"cache must be one of {', '.join(get_args(CacheKind))}, got {self.cache!r}: choose one")
-        if (self.threshold is None) == (self.steps_per_block is None):
-            got = f"{self.threshold} and {self.steps_per_block}"
-            raise InputError(f"a plan must have either threshold or steps_per_block, got {got}: set one of them")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise InputError(f"threshold must be a probability, got {self.threshold}: choose one in [0, 1]")
-        for name, least in (("steps_per_block", 1), ("refresh_every", 1), ("suffix_blocks", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}: raise it or leave it out")
-        if self.cache == "none" and self.refresh_every is not None:
-            raise InputError(f"refresh_every must go with a cache, got {self.refresh_every} without: drop it or choose a cache")
-        if (self.cache == "adaptive") != (self.refresh_ratio is not None):
-            raise InputError(
-                f"refresh_ratio must go with cache='adaptive', got {self.refresh_ratio} with {self.cache!r}: set both or none"
-            )
-        if self.refresh_ratio is not None and not 0 < self.refresh_ratio <= 1:
-            raise InputError(f"refresh_ratio must be a share in (0, 1], got {self.refresh_ratio}: use 0.25 for a quarter")
         if self.late_share is not None and not 0 < self.late_share < 1:
             raise InputError(f"late_share must be a share in (0, 1), got {self.late_share}: use 0.25 for a quarter")
         if self.late_step is not None and self.late_share is None:
             raise InputError("late_step must go with late_share, got none: say from which share of masks on it is used")
+        rule, remedy = "tokens that are written late must stay", "leave out late_share or remask"
+        require(self.late_share is None or self.remask is None, rule, f"{self.remask} with late_share", remedy)
+        shadows = isinstance(self.remask, NarrowOut) == isinstance(self.recompute, Shadows)
+        require(shadows, "NarrowOut must go with Shadows", f"{self.remask} with {self.recompute}", "set both or none")
+        dual = isinstance(self.recompute, Blockwise) and self.recompute == Blockwise()
+        rule, remedy = "eviction must go with a dual cache without refresh", "use recompute=Blockwise()"
+        require(dual or not self.visible.evicts, rule, f"{self.recompute}", remedy)
+        outside = "tokens can be judged where a pass computes them all"
+        fits = self.remask is None or isinstance(self.recompute, Adaptive | Blockwise | Vicinity) or not self.recompute.keeps
+        require(fits, outside, f"{self.remask} with {self.recompute}", "use a blockwise cache or none")
+
+    @property
+    def alone(self) -> bool:
+        """Tell whether rows are decoded one by one."""
+        return self.remask is not None or self.commit.watches or self.recompute.alone or self.visible.alone or self.ends.alone
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,27 @@ class Decoded:
     computed_tokens: int
 
 
+OnPass = Callable[[View], None]  # what is told of every pass, after its guess and before anything is written
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same while texts are written."""
+
+    model: LanguageModel
+    plan: DecodingPlan
+    start: int
+    total: int
+    block_length: int
+    stop: int | None
+    on_pass: OnPass | None
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token."""
+        return cast(int, self.model.mask_token_id)
+
+
 @torch.inference_mode()
 def decode(
     model: LanguageModel,
@@ -104,6 +120,7 @@ def decode(
     block_length: int,
     plan: DecodingPlan,
     stop_token_id: int | None = None,
+    on_pass: OnPass | None = None,
 ) -> Decoded:
     """Denoise from all-masked to text, greedily.
 
@@ -114,124 +131,117 @@ def decode(
         block_length: tokens of a semi-autoregressive block.
         plan: what is computed, kept, and committed.
         stop_token_id: the end token, needed for an early stop.
+        on_pass: called after every pass with the view that the choices get.
 
     Returns:
-        Text and counts. With `cache="none"`, all of the suffix and `steps_per_block` it is the text of `sampler.sample` at
-        temperature 0. As there, a position at which the network predicts the mask token itself may be left masked.
+        Text and counts. With every choice left as it is, the text of `sampler.sample` at temperature 0. As there, a position at
+        which the network predicts the mask token itself may be left masked.
 
     Raises:
         InputError: an autoregressive model, a length that does not divide, an early stop without its token, layers with sliding
-            windows in a cached plan; what a model whose attention goes by blocks has no use for.
+            windows where keys are kept; what a model whose attention goes by blocks has no use for.
 
-    Source: Fast-dLLM (arXiv 2505.22618) for block caches and the threshold, Streaming-dLLM (arXiv 2601.17917) for the trimmed
-        suffix and the early stop, dLLM-Cache (arXiv 2506.06295) for the adaptive refresh. Known deviations: the suffix is cut at
-        a block's border with nothing kept beyond it, and the threshold is constant. A model whose attention goes by blocks is
-        decoded by `block_sampler.generate`: it sees no suffix, and its prefix cache is exact.
+    Source: each choice names its own. A model whose attention goes by blocks is decoded by `block_sampler.generate`: it sees no
+        suffix, and its prefix cache is exact.
     """
+    sizes = {"new_tokens": new_tokens, "block_length": block_length}
     if model.goes_by_blocks:
-        return _decode_by_blocks(
-            model, prompt, new_tokens=new_tokens, block_length=block_length, plan=plan, stop_token_id=stop_token_id
-        )
-    _check(model, new_tokens=new_tokens, block_length=block_length, plan=plan, stop_token_id=stop_token_id)
-    start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
-    total = start + new_tokens
+        return _decode_by_blocks(model, prompt, **sizes, plan=plan, stop_token_id=stop_token_id)
+    _check(model, **sizes, plan=plan, stop_token_id=stop_token_id)
+    total = prompt.shape[1] + new_tokens
     check_length(model, total)  # passes over a trimmed suffix would find out late
-    ids = torch.full((len(prompt), total), mask_id, dtype=torch.long, device=model.device)
-    ids[:, :start] = prompt.to(model.device)
     stop = stop_token_id if plan.early_stop else None
+    job = _Job(model, plan, prompt.shape[1], total, block_length, stop, on_pass)
+    parts = [_decode(job, part) for part in (prompt.split(1) if plan.alone else (prompt,))]
+    forwards, computed = sum(part.forwards for part in parts), sum(part.computed_tokens for part in parts)
+    return Decoded(torch.cat([part.ids for part in parts]), forwards, computed)
+
+
+def _decode(job: _Job, prompt: Tensor) -> Decoded:
+    """Write block after block."""
+    ids = torch.full((len(prompt), job.total), job.mask_id, dtype=torch.long, device=job.model.device)
+    ids[:, : job.start] = prompt.to(job.model.device)
     forwards = computed = 0
-    for first in range(start, total, block_length):
-        block = range(first, first + block_length)
-        unfinished = (ids[:, block.start : block.stop] == mask_id).any(1)
+    first = job.start
+    while first < job.total:
+        block, looks = _next_block(job, ids, first)
+        first, forwards, computed = block.stop, forwards + looks, computed + looks * ids.numel()
+        unfinished = (ids[:, block.start : block.stop] == job.mask_id).any(1)
         if not bool(unfinished.any()):
             break
-        end = total if plan.suffix_blocks is None else min(total, block.stop + plan.suffix_blocks * block_length)
-        done = _finish_block(model, ids[unfinished], start=start, block=block, end=end, plan=plan, stop=stop)
+        done = _finish_block(job, ids[unfinished], block, passes=forwards)
         ids[unfinished] = done.ids
         forwards, computed = forwards + done.forwards, computed + done.computed_tokens
     return Decoded(ids, forwards, computed)
 
 
-def _decode_by_blocks(
-    model: LanguageModel,
-    prompt: Tensor,
-    *,
-    new_tokens: int,
-    block_length: int,
-    plan: DecodingPlan,
-    stop_token_id: int | None,
-) -> Decoded:
-    """Decode with a model whose attention goes by blocks; behind an early stop stand end tokens."""
-    sampler.check_blocks(model, block_length=block_length)
-    useless = {
-        "cache": plan.cache in ("dual", "adaptive"),
-        "refresh_every": plan.refresh_every is not None,
-        "suffix_blocks": plan.suffix_blocks not in (None, 0),
-        "late_share": plan.late_share is not None,
-    }
-    got = ", ".join(f"{name}={getattr(plan, name)!r}" for name, given in useless.items() if given)
-    require(not got, "a plan must fit a model whose attention goes by blocks", got, "leave it out; cache='prefix' is exact there")
-    _check_stop(model, plan, stop_token_id)
-    rule = replace(
-        rule_of(model),
-        rule="quota" if plan.threshold is None else "above or best",
-        threshold=plan.threshold,
-        steps=plan.steps_per_block,
-        edit_threshold=None,
-    )
-    stops = [cast(int, stop_token_id)] if plan.early_stop else []
-    options = {"rule": rule, "stop_token_ids": stops, "use_cache": plan.cache == "prefix"}
-    text = block_sampler.generate(model, prompt, new_tokens=new_tokens, **options)
-    behind = torch.arange(text.ids.shape[1], device=text.ids.device) >= text.ends[:, None]
-    ids = text.ids.masked_fill(behind, stops[0]) if stops else text.ids
-    return Decoded(ids, text.forwards, text.computed_tokens)
+def _next_block(job: _Job, ids: Tensor, first: int) -> tuple[range, int]:
+    """Return the block that begins at `first`, and the passes that it took to find its end."""
+    usual = range(first, min(first + job.block_length, job.total))
+    end, looks = job.plan.ends.end(job.model, ids, usual, new_tokens=job.total - job.start)
+    return range(first, end), looks
 
 
-def _finish_block(
-    model: LanguageModel, ids: Tensor, *, start: int, block: range, end: int, plan: DecodingPlan, stop: int | None
-) -> Decoded:
-    """Commit the tokens of one block, the network seeing the positions before `end`."""
-    mask_id = cast(int, model.mask_token_id)
-    in_block = torch.zeros_like(ids, dtype=torch.bool)
-    in_block[:, block.start : block.stop] = True
-    # At least one token is committed a step, so a threshold needs no more steps than the block has tokens.
-    steps = plan.steps_per_block or len(block)
-    counts = commits.commit_schedule(((ids == mask_id) & in_block).sum(1), steps=steps)
-    forwards = computed = 0
-    with _passes(model, plan, block) as forward:
-        for step in range(steps):
-            where = (ids == mask_id) & in_block
-            if not bool(where.any()):
-                break
-            run = partial(forward, ids[:, :end], step % (plan.refresh_every or steps) == 0)
-            hidden = run()
-            forwards, computed = forwards + 1, computed + hidden.computed
-            logits = logits_from(model, hidden, where[:, :end], again=run)
-            chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
-            confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
-            confidence[where] = commits.probability_of(logits, chosen)
-            if plan.threshold is None:
-                committed = commits.most_confident(confidence, counts[:, step].minimum(where.sum(1)))
-            else:
-                committed = confident_positions(confidence, threshold=plan.threshold)
-            guessed = ids.masked_scatter(where, chosen)
-            ids = torch.where(committed, guessed, ids)
-            if plan.late_share is not None:
-                late = late_positions((ids == mask_id) & in_block, most=most_left(plan.late_share, block_length=len(block)))
-                ids = _written_late(model, hidden, torch.where(late, guessed, ids), late, plan.late_step, guessed)
-            if stop is not None:
-                ids = torch.cat([ids[:, :start], fill_finished(ids[:, start:], mask_id=mask_id, stop_token_id=stop)], dim=1)
-    return Decoded(ids, forwards, computed)
+def _finish_block(job: _Job, ids: Tensor, block: range, *, passes: int) -> Decoded:
+    """Write the tokens of one block."""
+    plan = job.plan
+    at = torch.tensor(plan.visible.places(block, total=job.total, block_length=job.block_length), device=ids.device)
+    # At least one token is committed a step, so a rule without a schedule needs no more steps than the block has tokens.
+    steps = plan.commit.steps or len(block)
+    most = steps if plan.remask is None else plan.remask.most_steps(len(block))
+    quota = commits.commit_schedule((ids[:, block.start : block.stop] == job.mask_id).sum(1), steps=steps)
+    view, computed = View(ids[:, at], at, block, job.start, job.mask_id, quota, passes=passes), 0
+    with ExitStack() as stack:
+        for choice in (plan.commit, plan.visible):
+            stack.enter_context(choice.opened(job.model, view))
+        forward = stack.enter_context(plan.recompute.passes(job.model, view))
+        while _goes_on(plan, view, most):
+            computed += _read(job, view, forward).computed
+            ids[:, at] = _written(job, view)
+            if job.stop is not None:
+                new = fill_finished(ids[:, job.start :], mask_id=job.mask_id, stop_token_id=job.stop)
+                ids = torch.cat([ids[:, : job.start], new], dim=1)
+            changed = not torch.equal(view.ids, ids[:, at])
+            view.after = 0 if bool(view.is_open.any()) else view.after + 1 if changed else len(block) * most
+            view.ids, view.step, view.passes = ids[:, at], view.step + 1, view.passes + 1
+    return Decoded(ids, view.step, computed)
 
 
-def _written_late(
-    model: LanguageModel, hidden: Hidden, ids: Tensor, late: Tensor, step: LateStep | None, guessed: Tensor
-) -> Tensor:
-    """Correct the tokens at the positions `late`, which hold the best ones of the last pass."""
-    if step is None or not bool(late.any()):
-        return ids
-    left, right = beside(guessed, late)
-    return ids.masked_scatter(late, step.predict(model, states_at(model, hidden, late), left=left, right=right))
+def _goes_on(plan: DecodingPlan, view: View, most: int) -> bool:
+    """Tell whether a block needs another pass: it has masks, or is looked at again after its last one."""
+    if bool(view.is_open.any()):
+        return view.step < most
+    return plan.remask is not None and view.after < plan.remask.post_passes
+
+
+def _read(job: _Job, view: View, forward: Pass) -> Hidden:
+    """Make one pass, and note in the view what it predicts."""
+    plan, run = job.plan, partial(forward, view)
+    view.hidden = hidden = run()
+    asked = view.is_open if plan.remask is None else view.is_open | view.written
+    where = asked & readable(job.model, hidden, view.ids.shape[1])
+    logits = plan.commit.adjusted(view, logits_from(job.model, hidden, where, again=run), where)
+    view.previous, view.guess = view.guess, guess(view.ids, where, logits)
+    plan.visible.after(job.model, view)
+    if job.on_pass is not None:
+        job.on_pass(view)
+    return hidden
+
+
+def _written(job: _Job, view: View) -> Int[Tensor, "batch place"]:
+    """Return the text after a pass: what is committed, and the end of the block where it is written at once."""
+    plan, guessed = job.plan, cast(Tensor, view.guess and view.guess.tokens)
+    view.committed = committed = plan.commit(view)
+    ids = torch.where(committed, guessed, view.ids)
+    if plan.late_share is not None:
+        most = most_left(plan.late_share, block_length=len(view.block))
+        late = late_positions((ids == job.mask_id) & view.in_block, most=most)
+        ids = torch.where(late, guessed, ids)
+        if plan.late_step is not None and bool(late.any()):
+            # What a step looks at beside a late place is the text with the last pass' guesses, not only with what is committed.
+            text = guessed if isinstance(plan.late_step, LateStep) else ids
+            ids = ids.masked_scatter(late, plan.late_step.write(job.model, cast(Hidden, view.hidden), text, late))
+    return ids if plan.remask is None else plan.remask(view, ids)
 
 
 def late_positions(open_now: Bool[Tensor, "batch position"], *, most: int) -> Bool[Tensor, "batch position"]:
@@ -241,32 +251,6 @@ def late_positions(open_now: Bool[Tensor, "batch position"], *, most: int) -> Bo
     [[False, False], [False, True]]
     """
     return open_now & (open_now.sum(1, keepdim=True) <= most)
-
-
-def _passes(model: LanguageModel, plan: DecodingPlan, block: range) -> AbstractContextManager[Pass]:
-    """Open the passes of one block."""
-    if plan.cache == "none":
-        return nullcontext(whole_pass(model))
-    if plan.cache == "adaptive":
-        return adaptive_pass(model, ratio=cast(float, plan.refresh_ratio), block=block)
-    return nullcontext(block_pass(model, kind=plan.cache, block=block))
-
-
-def confident_positions(confidence: Float[Tensor, "batch position"], *, threshold: float) -> Bool[Tensor, "batch position"]:
-    """Mark the positions above the threshold, and the most confident one of each row in any case.
-
-    Args:
-        confidence: probability of the predicted token; minus infinity where there is none.
-        threshold: probability.
-
-    Returns:
-        Nothing marked in a row without predictions.
-
-    >>> confident_positions(torch.tensor([[0.1, 0.9, 0.8], [0.1, 0.3, 0.2]]), threshold=0.5).tolist()
-    [[False, True, True], [False, True, False]]
-    """
-    best = torch.zeros_like(confidence, dtype=torch.bool).scatter(1, confidence.argmax(1, keepdim=True), True)
-    return (best | (confidence > threshold)) & confidence.isfinite()
 
 
 def fill_finished(generated: Int[Tensor, "batch position"], *, mask_id: int, stop_token_id: int) -> Int[Tensor, "batch position"]:
@@ -280,12 +264,79 @@ def fill_finished(generated: Int[Tensor, "batch position"], *, mask_id: int, sto
     return generated.masked_fill(ended & ~is_open, stop_token_id)
 
 
+def _decode_by_blocks(
+    model: LanguageModel,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    block_length: int,
+    plan: DecodingPlan,
+    stop_token_id: int | None,
+) -> Decoded:
+    """Decode with a model whose attention goes by blocks; behind an early stop stand end tokens."""
+    sampler.check_blocks(model, block_length=block_length)
+    _check_by_blocks(plan)
+    _check_stop(model, plan, stop_token_id)
+    threshold = plan.commit.threshold if type(plan.commit) is Threshold else None
+    own = type(plan.commit) in (Quota, Threshold)
+    rule = replace(
+        rule_of(model),
+        rule="quota" if threshold is None else "above or best",
+        threshold=threshold,
+        steps=plan.commit.steps,
+        edit_threshold=None,
+    )
+    stops = [cast(int, stop_token_id)] if plan.early_stop else []
+    choose = None if own else _Chooser(plan.commit, prompt.shape[1], cast(int, model.mask_token_id))
+    options = {"rule": rule, "stop_token_ids": stops, "use_cache": plan.recompute.keeps, "choose": choose}
+    text = block_sampler.generate(model, prompt, new_tokens=new_tokens, **options)
+    behind = torch.arange(text.ids.shape[1], device=text.ids.device) >= text.ends[:, None]
+    ids = text.ids.masked_fill(behind, stops[0]) if stops else text.ids
+    return Decoded(ids, text.forwards, text.computed_tokens)
+
+
+@dataclass
+class _Chooser:
+    """Lets a commit rule choose in a block sampler."""
+
+    commit: Commit
+    start: int
+    mask_id: int
+    view: View | None = None
+
+    def __call__(self, ids: Tensor, where: Tensor, logits: Tensor, block: range, quota: int) -> Tensor:
+        """Return what the rule commits of the predictions at `where`."""
+        asked = torch.full((len(ids), 1), quota, device=ids.device)
+        view = View(ids, torch.arange(ids.shape[1], device=ids.device), block, self.start, self.mask_id, asked)
+        if self.view is not None and self.view.block == block:
+            view.memory, view.previous, view.step = self.view.memory, self.view.guess, self.view.step + 1
+        view.guess, self.view = guess(ids, where, logits), view
+        return self.commit(view)
+
+
+def _check_by_blocks(plan: DecodingPlan) -> None:
+    """Refuse what a model whose attention goes by blocks has no use for."""
+    kept = plan.recompute
+    prefix = type(kept) is Recompute or (isinstance(kept, Blockwise) and kept.kind == "prefix" and kept.refresh_every is None)
+    suffix = type(plan.visible) is Visible and plan.visible.suffix_blocks in (None, 0) and plan.visible.suffix_tokens in (None, 0)
+    useless = {
+        "commit": isinstance(plan.commit, Credit) or plan.commit.watches,
+        "remask": plan.remask is not None,
+        "ends": plan.ends != BlockEnds(),
+        "recompute": not prefix,
+        "visible": not suffix,
+        "late_share": plan.late_share is not None,
+    }
+    got = ", ".join(f"{name}={getattr(plan, name)!r}" for name, given in useless.items() if given)
+    require(not got, "a plan must fit a model whose attention goes by blocks", got, "leave it out; a prefix cache is exact there")
+
+
 def _check(model: LanguageModel, *, new_tokens: int, block_length: int, plan: DecodingPlan, stop_token_id: int | None) -> None:
     sampler.check_sampling(model, new_tokens=new_tokens, steps=new_tokens, block=block_length)
     _check_stop(model, plan, stop_token_id)
     if plan.late_share is not None:
         most_left(plan.late_share, block_length=block_length)
-    if plan.cache != "none":
+    if plan.recompute.keeps or isinstance(plan.recompute, Adaptive):
         new_store(model)
 
 

@@ -6,8 +6,8 @@ then read, gives the state from which the sampler would have written its token, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.decoding.caches import read_out, states_at, whole_pass
+from lib.decoding.caches import Hidden, read_out, run_whole, states_at
 from lib.diffusion import sampler
 from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 
 Method = Literal["ridge", "nearest"]
+RADIUS = 4  # tokens on each side of a window of text
 SMALLEST_SCALE = 1e-6  # of a feature: one that never varies must not be blown up
 
 
@@ -34,6 +35,7 @@ class LateExamples:
         final: states from which the full sampler wrote the tokens, in later passes.
         tokens: what it wrote.
         prompt: which prompt each example belongs to.
+        window: the text around it as it then reads, its own place in the middle; -1 beyond the ends.
     """
 
     states: Float[Tensor, "example feature"]
@@ -42,6 +44,7 @@ class LateExamples:
     final: Float[Tensor, "example feature"]
     tokens: Int[Tensor, "example"]
     prompt: Int[Tensor, "example"]
+    window: Int[Tensor, "_ offset"] = field(default_factory=lambda: torch.empty((0, 2 * RADIUS + 1), dtype=torch.long))
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,32 @@ class LateStep:
             nearest = torch.cdist(z, self.inputs).topk(self.neighbours, largest=False).indices
             correction = self.outputs[nearest].mean(1)
         return read_out(model, (states.float() + self.offset + correction).to(states.dtype)).argmax(-1)
+
+    def of_examples(self, model: LanguageModel, examples: LateExamples) -> Int[Tensor, "example"]:
+        """Return the token of each example."""
+        return self.predict(model, examples.states, left=examples.left, right=examples.right)
+
+    def write(
+        self, model: LanguageModel, hidden: Hidden, ids: Int[Tensor, "batch place"], late: Bool[Tensor, "batch place"]
+    ) -> Int[Tensor, "selected"]:
+        """Return the tokens of the places `late` of a text that holds the last pass' guesses there."""
+        left, right = beside(ids, late)
+        return self.predict(model, states_at(model, hidden, late), left=left, right=right)
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Predicts late tokens."""
+
+    def of_examples(self, model: LanguageModel, examples: LateExamples) -> Int[Tensor, "example"]:
+        """Return the token of each example."""
+        ...
+
+    def write(
+        self, model: LanguageModel, hidden: Hidden, ids: Int[Tensor, "batch place"], late: Bool[Tensor, "batch place"]
+    ) -> Int[Tensor, "selected"]:
+        """Return the tokens of the places `late` of a text that holds the last pass' guesses there."""
+        ...
 
 
 @torch.inference_mode()
@@ -147,7 +176,7 @@ def _of_block(
     model: LanguageModel, steps: Sequence[DenoisingStep], ids: Tensor, *, block: range, most: int
 ) -> list[dict[str, Tensor]]:
     """Return the examples of one block by late state; `ids` is the finished text."""
-    mask_id, run = cast(int, model.mask_token_id), whole_pass(model)
+    mask_id = cast(int, model.mask_token_id)
     in_block = torch.zeros_like(ids, dtype=torch.bool)
     in_block[:, block.start : block.stop] = True
     final, waiting = torch.empty(0), []
@@ -155,7 +184,7 @@ def _of_block(
         left_masked = in_block & (following.is_masked if following else False)
         if int(left_masked.sum(1).min()) > most:
             continue
-        hidden = run(step.input_ids, True)
+        hidden = run_whole(model, step.input_ids)
         final = final if len(final) else torch.zeros_like(hidden.states)
         written = step.is_committed & in_block
         final[written] = states_at(model, hidden, written)
@@ -164,7 +193,9 @@ def _of_block(
         open_now = step.is_masked & in_block
         guesses = read_out(model, states_at(model, hidden, open_now)).argmax(-1)
         left, right = beside(step.input_ids.masked_scatter(open_now, guesses), where)
-        waiting.append((where, {"states": states_at(model, hidden, where), "left": left, "right": right}))
+        after = ids if following is None else following.input_ids
+        around = windows_at(after.masked_fill(where, mask_id), where)
+        waiting.append((where, {"states": states_at(model, hidden, where), "left": left, "right": right, "window": around}))
     return [
         {**known, "final": final[where], "tokens": ids[where], "prompt": where.nonzero()[:, 0]}
         for where, known in waiting
@@ -183,6 +214,16 @@ def beside(
     """
     rows, positions = where.nonzero(as_tuple=True)
     return ids[rows, (positions - 1).clamp(min=0)], ids[rows, (positions + 1).clamp(max=ids.shape[1] - 1)]
+
+
+def windows_at(ids: Int[Tensor, "batch position"], where: Bool[Tensor, "batch position"]) -> Int[Tensor, "selected offset"]:
+    """Return the tokens around each chosen position, `RADIUS` on each side, -1 beyond the ends.
+
+    >>> windows_at(torch.tensor([[5, 6, 7]]), torch.tensor([[True, False, False]])).tolist()
+    [[-1, -1, -1, -1, 5, 6, 7, -1, -1]]
+    """
+    padded = torch.nn.functional.pad(ids, (RADIUS, RADIUS), value=-1)
+    return padded.unfold(1, 2 * RADIUS + 1, 1)[where]
 
 
 @torch.inference_mode()
@@ -240,7 +281,7 @@ def fit(
     return LateStep(method=method, neighbours=min(neighbours, len(picked)), **floats)
 
 
-def agreement(model: LanguageModel, examples: LateExamples, step: LateStep | None) -> Float[Tensor, "prompt"]:
+def agreement(model: LanguageModel, examples: LateExamples, step: Predictor | None) -> Float[Tensor, "prompt"]:
     """Return the share of examples of each prompt whose token is predicted as the full sampler wrote it.
 
     Args:
@@ -248,10 +289,7 @@ def agreement(model: LanguageModel, examples: LateExamples, step: LateStep | Non
         examples: from prompts that nothing was fitted on.
         step: what predicts; None is the control, the best token of the last pass.
     """
-    if step is None:
-        predicted = read_out(model, examples.states).argmax(-1)
-    else:
-        predicted = step.predict(model, examples.states, left=examples.left, right=examples.right)
+    predicted = read_out(model, examples.states).argmax(-1) if step is None else step.of_examples(model, examples)
     right = (predicted == examples.tokens).double()
     return torch.stack([right[examples.prompt == prompt].mean() for prompt in examples.prompt.unique()])
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.decoding.caches import Hidden, KeyValueStore, Pass, new_store
+from lib.decoding.caches import Hidden, KeyValueStore, new_store
 from lib.models.language_model import LanguageModel, network_body
 
 DECIMALS = 5  # of a cosine similarity
+Pass = Callable[..., Hidden]  # (visible ids, whether nothing kept may be used, positions if not 0, 1, ...) -> hidden states
 
 
 def moved_most(
@@ -126,16 +127,17 @@ def adaptive_pass(model: LanguageModel, *, ratio: float, block: range = range(0)
     """
     features = _Features(ratio, new_store(model), range(max(block.start - model.logit_shift, 0), block.stop))
 
-    def run(ids: Int[Tensor, "batch position"], fresh: bool) -> Hidden:
+    def run(ids: Int[Tensor, "batch position"], fresh: bool, places: Int[Tensor, "position"] | None = None) -> Hidden:
         features.fresh = fresh
-        output = network_body(model)(input_ids=ids, past_key_values=features.store, position_ids=_positions(ids), use_cache=True)
+        positions = _positions(ids) if places is None else places[None]
+        output = network_body(model)(input_ids=ids, past_key_values=features.store, position_ids=positions, use_cache=True)
         queries = ids.shape[1] if fresh else refresh_count(ids.shape[1], ratio=ratio)
-        return Hidden(output.last_hidden_state, 0, len(ids) * queries)
+        return Hidden(output.last_hidden_state, None, len(ids) * queries)
 
     layers = list(cast(Any, model.network.get_decoder()).layers)
     stand_ins = {layer.self_attn: partial(features.attend, layer.self_attn.forward, layer=layer.self_attn) for layer in layers}
     stand_ins |= {layer.mlp: partial(features.feed, layer.mlp.forward, index=index) for index, layer in enumerate(layers)}
-    with _replaced(stand_ins):
+    with replaced(stand_ins):
         yield run
 
 
@@ -144,8 +146,12 @@ def _positions(ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(stand_ins: dict[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another `forward` inside the context."""
+def replaced(stand_ins: dict[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another `forward` inside the context.
+
+    Args:
+        stand_ins: what to call instead, by module.
+    """
     before = {module: vars(module).get("forward") for module in stand_ins}
     for module, stand_in in stand_ins.items():
         module.forward = stand_in

@@ -19,6 +19,9 @@ from lib.diffusion.block_rules import BlockRule, block_ranges, committed_places,
 from lib.diffusion.commits import DenoisingStep
 from lib.models.language_model import LanguageModel
 
+# (text, places that are predicted, their logits, block, quota) -> places that are committed, in the stead of a rule's own choice
+Chooser = Callable[[Tensor, Tensor, Tensor, range, int], Tensor]
+
 
 @dataclass(frozen=True)
 class BlockText:
@@ -79,6 +82,7 @@ class _Writer:
     stop: Int[Tensor, "stop"]
     on_step: Callable[[DenoisingStep], None] | None
     head: Callable[[Tensor], Tensor] = field(repr=False)
+    choose: Chooser | None = None
 
 
 @torch.inference_mode()
@@ -94,6 +98,7 @@ def generate(
     use_cache: bool = True,
     generator: torch.Generator | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
+    choose: Chooser | None = None,
 ) -> BlockText:
     """Write block after block.
 
@@ -108,6 +113,7 @@ def generate(
         use_cache: keep keys and values of finished blocks; the text is the same.
         generator: CPU generator of the sampling stream, for a temperature above 0 or a random order.
         on_step: called after every pass that writes tokens; the ids it sees go to the end of the last block.
+        choose: says which tokens a step commits, in the place of the rule.
 
     Returns:
         The texts and counts. A place at which the network predicts the mask token itself counts as written.
@@ -129,7 +135,7 @@ def generate(
     canvas = _Canvas(ids, is_open, start, end, torch.full((len(prompt),), end, device=ids.device), limit)
     stop = torch.tensor(list(stop_token_ids), dtype=torch.long, device=ids.device)
     reader, head = BlockReader(model, origin=start, keeps=use_cache), cast(torch.nn.Linear, model.network.get_output_embeddings())
-    writer = _Writer(reader, rule, temperature, generator, stop, on_step, head)
+    writer = _Writer(reader, rule, temperature, generator, stop, on_step, head, choose)
     for block, quota in zip(blocks, _quotas(model, rule, blocks, canvas, steps), strict=True):
         if bool(canvas.is_open.any()):
             _write_block(writer, canvas, block, quota)
@@ -228,7 +234,10 @@ def _write_step(
     probability = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
     probability[where] = commits.probability_of(logits, chosen)
     confidence = probability.masked_fill(~canvas.is_open, float("-inf"))
-    committed = committed_places(confidence, rule, quota=quota, generator=writer.generator)
+    if writer.choose is None:
+        committed = committed_places(confidence, rule, quota=quota, generator=writer.generator)
+    else:
+        committed = writer.choose(ids, where, logits, part, quota)
     edits = torch.zeros_like(committed)
     if rule.edit_threshold is not None:
         edits = where & ~canvas.is_open & (predicted != ids) & (probability > rule.edit_threshold)

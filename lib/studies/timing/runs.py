@@ -11,13 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.core.errors import require
-from lib.decoding.decoder import Decoded, DecodingPlan, decode
+from lib.decoding.decoder import Decoded, DecodingPlan, OnPass, decode
+from lib.decoding.speculation import Speculation, speculate
 from lib.diffusion import sampler
 from lib.evaluation.harness import end_tokens
 from lib.models.language_model import LanguageModel, logits_at
 from lib.timing import clock
 
-Plan = DecodingPlan | Literal["plain sampler"]
+Plan = DecodingPlan | Speculation | Literal["plain sampler"]
 PLAIN: Literal["plain sampler"] = "plain sampler"  # `sampler.sample`: greedy, one token a step, nothing kept
 JUDGED_ROWS = 16  # texts that the judge reads at one time
 
@@ -154,14 +155,30 @@ def run_decoder(
     new_tokens: int,
     block_length: int,
     batch_size: int,
+    on_pass: OnPass | None = None,
 ) -> Decoded:
-    """Continue prompts, `batch_size` at one time, with the plain sampler or by a plan."""
+    """Continue prompts, `batch_size` at one time, with the plain sampler or by a plan; drafts are of one prompt at a time.
+
+    Args:
+        model: a diffusion model.
+        prompts: of equal length.
+        plan: how.
+        new_tokens: tokens after every prompt.
+        block_length: tokens of a block.
+        batch_size: prompts decoded together.
+        on_pass: as `decode` takes it; the plain sampler and drafts have no view to tell of.
+    """
     parts = []
+    if isinstance(plan, Speculation):
+        batch_size = 1
     for part in prompts.split(batch_size):
         if isinstance(plan, DecodingPlan):
             stop = None if model.tokenizer is None else cast(int | None, model.tokenizer.eos_token_id)
             sizes = {"new_tokens": new_tokens, "block_length": block_length}
-            parts.append(decode(model, part, **sizes, plan=plan, stop_token_id=stop))
+            parts.append(decode(model, part, **sizes, plan=plan, stop_token_id=stop, on_pass=on_pass))
+        elif isinstance(plan, Speculation):
+            made = speculate(model, part, new_tokens=new_tokens, block_length=block_length, drafts=plan.drafts)
+            parts.append(Decoded(made.ids, made.forwards, made.computed_tokens))
         else:
             ids = sampler.sample(model, part, new_tokens=new_tokens, steps=new_tokens, block_length=block_length)
             parts.append(Decoded(ids, new_tokens, new_tokens * ids.numel()))

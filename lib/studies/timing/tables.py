@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib.core.errors import require
 from lib.decoding import late_steps
-from lib.decoding.late_steps import LateExamples, LateStep
+from lib.decoding.late_steps import LateExamples, Predictor
 from lib.evaluation import paired
 from lib.models.language_model import LanguageModel
 from lib.studies.timing.runs import PLAIN, DecoderRun
@@ -46,7 +46,7 @@ def agreement(run: DecoderRun, plain: DecoderRun) -> Float[Tensor, "prompt"]:
     return same.sum(1).double() / plain.is_text.sum(1)
 
 
-def late_table(model: LanguageModel, held_out: LateExamples, steps: Mapping[str, LateStep | None], *, seed: int) -> pd.DataFrame:
+def late_table(model: LanguageModel, held_out: LateExamples, steps: Mapping[str, Predictor | None], *, seed: int) -> pd.DataFrame:
     """Compare predictors of late tokens with leaving the same passes out.
 
     Args:

@@ -14,7 +14,6 @@ from scipy.stats import norm
 from torch import Tensor
 
 from lib.core.errors import require
-from lib.decoding.decoder import DecodingPlan
 from lib.diffusion import sampler
 from lib.evaluation import paired, tasks
 from lib.evaluation.harness import HarnessModel, denoising_plan
@@ -146,24 +145,45 @@ def difference_interval(only_first: int, only_second: int, *, documents: int) ->
 
 
 def answers(
-    model: LanguageModel, task: LoadedTask, plan: Plan, *, settings: EvaluationSettings, limit: int | None = None
+    model: LanguageModel,
+    task: LoadedTask,
+    plan: Plan,
+    *,
+    settings: EvaluationSettings,
+    limit: int | None = None,
+    tally: list[tuple[int, int]] | None = None,
 ) -> tuple[bool, ...]:
-    """Return which documents of a generation task a decoder answers correctly."""
-    if not isinstance(plan, DecodingPlan):
+    """Return which documents of a generation task a decoder answers correctly.
+
+    Args:
+        model: a diffusion model with its tokenizer.
+        task: as `load` returns it.
+        plan: how answers are written.
+        settings: lengths and blocks.
+        limit: only the first documents.
+        tally: takes the tokens of a text and the passes of each batch of answers; nothing of the plain sampler.
+    """
+    if plan == PLAIN:
         return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit)[task.name].correct
-    decoded = functools.partial(_Decoder, plan=plan)
+    decoded = functools.partial(_Decoder, plan=plan, tally=tally)
     return tasks.evaluate(model, {task.name: task}, settings=settings, limit=limit, adapter=decoded)[task.name].correct
 
 
 class _Decoder(HarnessModel):
     """The lm_eval adapter with another generator."""
 
-    def __init__(self, model: LanguageModel, *, settings: EvaluationSettings, plan: DecodingPlan) -> None:
+    def __init__(
+        self, model: LanguageModel, *, settings: EvaluationSettings, plan: Plan, tally: list[tuple[int, int]] | None = None
+    ) -> None:
         super().__init__(model, settings=settings)
-        self.plan = plan
+        self.plan: Plan = plan
+        self.tally = tally
 
     def _generate(self, prompts: Sequence[Sequence[int]], new: int) -> Int[Tensor, "batch new"]:
         length, _, block = denoising_plan(new, self.settings)
-        sizes = {"new_tokens": length, "block_length": block, "batch_size": len(prompts)}
+        sizes: dict[str, Any] = {"new_tokens": length, "block_length": block, "batch_size": len(prompts)}
         start = len(prompts[0])
-        return run_decoder(self.model, torch.tensor(prompts), self.plan, **sizes).ids[:, start : start + new]
+        made = run_decoder(self.model, torch.tensor(prompts), self.plan, **sizes)
+        if self.tally is not None:
+            self.tally.append((length, made.forwards))
+        return made.ids[:, start : start + new]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.decoding import caches
-from lib.decoding.caches import BlockCache
+from lib.decoding.recompute import BlockCache, Blockwise
+from lib.decoding.view import View
 from lib.models import language_model, loading
 from lib.models.language_model import LanguageModel
 from tests import tiny
@@ -65,6 +67,21 @@ def stale_states(model: LanguageModel, *, before: Tensor, now: Tensor, renewed: 
         return states(model, now)
 
 
+def block_pass(model: LanguageModel, *, kind: BlockCache, block: range) -> Any:
+    """Passes by (ids, whether nothing kept may be used), and the first place that each computes."""
+    stack = ExitStack()
+    view = View(tiny.ids(1, 1), torch.arange(1), block, 0, tiny.MASK, tiny.ids(1, 1))
+    forward = stack.enter_context(Blockwise(kind=kind).passes(model, view))
+
+    def run(ids: Tensor, fresh: bool) -> SimpleNamespace:
+        view.ids, view.places, view.step = ids, torch.arange(ids.shape[1]), 0 if fresh else 1
+        hidden = forward(view)
+        first = 0 if hidden.rows is None else int(hidden.rows[0, 0])
+        return SimpleNamespace(states=hidden.states, first=first, computed=hidden.computed, hidden=hidden)
+
+    return run
+
+
 def renewed_by(kind: BlockCache, shift: int) -> range:
     return range(BLOCK.start - shift, BLOCK.stop if kind == "dual" else LENGTH)
 
@@ -80,7 +97,7 @@ def changed(ids: Tensor, *, seed: int) -> Tensor:
 def test_a_fresh_pass_is_a_plain_one(model: LanguageModel, kind: BlockCache) -> None:
     ids = tiny.ids(2, LENGTH)
     with torch.inference_mode():
-        run = caches.block_pass(model, kind=kind, block=BLOCK)
+        run = block_pass(model, kind=kind, block=BLOCK)
         for seed in (1, 2):  # a later fresh pass keeps nothing of an earlier one
             hidden = run(changed(ids, seed=seed), True)
             assert torch.equal(hidden.states, states(model, changed(ids, seed=seed)))
@@ -92,7 +109,7 @@ def test_a_cached_pass_sees_stale_keys_outside_and_new_ones_inside_on_both_sides
     before = tiny.ids(2, LENGTH)
     renewed = renewed_by(kind, model.logit_shift)
     with torch.inference_mode():
-        run = caches.block_pass(model, kind=kind, block=BLOCK)
+        run = block_pass(model, kind=kind, block=BLOCK)
         run(before, True)
         for seed in (1, 2):  # the second pass must replace the keys of the first, not follow them
             now = changed(before, seed=seed)
@@ -108,7 +125,7 @@ def test_a_cached_pass_sees_stale_keys_outside_and_new_ones_inside_on_both_sides
 def test_a_cached_pass_over_unchanged_ids_is_exact(model: LanguageModel, kind: BlockCache) -> None:
     ids = tiny.ids(3, LENGTH)
     with torch.inference_mode():
-        run = caches.block_pass(model, kind=kind, block=BLOCK)
+        run = block_pass(model, kind=kind, block=BLOCK)
         run(ids, True)
         hidden = run(ids, False)
         full = states(model, ids)[:, hidden.first : hidden.first + hidden.states.shape[1]]
@@ -119,7 +136,7 @@ def test_a_cached_pass_over_unchanged_ids_is_exact(model: LanguageModel, kind: B
 def test_a_block_at_the_very_start_has_nothing_before_it(model: LanguageModel, kind: BlockCache) -> None:
     ids = tiny.ids(1, 8)
     with torch.inference_mode():
-        run = caches.block_pass(model, kind=kind, block=range(4))
+        run = block_pass(model, kind=kind, block=range(4))
         run(ids, True)
         hidden = run(ids, False)
     assert hidden.first == 0
@@ -132,7 +149,7 @@ def test_logits_are_read_where_logits_at_reads_them(model: LanguageModel) -> Non
     where = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     where[:, 0] = True
     with torch.inference_mode():
-        got = caches.logits_from(model, caches.whole_pass(model)(ids, True), where)
+        got = caches.logits_from(model, caches.run_whole(model, ids), where)
     assert torch.equal(got, language_model.logits_at(model, ids, where))
 
 
@@ -141,9 +158,9 @@ def test_logits_of_a_cached_pass_belong_to_the_block(model: LanguageModel) -> No
     where = torch.zeros_like(ids, dtype=torch.bool)
     where[0, BLOCK.start] = where[1, BLOCK.stop - 1] = True
     with torch.inference_mode():
-        run = caches.block_pass(model, kind="dual", block=BLOCK)
+        run = block_pass(model, kind="dual", block=BLOCK)
         run(ids, True)
-        got = caches.logits_from(model, run(ids, False), where)
+        got = caches.logits_from(model, run(ids, False).hidden, where)
     assert torch.allclose(got, language_model.logits_at(model, ids, where), atol=1e-6)
 
 

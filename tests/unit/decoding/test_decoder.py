@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from lib.core.errors import InputError
-from lib.decoding import decoder, refresh
-from lib.decoding.decoder import Decoded, DecodingPlan
+from lib.decoding import commit as committing
+from lib.decoding import decoder, recompute, refresh
+from lib.decoding.decoder import Decoded
+from lib.decoding.systems import fast_plan
 from lib.diffusion import sampler
 from lib.models import language_model
 from lib.models.language_model import LanguageModel
@@ -29,7 +31,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def run(model: LanguageModel, *, rows: int = 2, stop: int | None = None, prompt: Tensor | None = None, **plan: Any) -> Decoded:
     ids = tiny.ids(rows, PROMPT) if prompt is None else prompt
-    return decoder.decode(model, ids, new_tokens=NEW, block_length=BLOCK, plan=DecodingPlan(**plan), stop_token_id=stop)
+    return decoder.decode(model, ids, new_tokens=NEW, block_length=BLOCK, plan=fast_plan(**plan), stop_token_id=stop)
 
 
 def test_an_adaptive_cache_knows_the_block_in_hand(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +41,7 @@ def test_an_adaptive_cache_knows_the_block_in_hand(model: LanguageModel, monkeyp
         blocks.append(block)
         return refresh.adaptive_pass(*arguments, block=block, **options)
 
-    monkeypatch.setattr(decoder, "adaptive_pass", adaptive_pass)
+    monkeypatch.setattr(recompute, "adaptive_pass", adaptive_pass)
     run(model, threshold=1.0, **ADAPTIVE)
     assert blocks == [range(5, 9), range(9, 13), range(13, 17)]
 
@@ -73,7 +75,7 @@ def slow_threshold(model: LanguageModel, prompt: Tensor, *, threshold: float) ->
 @pytest.mark.parametrize(("block", "per_block"), [(12, 12), (12, 5), (4, 4), (4, 3), (3, 1), (1, 2)])
 def test_without_a_cache_the_schedule_is_the_plain_sampler(model: LanguageModel, block: int, per_block: int) -> None:
     prompt = tiny.ids(3, PROMPT)
-    plan = DecodingPlan(steps_per_block=per_block)
+    plan = fast_plan(steps_per_block=per_block)
     got = decoder.decode(model, prompt, new_tokens=NEW, block_length=block, plan=plan)
     steps = per_block * (NEW // block)
     assert torch.equal(got.ids, sampler.sample(model, prompt, new_tokens=NEW, steps=steps, block_length=block))
@@ -84,7 +86,7 @@ def test_without_a_cache_the_schedule_is_the_plain_sampler(model: LanguageModel,
 
 def test_a_window_hides_the_masks_beyond_it_and_nothing_else() -> None:
     stub = tiny.stub(ramp, vocab=4, mask_token_id=3)
-    plan = DecodingPlan(steps_per_block=2, suffix_blocks=1)
+    plan = fast_plan(steps_per_block=2, suffix_blocks=1)
     got = decoder.decode(stub, torch.zeros((2, 3), dtype=torch.long), new_tokens=8, block_length=2, plan=plan)
     inputs: list[Tensor] = stub.network.calls.inputs  # pyright: ignore
     assert [ids.shape[1] for ids in inputs] == [7, 7, 9, 9, 11, 11, 11, 11]
@@ -134,8 +136,8 @@ def test_threshold_one_is_one_token_a_step_and_zero_one_block_a_step(model: Lang
 def test_a_threshold_must_be_exceeded() -> None:
     """So a threshold of 1 commits one token even where the network is certain of several."""
     sure = torch.tensor([[1.0, 1.0, 0.5], [0.2, 0.5, 0.5], [-torch.inf, -torch.inf, -torch.inf]], dtype=torch.float64)
-    assert decoder.confident_positions(sure, threshold=1.0).sum(1).tolist() == [1, 1, 0]
-    assert decoder.confident_positions(sure, threshold=0.5).sum(1).tolist() == [2, 1, 0]
+    assert committing.confident_positions(sure, threshold=1.0).sum(1).tolist() == [1, 1, 0]
+    assert committing.confident_positions(sure, threshold=0.5).sum(1).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("threshold", [0.15, 0.25, 0.4])
@@ -211,11 +213,11 @@ def test_a_text_ends_when_all_before_the_end_token_is_done() -> None:
     stub = tiny.stub(surest_last_but_one, vocab=4, mask_token_id=3)
     prompt = torch.tensor([[0, 2]])  # an end token of the prompt ends nothing
     options: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "stop_token_id": 2}
-    plan = DecodingPlan(threshold=1.0, early_stop=True)
+    plan = fast_plan(threshold=1.0, early_stop=True)
     got = decoder.decode(stub, prompt, plan=plan, **options)
     assert got.ids.tolist() == [[0, 2, 1, 1, 2, 2, 2, 2, 2, 2]]
     assert got.forwards == 3
-    late = decoder.decode(stub, prompt, plan=DecodingPlan(threshold=1.0), **options)
+    late = decoder.decode(stub, prompt, plan=fast_plan(threshold=1.0), **options)
     assert late.ids.tolist() == [[0, 2, 1, 1, 2, 1, 1, 1, 1, 1]]
     assert late.forwards == 8
 
@@ -227,7 +229,7 @@ def test_a_text_that_has_ended_is_computed_no_more() -> None:
         return torch.nn.functional.one_hot(2 - input_ids[:, :1].expand(input_ids.shape), 4).float() * 9
 
     stub = tiny.stub(logits_of, vocab=4, mask_token_id=3)
-    plan = DecodingPlan(steps_per_block=2, early_stop=True)
+    plan = fast_plan(steps_per_block=2, early_stop=True)
     got = decoder.decode(stub, torch.tensor([[0], [1]]), new_tokens=8, block_length=2, plan=plan, stop_token_id=2)
     assert got.ids.tolist() == [[0, *[2] * 8], [1, *[1] * 8]]
     assert [len(ids) for ids in stub.network.calls.inputs] == [2, 2, *[1] * 6]  # pyright: ignore
@@ -236,9 +238,7 @@ def test_a_text_that_has_ended_is_computed_no_more() -> None:
 
 def test_a_network_that_predicts_masks_ends_too() -> None:
     stub = tiny.stub(lambda ids: torch.nn.functional.one_hot(torch.full_like(ids, 3), 4).float(), vocab=4, mask_token_id=3)
-    got = decoder.decode(
-        stub, torch.zeros((1, 2), dtype=torch.long), new_tokens=4, block_length=2, plan=DecodingPlan(threshold=0.9)
-    )
+    got = decoder.decode(stub, torch.zeros((1, 2), dtype=torch.long), new_tokens=4, block_length=2, plan=fast_plan(threshold=0.9))
     assert got.ids.tolist() == [[0, 0, 3, 3, 3, 3]]
     assert got.forwards == 4
 
@@ -261,7 +261,7 @@ def test_a_network_that_predicts_masks_ends_too() -> None:
 )
 def test_plans_that_make_no_sense_are_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        DecodingPlan(**plan)
+        fast_plan(**plan)
 
 
 @pytest.mark.parametrize(
@@ -269,14 +269,14 @@ def test_plans_that_make_no_sense_are_refused(plan: dict[str, Any], message: str
     [
         ({"new_tokens": 10}, "block_length must divide new_tokens, got 4 and 10"),
         ({"new_tokens": 0}, "block_length must divide new_tokens"),
-        ({"plan": DecodingPlan(threshold=0.5, early_stop=True)}, "must know an end token that is not the mask, got None"),
-        ({"plan": DecodingPlan(threshold=0.5, early_stop=True), "stop_token_id": 3}, "that is not the mask, got 3"),
-        ({"plan": DecodingPlan(threshold=0.5, late_share=0.2)}, "late_share must leave 1 to 3 of 4 positions masked, got 0.2"),
+        ({"plan": fast_plan(threshold=0.5, early_stop=True)}, "must know an end token that is not the mask, got None"),
+        ({"plan": fast_plan(threshold=0.5, early_stop=True), "stop_token_id": 3}, "that is not the mask, got 3"),
+        ({"plan": fast_plan(threshold=0.5, late_share=0.2)}, "late_share must leave 1 to 3 of 4 positions masked, got 0.2"),
     ],
 )
 def test_bad_input_is_refused_before_any_forward_pass(options: dict[str, Any], message: str) -> None:
     stub = tiny.stub(ramp, vocab=4, mask_token_id=3)
-    defaults: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "plan": DecodingPlan(threshold=0.5)}
+    defaults: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "plan": fast_plan(threshold=0.5)}
     with pytest.raises(InputError, match=message):
         decoder.decode(stub, torch.zeros((1, 2), dtype=torch.long), **{**defaults, **options})
     assert stub.network.calls.forwards == 0  # pyright: ignore
@@ -285,6 +285,4 @@ def test_bad_input_is_refused_before_any_forward_pass(options: dict[str, Any], m
 def test_an_autoregressive_model_is_refused() -> None:
     stub = tiny.stub(ramp, vocab=4, mask_token_id=None, is_causal=True)
     with pytest.raises(InputError, match="use continue_text"):
-        decoder.decode(
-            stub, torch.zeros((1, 2), dtype=torch.long), new_tokens=4, block_length=4, plan=DecodingPlan(threshold=1.0)
-        )
+        decoder.decode(stub, torch.zeros((1, 2), dtype=torch.long), new_tokens=4, block_length=4, plan=fast_plan(threshold=1.0))

@@ -12,8 +12,8 @@ from torch import Tensor
 from lib.core import runtime
 from lib.core.errors import InputError
 from lib.decoding import decoder, late_steps
-from lib.decoding.decoder import DecodingPlan
 from lib.decoding.late_steps import LateExamples, LateStep
+from lib.decoding.systems import fast_plan
 from lib.diffusion import sampler
 from lib.models import language_model
 from lib.models.language_model import LanguageModel
@@ -223,7 +223,7 @@ def test_the_control_saves_the_last_passes_of_a_block_and_a_step_writes_the_same
     model: LanguageModel, cache: dict[str, Any]
 ) -> None:
     prompts = tiny.ids(2, PROMPT, seed=7)
-    plan = DecodingPlan(threshold=1.0, late_share=0.34, **cache)
+    plan = fast_plan(threshold=1.0, late_share=0.34, **cache)
     control = decoder.decode(model, prompts, plan=plan, **SIZES)
     assert control.forwards == 2 * (BLOCK - 2)
     told = dataclasses.replace(plan, late_step=shouting(model, 4))
@@ -244,7 +244,7 @@ def test_what_decoding_asks_is_what_was_collected(model: LanguageModel, monkeypa
         return torch.zeros_like(left)
 
     monkeypatch.setattr(LateStep, "predict", predict)
-    plan = DecodingPlan(threshold=1.0, late_share=0.5, late_step=shouting(model, 4))
+    plan = fast_plan(threshold=1.0, late_share=0.5, late_step=shouting(model, 4))
     decoder.decode(model, prompts, plan=plan, new_tokens=BLOCK, block_length=BLOCK)
     ((states, left, right),) = seen
     assert torch.allclose(states, examples.states, atol=1e-5)
@@ -256,7 +256,7 @@ def test_rows_do_not_see_each_other(model: LanguageModel, fitted: bool) -> None:
     """Rows reach their late state at other steps."""
     prompts = tiny.ids(5, PROMPT, seed=9)
     step = late_steps.fit(model, late_steps.collect(model, prompts, share=0.5, **SIZES), rank=4) if fitted else None
-    plan = DecodingPlan(threshold=0.2, late_share=0.5, late_step=step)
+    plan = fast_plan(threshold=0.2, late_share=0.5, late_step=step)
     together = decoder.decode(model, prompts, plan=plan, **SIZES).ids
     alone = [decoder.decode(model, row[None], plan=plan, **SIZES).ids for row in prompts]
     assert torch.equal(together, torch.cat(alone))
@@ -282,4 +282,4 @@ def test_bad_fits_are_refused(model: LanguageModel, options: dict[str, Any], mes
 
 def test_a_step_needs_its_share(model: LanguageModel) -> None:
     with pytest.raises(InputError, match="late_step must go with late_share"):
-        DecodingPlan(threshold=0.5, late_step=shouting(model, 1))
+        fast_plan(threshold=0.5, late_step=shouting(model, 1))

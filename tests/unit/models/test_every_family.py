@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.attention import masses
-from lib.decoding import decoder
+from lib.decoding import decoder, systems
 from lib.diffusion import likelihood, sampler
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel, logits_at
@@ -68,9 +68,9 @@ def test_text_and_fast_text(name: str, load: Callable[[str], LanguageModel]) -> 
     prompt = windows()[:, :8]
     text = sampler.sample(model, prompt, new_tokens=NEW, steps=NEW, block_length=None if model.goes_by_blocks else 4)
     assert torch.equal(text[:, :8], prompt) and text.shape == (2, 8 + NEW)
-    plan = decoder.DecodingPlan(steps_per_block=4)
+    plan = systems.fast_plan(steps_per_block=4)
     same = decoder.decode(model, prompt, new_tokens=NEW, block_length=4, plan=plan)
     if model.family != "fast-dllm-v2":  # whose decoder begins every block with a token read off the one before, and in sub-blocks
         assert torch.equal(same.ids, text)
-    fast = decoder.decode(model, prompt, new_tokens=NEW, block_length=4, plan=decoder.DecodingPlan(cache="prefix", threshold=0.9))
+    fast = decoder.decode(model, prompt, new_tokens=NEW, block_length=4, plan=systems.fast_plan(cache="prefix", threshold=0.9))
     assert fast.ids.shape == text.shape and torch.equal(fast.ids[:, :8], prompt)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lib.core.errors import InputError
-from lib.decoding.decoder import DecodingPlan, decode
+from lib.decoding.decoder import decode
 from lib.decoding.late_steps import LateStep
+from lib.decoding.systems import fast_plan
 from lib.diffusion import ancestral, likelihood, noise, ragged, sampler
 from lib.evaluation import sums
 from lib.evaluation.pseudo_perplexity import pseudo_perplexity
@@ -38,15 +39,15 @@ DIFFUSION: dict[str, Callable[[LanguageModel], object]] = {
     "answers": lambda model: sums.answer_sums(model, [{"question": "w1", "answer": "w2"}]),
     "sample": lambda model: sampler.sample(model, IDS, new_tokens=4, steps=2),
     "ragged": lambda model: ragged.denoise(model, [[1, 4], [1, 4, 5]], new_tokens=4, steps=2),
-    "threshold": lambda model: decode(model, IDS, new_tokens=4, block_length=2, plan=DecodingPlan(threshold=0.9)),
+    "threshold": lambda model: decode(model, IDS, new_tokens=4, block_length=2, plan=fast_plan(threshold=0.9)),
     "prefix": lambda model: decode(
-        model, IDS, new_tokens=4, block_length=2, plan=DecodingPlan(threshold=1.0, cache="prefix")
+        model, IDS, new_tokens=4, block_length=2, plan=fast_plan(threshold=1.0, cache="prefix")
     ),
     "dual": lambda model: decode(
-        model, IDS, new_tokens=4, block_length=2, plan=DecodingPlan(steps_per_block=2, cache="dual")
+        model, IDS, new_tokens=4, block_length=2, plan=fast_plan(steps_per_block=2, cache="dual")
     ),
     "adaptive": lambda model: decode(
-        model, IDS, new_tokens=4, block_length=2, plan=DecodingPlan(threshold=1.0, cache="adaptive", refresh_ratio=0.5)
+        model, IDS, new_tokens=4, block_length=2, plan=fast_plan(threshold=1.0, cache="adaptive", refresh_ratio=0.5)
     ),
 }  # fmt: skip
 CAUSAL: dict[str, Callable[[LanguageModel], object]] = {

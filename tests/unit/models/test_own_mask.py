@@ -17,6 +17,7 @@ from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.decoding import late_steps, refresh
 from lib.decoding.decoder import DecodingPlan, decode
+from lib.decoding.systems import fast_plan
 from lib.diffusion import block_sampler, sampler
 from lib.diffusion.block_rules import BlockRule
 from lib.evaluation.harness import HarnessModel
@@ -171,9 +172,9 @@ def test_keys_are_blocked_under_the_own_mask(model: LanguageModel) -> None:
 
 
 PLANS = {
-    "one a step": (DecodingPlan(steps_per_block=4), BlockRule(steps=4), False),
-    "threshold": (DecodingPlan(threshold=0.3), BlockRule("above or best", threshold=0.3), False),
-    "cache": (DecodingPlan(threshold=0.3, cache="prefix"), BlockRule("above or best", threshold=0.3), True),
+    "one a step": (fast_plan(steps_per_block=4), BlockRule(steps=4), False),
+    "threshold": (fast_plan(threshold=0.3), BlockRule("above or best", threshold=0.3), False),
+    "cache": (fast_plan(threshold=0.3, cache="prefix"), BlockRule("above or best", threshold=0.3), True),
 }
 
 
@@ -193,18 +194,18 @@ def test_a_decoder_goes_through_the_block_sampler(model: LanguageModel, name: st
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (DecodingPlan(threshold=0.5, cache="dual"), "cache='dual'"),
-        (DecodingPlan(threshold=0.5, cache="adaptive", refresh_ratio=0.5), "cache='adaptive'"),
-        (DecodingPlan(threshold=0.5, cache="prefix", refresh_every=2), "refresh_every=2"),
-        (DecodingPlan(threshold=0.5, suffix_blocks=1), "suffix_blocks=1"),
-        (DecodingPlan(threshold=0.5, late_share=0.5), "late_share=0.5"),
+        (fast_plan(threshold=0.5, cache="dual"), "recompute=Blockwise\\(refresh_every=None, kind='dual'\\)"),
+        (fast_plan(threshold=0.5, cache="adaptive", refresh_ratio=0.5), "recompute=Adaptive"),
+        (fast_plan(threshold=0.5, cache="prefix", refresh_every=2), "recompute=Blockwise\\(refresh_every=2"),
+        (fast_plan(threshold=0.5, suffix_blocks=1), "visible=Visible\\(suffix_blocks=1"),
+        (fast_plan(threshold=0.5, late_share=0.5), "late_share=0.5"),
     ],
 )
 def test_plans_without_sense_are_refused(model: LanguageModel, plan: DecodingPlan, message: str) -> None:
     with pytest.raises(InputError, match=f"a plan must fit a model whose attention goes by blocks, got {message}"):
         decode(model, tiny.ids(1, 4), new_tokens=8, block_length=4, plan=plan)
     with pytest.raises(InputError, match="block_length must be that of model, 4, got 8"):
-        decode(model, tiny.ids(1, 4), new_tokens=8, block_length=8, plan=DecodingPlan(threshold=0.5))
+        decode(model, tiny.ids(1, 4), new_tokens=8, block_length=8, plan=fast_plan(threshold=0.5))
 
 
 def test_what_has_no_meaning_by_blocks_is_refused(model: LanguageModel, context: LanguageModel) -> None:

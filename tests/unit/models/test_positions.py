@@ -8,7 +8,7 @@ import torch
 
 from lib.attention import masses
 from lib.core.errors import InputError
-from lib.decoding import decoder
+from lib.decoding import decoder, systems
 from lib.diffusion import likelihood, ragged, sampler
 from lib.models import language_model
 from lib.models.language_model import LanguageModel
@@ -28,10 +28,10 @@ DIFFUSION: dict[str, Use] = {
     "sample": lambda model, n: sampler.sample(model, tiny.ids(1, n - 8), new_tokens=8, steps=2),
     "ragged": lambda model, n: ragged.denoise(model, [[1, 2], [1] * (n - 8)], new_tokens=8, steps=2),
     "decode": lambda model, n: decoder.decode(
-        model, tiny.ids(1, n - 8), new_tokens=8, block_length=4, plan=decoder.DecodingPlan(suffix_blocks=0, steps_per_block=1)
+        model, tiny.ids(1, n - 8), new_tokens=8, block_length=4, plan=systems.fast_plan(suffix_blocks=0, steps_per_block=1)
     ),
     "cached": lambda model, n: decoder.decode(
-        model, tiny.ids(1, n - 8), new_tokens=8, block_length=4, plan=decoder.DecodingPlan(cache="dual", steps_per_block=1)
+        model, tiny.ids(1, n - 8), new_tokens=8, block_length=4, plan=systems.fast_plan(cache="dual", steps_per_block=1)
     ),
     "nelbo": lambda model, n: likelihood.nelbo(model, tiny.ids(1, n), draws=2, seed=0),
     "log-likelihood": lambda model, n: list(likelihood.masked_losses(model, tiny.ids(1, n), everywhere(n), batch_size=1)),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.decoding import decoder
-from lib.decoding.decoder import Decoded, DecodingPlan
+from lib.decoding.decoder import Decoded
+from lib.decoding.systems import fast_plan
 from lib.diffusion import sampler
 from lib.models import language_model
 from lib.models.language_model import LanguageModel
@@ -22,8 +23,8 @@ from tests import tiny
 
 PROMPT, NEW, BLOCK = 5, 8, 4
 SIZES: dict[str, Any] = {"new_tokens": NEW, "block_length": BLOCK}
-DUAL = DecodingPlan(cache="dual", threshold=0.2)
-PLANS: dict[str, Plan] = {"fast": DUAL, "slow": PLAIN, "schedule": DecodingPlan(steps_per_block=2)}
+DUAL = fast_plan(cache="dual", threshold=0.2)
+PLANS: dict[str, Plan] = {"fast": DUAL, "slow": PLAIN, "schedule": fast_plan(steps_per_block=2)}
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,10 @@ def test_compare_judges_new_tokens_and_stops_texts_at_the_end_token(
 
 def test_an_early_stop_knows_the_tokenizers_end(dlm: LanguageModel) -> None:
     tokenizer = tiny.tokenizer()
-    plain = decoder.decode(dlm, tiny.ids(1, PROMPT), **SIZES, plan=DecodingPlan(threshold=1.0)).ids[0, PROMPT:]
+    plain = decoder.decode(dlm, tiny.ids(1, PROMPT), **SIZES, plan=fast_plan(threshold=1.0)).ids[0, PROMPT:]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(plain[1]))
     own = dataclasses.replace(dlm, tokenizer=tokenizer)
-    plan = DecodingPlan(threshold=1.0, early_stop=True)
+    plan = fast_plan(threshold=1.0, early_stop=True)
     got = decoding_runs.run_decoder(own, tiny.ids(1, PROMPT), plan, **SIZES, batch_size=1).ids[0, PROMPT:]
     assert got[1:].tolist() == [int(plain[1])] * (NEW - 1)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lib.core.errors import InputError
-from lib.decoding.decoder import DecodingPlan
 from lib.decoding.late_steps import LateExamples, LateStep
+from lib.decoding.systems import fast_plan
 from lib.studies.timing import tables as decoding_tables
 from lib.studies.timing.runs import PLAIN, DecoderRun
 from tests import tiny
 
-FAST = DecodingPlan(threshold=0.5)
+FAST = fast_plan(threshold=0.5)
 TEXT = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 7, 7, 7]])
 IS_TEXT = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
 

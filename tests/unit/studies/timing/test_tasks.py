@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from lib.core.config import ROOT
 from lib.core.errors import InputError
 from lib.decoding import decoder
+from lib.decoding.commit import Threshold
 from lib.decoding.decoder import Decoded, DecodingPlan
+from lib.decoding.systems import fast_plan
 from lib.evaluation import tasks
 from lib.evaluation.scoring import EvaluationSettings
 from lib.models import loading
@@ -24,7 +26,7 @@ from lib.studies.timing.runs import PLAIN, Plan
 from tests import tiny
 
 SETTINGS = EvaluationSettings(gen_length=6, steps=6, block_length=6, batch_size=4)
-DUAL = DecodingPlan(cache="dual", threshold=0.2)
+DUAL = fast_plan(cache="dual", threshold=0.2)
 PLANS: dict[str, Plan] = {"fast": DUAL, "slow": PLAIN}
 
 
@@ -52,7 +54,7 @@ def test_answers_of_an_exact_plan_are_the_plain_samplers(reference: LanguageMode
     monkeypatch.setattr(decoding_runs, "decode", decode)
     plain = decoding_tasks.answers(reference, task, PLAIN, settings=SETTINGS, limit=6)
     assert not made
-    same = decoding_tasks.answers(reference, task, DecodingPlan(steps_per_block=6), settings=SETTINGS, limit=6)
+    same = decoding_tasks.answers(reference, task, fast_plan(steps_per_block=6), settings=SETTINGS, limit=6)
     assert same == plain and sum(len(ids) for ids in made) == 6
 
 
@@ -62,10 +64,10 @@ def test_accuracies_pair_documents_with_the_plain_sampler(dlm: LanguageModel, mo
 
     def answers(_: LanguageModel, __: Any, plan: Plan, **options: Any) -> tuple[bool, ...]:
         assert options == {"settings": SETTINGS, "limit": 20}
-        return tuple(marks[plan.threshold or 0] if isinstance(plan, DecodingPlan) else plain)
+        return tuple(marks[cast(Threshold, plan.commit).threshold] if isinstance(plan, DecodingPlan) else plain)
 
     monkeypatch.setattr(decoding_tasks, "answers", answers)
-    plans: dict[str, Plan] = {"a": DecodingPlan(threshold=0.1), "slow": PLAIN, "b": DecodingPlan(threshold=0.2)}
+    plans: dict[str, Plan] = {"a": fast_plan(threshold=0.1), "slow": PLAIN, "b": fast_plan(threshold=0.2)}
     task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
     table = decoding_tasks.accuracies(dlm, task, plans, settings=SETTINGS, seed=0, limit=20).set_index("decoder")
     assert table["accuracy"].to_dict() == {"a": 0.6, "slow": 0.15, "b": 0.0}

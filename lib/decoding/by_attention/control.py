@@ -1,0 +1,106 @@
+"""The control: what a rule that ranks places by attention does when sinks are forced in or out, or attention is not asked at all.
+
+A rule says how many places it takes; the control only changes which. So all of its settings cost the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lib.attention import sinks
+from lib.core.errors import require
+from lib.core.runtime import generator
+from lib.decoding.by_attention.watch import attention_of, watched
+from lib.decoding.caches import read_out, readable
+from lib.decoding.view import View
+from lib.models.language_model import LanguageModel
+
+Setting = Literal["as they fall", "sinks in", "sinks out", "random", "confidence"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a ranking by attention is changed.
+
+    Attributes:
+        setting: `"as they fall"`: by the rule's own score; `"sinks in"` and `"sinks out"`: sinks first, or last; `"random"`: at
+            random; `"confidence"`: by how probable the last pass found its best token at each place.
+        seed: of random numbers, which depend on it, on the block and on the pass, not on the row.
+    """
+
+    setting: Setting = "as they fall"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ", ".join(SETTINGS)
+        require(self.setting in SETTINGS, f"a control must be one of {known}", repr(self.setting), "choose one")
+
+    def ranked(self, scores: Float[Tensor, "row place"], view: View, *, layer: int = 0) -> Float[Tensor, "row place"]:
+        """Return the scores that are used in the place of a rule's own, larger first.
+
+        Args:
+            scores: the rule's own; minus infinity for what may not be chosen, which stays so.
+            view: of the block, with what `observed` noted.
+            layer: for which they are, where layers choose apart.
+        """
+        possible = scores > float("-inf")
+        if self.setting in ("sinks in", "sinks out"):
+            is_sink = sinks_of(view)[:, : scores.shape[1]]
+            # Sinks among themselves, and the others, keep the order that they have.
+            places = scores.argsort(dim=1, stable=True).argsort(dim=1).to(scores.dtype)
+            shift = scores.shape[1] if self.setting == "sinks in" else -scores.shape[1]
+            scores = places + shift * is_sink
+        elif self.setting == "random":
+            stream = generator(self.seed, "control", view.block.start, view.step, layer)
+            scores = torch.rand(scores.shape[1], generator=stream).to(scores).expand(scores.shape)
+        elif self.setting == "confidence":
+            scores = seen_confidence(view)[:, : scores.shape[1]].to(scores.dtype)
+        return scores.masked_fill(~possible, float("-inf"))
+
+
+def sinks_of(view: View) -> Bool[Tensor, "row place"]:
+    """Mark the sinks of the last full pass: places whose mass lies two standard deviations above the mean."""
+    return sinks.sinks_mean_std(cast(Tensor, view.memory["mass"]))
+
+
+def seen_confidence(view: View) -> Float[Tensor, "row place"]:
+    """Return the probability of the best token of each place in the last pass that computed it."""
+    return cast(Tensor, view.memory["seen confidence"])
+
+
+@contextmanager
+def observed(model: LanguageModel, view: View) -> Iterator[None]:
+    """Note the mass of every place, mean over heads and layers and 1 over places, in every pass that computes all places."""
+    parts: list[Tensor] = []
+
+    def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+        if layer == 0:
+            parts.clear()
+        if query.shape[2] == view.ids.shape[1]:
+            parts.append(attention_of(query, key).sum(1))
+            view.memory["mass"] = sinks.mean_one(torch.stack(parts).mean(0))
+
+    with watched(model, watcher):
+        yield
+
+
+def note_confidence(model: LanguageModel, view: View) -> None:
+    """Note how probable the last pass found its best token, at every place that it computed.
+
+    Args:
+        model: a diffusion model.
+        view: after a pass.
+    """
+    assert view.hidden is not None
+    states = view.hidden.states
+    found = read_out(model, states.flatten(0, 1)).double().softmax(-1).amax(-1).view(states.shape[:2])
+    kept = view.memory.get("seen confidence", torch.zeros(view.ids.shape, dtype=torch.float64, device=found.device))
+    where = readable(model, view.hidden, view.ids.shape[1])
+    index = view.hidden.index(view.ids.shape[1])[:, (view.place - model.logit_shift).clamp(min=0)]
+    view.memory["seen confidence"] = torch.where(where, found.gather(1, index.clamp(min=0)), kept)

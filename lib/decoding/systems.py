@@ -1,0 +1,177 @@
+"""Published decoders as plans: what each is made of, by the four choices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lib.core.errors import InputError
+from lib.decoding import commit, recompute, remask
+from lib.decoding.by_attention.commit import Independent
+from lib.decoding.by_attention.control import Control
+from lib.decoding.by_attention.evict import Evict
+from lib.decoding.by_attention.recompute import D2Cache, Elastic, Focus
+from lib.decoding.commit import Quota, Threshold
+from lib.decoding.decoder import DecodingPlan
+from lib.decoding.late_steps import Predictor
+from lib.decoding.recompute import Adaptive, Blockwise, Recompute
+from lib.decoding.speculation import Speculation
+from lib.decoding.visible import Visible
+
+CacheKind = Literal["none", "prefix", "dual", "adaptive"]
+
+
+def fast_plan(
+    cache: CacheKind = "none",
+    *,
+    threshold: float | None = None,
+    steps_per_block: int | None = None,
+    refresh_every: int | None = None,
+    refresh_ratio: float | None = None,
+    suffix_blocks: int | None = None,
+    early_stop: bool = False,
+    late_share: float | None = None,
+    late_step: Predictor | None = None,
+) -> DecodingPlan:
+    """Return a plan of the most usual choices.
+
+    Args:
+        cache: `"none"`; `"prefix"` or `"dual"` as in `recompute.Blockwise`; `"adaptive"` as in `recompute.Adaptive`.
+        threshold: commit every token above this probability, and the best one in any case; 1 is one token a step.
+        steps_per_block: commit a fixed number of tokens a step instead, as `sampler.sample` does.
+        refresh_every: passes from one full pass to the next within a block; None is one at the block's start.
+        refresh_ratio: share of positions recomputed by an adaptive cache, in (0, 1].
+        suffix_blocks: masked blocks after the current one that the network sees; None is all of them.
+        early_stop, late_share, late_step: as in `DecodingPlan`.
+
+    Raises:
+        InputError: a value out of range, or options that do not go together.
+
+    Source: Fast-dLLM (arXiv 2505.22618), dLLM-Cache (arXiv 2506.06295), Streaming-dLLM (arXiv 2601.17917).
+    """
+    if (threshold is None) == (steps_per_block is None):
+        raise InputError(
+            f"a plan must have either threshold or steps_per_block, got {threshold} and {steps_per_block}: set one of them"
+        )
+    if cache == "none" and refresh_every is not None:
+        raise InputError(f"refresh_every must go with a cache, got {refresh_every} without: drop it or choose a cache")
+    if (cache == "adaptive") != (refresh_ratio is not None):
+        raise InputError(f"refresh_ratio must go with cache='adaptive', got {refresh_ratio} with {cache!r}: set both or none")
+    if cache == "none":
+        recompute = Recompute()
+    elif refresh_ratio is not None:
+        recompute = Adaptive(refresh_ratio, refresh_every)
+    else:
+        recompute = Blockwise(refresh_every, cache)  # type: ignore[arg-type]
+    commit = Quota(steps_per_block) if threshold is None else Threshold(threshold)
+    choices = {"commit": commit, "recompute": recompute, "visible": Visible(suffix_blocks=suffix_blocks)}
+    return DecodingPlan(**choices, early_stop=early_stop, late_share=late_share, late_step=late_step)
+
+
+@dataclass(frozen=True)
+class System:
+    """A published decoder.
+
+    Attributes:
+        name: as tables show it.
+        plan: its four choices, or drafts.
+        rival: name of the system that differs least and is not it.
+        choice: which of the four it is about.
+    """
+
+    name: str
+    plan: DecodingPlan | Speculation
+    rival: str
+    choice: str
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What each choice is."""
+        if isinstance(self.plan, Speculation):
+            return {"commit": f"drafts of {self.plan.drafts}", "remask": "", "recompute": "all", "visible": "all"}
+        named = {name: type(getattr(self.plan, name)).__name__ for name in ("commit", "remask", "recompute", "visible")}
+        usual = {"NoneType": "", "Recompute": "all", "Visible": "all"}
+        return {name: usual.get(kind, kind) for name, kind in named.items()}
+
+
+def commits_by(threshold: float) -> dict[str, commit.Commit]:
+    """Return the commit rules that have a threshold or the like, at a setting as strict as it.
+
+    Args:
+        threshold: probability; rules with another dial get the one that allows as much: a factor of 2 (1 - threshold) and an
+            entropy bound of 1 - threshold.
+    """
+    loose = 1 - threshold
+    return {
+        "threshold": Threshold(threshold),
+        "factor": commit.Factor(max(2 * loose, 0.0)),
+        "adaptive threshold": commit.AdaptiveThreshold(threshold),
+        "entropy bound": commit.EntropyBound(loose),
+        "KLASS": commit.Klass(threshold),
+        "hierarchy": commit.Hierarchy(threshold, min(0.4, threshold)),
+        "credit": commit.Credit(threshold),
+        "LocalLeap": commit.LocalLeap(threshold, 0.75 * threshold),
+    }
+
+
+def ranked(control: Control, fixed: commit.Commit) -> dict[str, DecodingPlan]:
+    """Return the systems that rank by attention, under a control.
+
+    Args:
+        control: see there.
+        fixed: the commit rule of those that are not about committing.
+    """
+    dual = Blockwise()
+    focus = Evict(keep=0.5, score="attention", pool=1, span=4, delay=0, prompt_only=True, control=control)
+    return {
+        "FOCUS": DecodingPlan(fixed, recompute=Focus(control=control)),
+        "d2Cache": DecodingPlan(fixed, recompute=D2Cache(control=control)),
+        "Elastic-Cache": DecodingPlan(fixed, recompute=Elastic(control=control)),
+        "Sparse-dLLM": DecodingPlan(fixed, recompute=dual, visible=Evict(keep=0.5, control=control)),
+        "Focus-dLLM": DecodingPlan(fixed, recompute=dual, visible=focus),
+        "DAPD": DecodingPlan(Independent(control=control)),
+    }
+
+
+def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, ...] = ()) -> list[System]:
+    """Return every system, one choice away from its rival.
+
+    Args:
+        threshold: of the commit rules that have one.
+        fixed: the commit rule of systems that are about something else.
+        delimiters: token ids at which blocks may end; without them AdaBlock is left out.
+    """
+    found = [System(name, DecodingPlan(rule), "threshold", "commit") for name, rule in commits_by(threshold).items()]
+    found[0] = replace(found[0], rival="plain sampler")
+    found += [System("certainty prior", DecodingPlan(commit.CertaintyPrior(per_block=fixed.steps)), "all, fixed", "commit")]
+    found += [System("all, fixed", DecodingPlan(fixed), "plain sampler", "commit")]
+    revised: dict[str, remask.Remask] = {"token to mask": remask.TokenToMask(), "top over all": remask.TopOverAll()}
+    revised["LLaDA 2.1 edits"] = remask.Edit()
+    found += [System(name, DecodingPlan(fixed, rule), "all, fixed", "remask") for name, rule in revised.items()]
+    found += [System("WINO", DecodingPlan(remask.WideIn(), remask.NarrowOut(), remask.Shadows()), "threshold", "remask")]
+    ends: dict[str, remask.BlockEnds] = {"When to Commit": remask.WhereFutureAgrees()}
+    if delimiters:
+        ends["AdaBlock"] = remask.AtDelimiter(delimiters)
+    found += [
+        System(name, DecodingPlan(Threshold(threshold), ends=rule), "threshold", "block ends") for name, rule in ends.items()
+    ]
+    computed: dict[str, Callable[[], Recompute]] = {
+        "prefix": lambda: Blockwise(kind="prefix"),
+        "dual": Blockwise,
+        "dLLM-Cache": lambda: Adaptive(0.25, 4),
+        "dKV-Cache": recompute.Delayed,
+        "vicinity": lambda: recompute.Vicinity(warm_up=0),
+    }
+    found += [System(name, DecodingPlan(fixed, recompute=make()), "all, fixed", "recompute") for name, make in computed.items()]
+    usual = Control()
+    for name, plan in ranked(usual, fixed).items():
+        if name == "Focus-dLLM":  # which keeps its sinks on purpose
+            plan = ranked(Control("sinks in"), fixed)[name]
+        rival = "threshold" if name == "DAPD" else "dual"
+        choice = {"DAPD": "commit", "Sparse-dLLM": "visible", "Focus-dLLM": "visible"}.get(name, "recompute")
+        found.append(System(name, plan, rival, choice))
+    mage = Evict(keep=0.5, score="attention", pool=1, delay=0)
+    found += [System("MAGE", DecodingPlan(fixed, recompute=Blockwise(), visible=mage), "Sparse-dLLM", "visible")]
+    for tail, name in (("last", "suffix, last place"), ("middle", "suffix, another place"), (None, "suffix cut")):
+        shown = Visible(suffix_tokens=4, tail=tail)
+        found.append(System(name, DecodingPlan(fixed, visible=shown), "all, fixed", "visible"))
+    return [*found, *(System(f"FreeDave, {count} drafts", Speculation(count), "plain sampler", "lossless") for count in (2, 4))]

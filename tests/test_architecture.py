@@ -26,7 +26,7 @@ MOST_MODULES = 12
 PURE = {
     "attention": ("sinks", "variance", "stability", "planted"),
     "calibration": ("token_weights",),
-    "pruning": ("importances", "sparsegpt", "structured", "allocation"),
+    "pruning": ("importances", "sparsegpt", "repairs", "alps", "structured", "allocation"),
     "quantization": ("rounding", "joint"),
 }
 PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in names}

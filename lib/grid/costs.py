@@ -184,7 +184,7 @@ def memory_bytes(
     if text is not None and method is not None:
         on_device = states == "device"
         total += states_bytes(variant, shape, itemsize=itemsize) if on_device else 0
-        if method.importance == "sparsegpt":  # and a working copy of the largest
+        if method.needs_hessian:  # and a working copy of the largest
             total += 4 * ((3 * shape.hidden**2 if on_device else 0) + 2 * shape.mlp**2)
         tokens = max(tokens, 4 * text.positions)
     return total + itemsize * tokens * (4 * shape.hidden + 3 * shape.mlp)

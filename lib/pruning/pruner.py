@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,10 +17,8 @@ from lib.calibration.token_weights import CONTROLS
 from lib.core.errors import InputError
 from lib.core.runtime import generator as stream
 from lib.models.language_model import LanguageModel, LinearLayer, Role
-from lib.pruning import importances
-from lib.pruning.importances import UNSTRUCTURED
+from lib.pruning import importances, matrices
 from lib.pruning.methods import SINKS, Method, Target
-from lib.pruning.sparsegpt import sparsegpt
 
 
 def prune_(
@@ -64,7 +62,8 @@ def prune_(
     if not method.needs_calibration:
         random = stream(seed, "pruning")
         for layer in model.layers:
-            _write_(layer, _pruned(layer, method, target, None, random=random))
+            weight = layer.module.weight.detach()
+            _write_(layer, matrices.pruned(weight, method, target, None, random=random, name=layer.name)[0])
         return
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
@@ -78,7 +77,7 @@ def prune_(
     given: dict[str, Any] = {"inputs": method.inputs, "weighting": method.weighting, "seed": seed, "batch_size": batch_size}
     with waiting(states, model.device, scratch) as place:  # before hours of work, should it be impossible
         built = sets.build(model, windows, **given)
-        prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role)
+        prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role, seed=seed)
 
 
 def _is_one_pass(method: Method) -> bool:
@@ -86,7 +85,7 @@ def _is_one_pass(method: Method) -> bool:
     weighting = method.weighting
     if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
         return False
-    return method.importance == "wanda" and not method.sequential
+    return method.importance == "wanda" and not method.sequential and not method.needs_hessian
 
 
 def prune_on_(
@@ -98,6 +97,7 @@ def prune_on_(
     batch_size: int = 4,
     states: HiddenStates | None = None,
     by_role: bool = False,
+    seed: int = 0,
 ) -> None:
     """Prune in place with a calibration set that is already noised and weighted as the method says.
 
@@ -109,6 +109,7 @@ def prune_on_(
         batch_size: samples at one time.
         states: where hidden states wait between blocks; on the device when None.
         by_role: one Hessian at a time, see `prune_`.
+        seed: of random choices.
 
     Raises:
         InputError: as `prune_`; or a set whose token weights contradict the method.
@@ -123,8 +124,8 @@ def prune_on_(
     calibration.stream(
         model,
         calibration_set,
-        lambda block, found: prune_block_(model, block, method, target, found),
-        hessian=method.importance == "sparsegpt",
+        lambda block, found: prune_block_(model, block, method, target, found, seed=seed),
+        hessian=method.needs_hessian,
         sequential=method.sequential,
         batch_size=batch_size,
         states=states,
@@ -132,8 +133,24 @@ def prune_on_(
     )
 
 
-def prune_with_(model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]) -> None:
+def prune_with_(
+    model: LanguageModel,
+    method: Method,
+    target: Target,
+    found: Sequence[Mapping[Role, InputStatistics]],
+    *,
+    errors_of: Sequence[Mapping[Role, InputStatistics]] | None = None,
+    seed: int = 0,
+) -> None:
     """Prune in place with statistics of the dense model, by block; they serve any number of targets.
+
+    Args:
+        model: the dense model; its weights change.
+        method: how.
+        target: how much.
+        found: statistics by block.
+        errors_of: others, with Hessians, that swaps and refit measure errors with, see `matrices.pruned`.
+        seed: of random choices.
 
     Raises:
         InputError: as `prune_`; or a sequential method, whose statistics change with the target.
@@ -146,7 +163,8 @@ def prune_with_(model: LanguageModel, method: Method, target: Target, found: Seq
     if method.sequential:
         raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
     for block, statistics in enumerate(found):
-        prune_block_(model, block, method, target, statistics)
+        others = None if errors_of is None else errors_of[block]
+        prune_block_(model, block, method, target, statistics, errors_of=others, seed=seed)
 
 
 def exact_target(model: LanguageModel, sparsity: float) -> Target:
@@ -199,8 +217,17 @@ def measured_sparsity(model: LanguageModel) -> float:
     return zeros / sum(layer.module.weight.numel() for layer in model.layers)
 
 
-def prune_block_(model: LanguageModel, block: int, method: Method, target: Target, found: Mapping[Role, InputStatistics]) -> None:
-    """Prune in place the layers of a block whose statistics are there: SparseGPT needs a Hessian, others norms.
+def prune_block_(
+    model: LanguageModel,
+    block: int,
+    method: Method,
+    target: Target,
+    found: Mapping[Role, InputStatistics],
+    *,
+    errors_of: Mapping[Role, InputStatistics] | None = None,
+    seed: int = 0,
+) -> None:
+    """Prune in place the layers of a block whose statistics are there: some methods need a Hessian, others norms.
 
     Args:
         model: whose block.
@@ -208,6 +235,8 @@ def prune_block_(model: LanguageModel, block: int, method: Method, target: Targe
         method: how.
         target: how much.
         found: the block's statistics by reading role, all or some of them.
+        errors_of: others, with Hessians, that swaps and refit measure errors with.
+        seed: of random choices.
 
     Raises:
         InputError: inputs that are not finite, also of a layer that waits for its Hessian; or what a method refuses.
@@ -216,52 +245,13 @@ def prune_block_(model: LanguageModel, block: int, method: Method, target: Targe
     for layer in layers:
         importances.check_finite(statistics_of(found, layer.role).squares, name=layer.name, what="inputs")
     with_hessian = {role for role, each in found.items() if each.products is not None}
-    ready = with_hessian if method.importance == "sparsegpt" and with_hessian else found  # norms alone are refused by `hessian`
+    ready = with_hessian if method.needs_hessian and with_hessian else found  # norms alone are refused by `hessian`
     for layer in [layer for layer in layers if READS[layer.role] in ready]:
-        _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role)))
-
-
-def _pruned(
-    layer: LinearLayer,
-    method: Method,
-    target: Target,
-    statistics: InputStatistics | None,
-    *,
-    random: torch.Generator | None = None,
-) -> Tensor:
-    """Return the new weights of one matrix."""
-    weight = layer.module.weight.detach()
-    removed = None if target.removed is None else target.removed[layer.name]
-    if method.importance == "sparsegpt" and statistics is not None:
-        return sparsegpt(
-            weight,
-            statistics.hessian(),
-            sparsity=target.sparsity,
-            pattern=target.pattern,
-            removed=removed,
-            inclusive=method.inclusive and removed is None,
-            damping=method.damping,
-            name=layer.name,
-        )[0]
-    if method.inclusive and target.pattern == UNSTRUCTURED and removed is None:
-        return importances.prune(weight, importances.release_magnitude_mask(weight, sparsity=target.sparsity))
-    scores = importance(weight, method, statistics, random=random)
-    if removed is not None:
-        rows = scores if method.granularity == "row" else scores.reshape(1, -1)
-        return importances.prune(weight, importances.keep_mask_by_count(rows, removed=removed).view(weight.shape))
-    mask = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
-    return importances.prune(weight, mask)
-
-
-def importance(
-    weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
-) -> Tensor:
-    """Return the importance of every weight of a matrix, for methods that do not update weights."""
-    if method.importance == "random":
-        return importances.random_importance(weight, generator=cast(torch.Generator, random))
-    if method.importance == "magnitude":
-        return importances.magnitude_importance(weight.float())
-    return importances.wanda_importance(weight.float(), cast(InputStatistics, statistics).input_norm(method.aggregate))
+        others = None if errors_of is None else statistics_of(errors_of, layer.role)
+        given = {"errors_of": others, "seed": seed, "name": layer.name}
+        _write_(
+            layer, matrices.pruned(layer.module.weight.detach(), method, target, statistics_of(found, layer.role), **given)[0]
+        )
 
 
 @torch.no_grad()

@@ -15,9 +15,8 @@ from lib.calibration.statistics import InputStatistics, statistics_of
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
-from lib.pruning import importances, pruner
+from lib.pruning import importances, matrices, pruner
 from lib.pruning.methods import Method, Target
-from lib.pruning.sparsegpt import sparsegpt
 from lib.quantization import joint
 from lib.quantization.joint import Compressed
 from lib.quantization.rounding import DENSE_BITS, Grid, round_to_nearest, stored_bytes
@@ -57,6 +56,8 @@ class Recipe:
         if self.order == "joint" and both and (self.method.importance, self.rounding) != ("sparsegpt", "gptq"):
             got = f"{self.method.importance} and {self.rounding}"
             raise InputError(f"one joint sweep must be of SparseGPT and GPTQ, got {got}: choose another order")
+        if self.order == "joint" and both and (self.method.repairs or self.method.columns != "given"):
+            raise InputError("one joint sweep must be without repair and in the given order, got others: choose another order")
         if self.target.removed is not None:
             raise InputError("a recipe must name a sparsity, got numbers by layer: give a Target without removed")
         if self.weighted and not self.needs_hessian:
@@ -70,7 +71,7 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         """Whether outer products of the inputs are collected."""
-        return (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.importance == "sparsegpt")
+        return (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.needs_hessian)
 
     @property
     def needs_calibration(self) -> bool:
@@ -107,6 +108,7 @@ def compress_matrix(
     statistics: InputStatistics | None,
     *,
     random: torch.Generator | None = None,
+    seed: int = 0,
     name: str = "a layer",
 ) -> Compressed:
     """Compress one matrix.
@@ -116,6 +118,7 @@ def compress_matrix(
         recipe: how.
         statistics: of its input, with a Hessian where the recipe needs one.
         random: stream of random pruning.
+        seed: of a random order of columns.
         name: of the layer, for errors.
 
     Returns:
@@ -129,27 +132,20 @@ def compress_matrix(
         options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern, "damping": recipe.method.damping}
         return joint.joint(weight, statistics.hessian(), grid=recipe.grid, weighted=recipe.weighted, name=name, **options)
     if recipe.order != "quantize, prune":
-        pruned, kept = _pruned(weight, recipe, statistics, random=random, name=name)
+        pruned, kept = _pruned(weight, recipe, statistics, random=random, seed=seed, name=name)
         return _rounded(pruned, kept, recipe, statistics, name=name)
     found = _rounded(weight, everything, recipe, statistics, name=name)
     # what stays must stay on its grid, so SparseGPT gives its mask and not its updates here
-    kept = _pruned(found.weight, recipe, statistics, random=random, name=name)[1]
+    kept = _pruned(found.weight, recipe, statistics, random=random, seed=seed, name=name)[1]
     codes = None if found.quantized is None else found.quantized.masked(kept)
     return Compressed(importances.prune(found.weight, kept), kept, codes)
 
 
 def _pruned(
-    weight: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, random: torch.Generator | None, name: str
+    weight: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, random: torch.Generator | None, seed: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """Return the weights without those that go, and the mask."""
-    method, target = recipe.method, recipe.target
-    if method.importance == "sparsegpt":
-        assert statistics is not None
-        options = {"sparsity": target.sparsity, "pattern": target.pattern, "damping": method.damping, "name": name}
-        return sparsegpt(weight, statistics.hessian(), **options)
-    scores = pruner.importance(weight, method, statistics, random=random)
-    kept = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
-    return importances.prune(weight, kept), kept
+    return matrices.pruned(weight, recipe.method, recipe.target, statistics, random=random, seed=seed, name=name)
 
 
 def _rounded(weight: Tensor, kept: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, name: str) -> Compressed:
@@ -208,7 +204,8 @@ def compress_(
             of_layer = None if statistics is None else statistics_of(statistics, layer.role)
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
-            results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
+            options = {"random": stream, "seed": found.seed, "name": layer.name}
+            results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, **options)
             layer.module.weight.data.copy_(results[layer.name].weight)
 
     if not any(own.needs_calibration for own in needed):

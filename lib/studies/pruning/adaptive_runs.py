@@ -13,7 +13,7 @@ from lib.calibration.sets import GRID_STEPS, NOISED
 from lib.calibration.statistics import statistics_of
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel
-from lib.pruning import allocation, phases, pruner
+from lib.pruning import allocation, matrices, phases
 from lib.pruning.methods import Method, Target
 from lib.pruning.phases import GentleAt, StoredBytes
 from lib.studies.pruning import runs
@@ -58,8 +58,9 @@ def phase_outcomes(
     Raises:
         InputError: a method that changes values, which phases could not share.
     """
-    if method.importance == "sparsegpt":
-        raise InputError("phases must share the dense values, got SparseGPT, which changes them: use Wanda or magnitude")
+    if method.changes_values:
+        got = f"{method.importance} with repair {method.repair}"
+        raise InputError(f"phases must share the dense values, got {got}, which changes them: use Wanda or magnitude")
     outcomes, cost = [], {}
     for seed in seeds:
         found = Calibrations(bench, seed)
@@ -159,7 +160,7 @@ def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
     scores = []
     for block, statistics in enumerate(found.statistics_of(method)):
         layers = [layer for layer in found.bench.model.layers if layer.block == block]
-        parts = [pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role)) for layer in layers]
+        parts = [matrices.importance(layer.module.weight, method, statistics_of(statistics, layer.role)) for layer in layers]
         scores.append(allocation.outlier_share(torch.cat([part.flatten() for part in parts])[None]))
     return torch.tensor(scores, dtype=torch.float64)
 

@@ -142,7 +142,7 @@ class Calibrations:
 
 def uses_dense_statistics(method: Method) -> bool:
     """Tell whether a method prunes with norms of the dense model alone."""
-    return method.importance == "wanda" and not method.sequential
+    return method.importance == "wanda" and not method.sequential and not method.needs_hessian
 
 
 def prune_(found: Calibrations, method: Method, target: Target) -> None:
@@ -153,12 +153,12 @@ def prune_(found: Calibrations, method: Method, target: Target) -> None:
     elif uses_dense_statistics(method):
         pruner.prune_with_(model, method, target, found.statistics_of(method))
     else:
-        pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
+        pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch, seed=found.seed)
 
 
 def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds of a method: one for magnitude, which draws nothing."""
-    return seeds[:1] if method.importance == "magnitude" else seeds
+    """Return the seeds of a method: one for magnitude alone, which draws nothing."""
+    return seeds[:1] if method.importance == "magnitude" and not method.needs_calibration else seeds
 
 
 def compare(

@@ -311,5 +311,5 @@ def test_the_number_of_noise_levels_reaches_the_policy(bench: Bench) -> None:
 
 def test_sparsegpt_is_refused_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive_runs, "Calibrations", lambda *_: pytest.fail("must not calibrate"))
-    with pytest.raises(InputError, match="phases must share the dense values, got SparseGPT, which changes them: use Wanda or"):
+    with pytest.raises(InputError, match="phases must share the dense values, got sparsegpt with repair none"):
         adaptive_runs.phase_outcomes(bench, Method("sparsegpt"), PLANS, sparsity=0.5, seeds=[0])

@@ -1,12 +1,13 @@
 """Statistics of all blocks of the dense model at once, for one-shot methods: token weights and norms from one forward pass."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.attention import masses
@@ -112,6 +113,43 @@ def shared_statistics(
         with reading(model, blocks, add):
             network_body(model)(input_ids=input_ids[rows].to(model.device), use_cache=False)
     return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of each input feature of a layer, over all tokens."""
+
+    mean: Float[Tensor, "feature"]
+    deviation: Float[Tensor, "feature"]
+
+
+@torch.no_grad()
+def dense_moments(
+    model: LanguageModel, input_ids: Int[Tensor, "sample position"], roles: Sequence[Role], *, batch_size: int = 4
+) -> dict[tuple[int, Role], Moments]:
+    """Return mean and deviation of what some layers of the dense model read, by (block, role), summed in float64.
+
+    Args:
+        model: the dense model.
+        input_ids: calibration samples, clean or noised.
+        roles: of the layers, each the first reader of its tensor.
+        batch_size: samples at one time.
+    """
+    sums: dict[tuple[int, Role], Tensor] = {}
+
+    def add(read: tuple[int, Role, Tensor]) -> None:
+        """Add sum and sum of squares of what one layer read."""
+        block, role, inputs = read
+        if role in roles:
+            values = inputs.flatten(0, 1).double()
+            both = torch.stack([values.sum(0), values.square().sum(0)])
+            sums[block, role] = sums[block, role] + both if (block, role) in sums else both
+
+    with reading(model, range(1 + model.layers[-1].block), add):
+        for batch in input_ids.split(batch_size):
+            network_body(model)(input_ids=batch.to(model.device), use_cache=False)
+    means = {place: both / input_ids.numel() for place, both in sums.items()}
+    return {place: Moments(mean, (square - mean**2).clamp(min=0).sqrt()) for place, (mean, square) in means.items()}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from lib.pruning.importances import UNSTRUCTURED, Granularity
 from lib.pruning.repairs import SWAPS
 from lib.pruning.sparsegpt import DAMPING
 
-Importance = Literal["random", "magnitude", "wanda", "sparsegpt", "alps"]
+Importance = Literal["random", "magnitude", "wanda", "sparsegpt", "alps", "fluctuation"]
 Repair = Literal["none", "refit"]
 Columns = Literal["given", "largest first", "random"]
 
@@ -24,7 +24,7 @@ class Method:
     """One way to prune, each choice named.
 
     Attributes:
-        importance: what ranks the weights.
+        importance: what ranks the weights; `"fluctuation"` (FLAP) ranks heads and channels, and goes with structured pruning.
         inputs: what the calibration reads: clean text, noised text, or trajectories.
         weighting: how much calibration tokens count; None counts all alike.
         sequential: a block's statistics are taken behind the already pruned ones; False = all from the dense model.
@@ -36,6 +36,7 @@ class Method:
         swaps: exchanges of kept and removed weights in every row at most, before the repair, see `repairs.swap`.
         columns: the order in which SparseGPT takes them: as they come, by falling diagonal of the Hessian (GPTQ's "act order"),
             or its control, any order.
+        bias: structured pruning only: a bias makes up for the mean output that goes with heads and channels.
     """
 
     importance: Importance
@@ -49,6 +50,7 @@ class Method:
     repair: Repair = "none"
     swaps: int = 0
     columns: Columns = "given"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.inclusive and not (
@@ -61,6 +63,8 @@ class Method:
             raise InputError(f"token weights and inputs must go with a method that reads, got {self.importance}: drop them")
         if self.columns != "given" and self.importance != "sparsegpt":
             raise InputError(f"an order of columns must go with SparseGPT, got {self.importance}: drop it")
+        if self.importance == "fluctuation" and self.weighting:
+            raise InputError("fluctuation must count all tokens alike, got token weights: drop them")
         if self.swaps < 0 or (self.swaps and self.updates and self.repair == "none"):
             rule = "swaps must not be negative, and go with a refit where a method changes the weights that stay"
             raise InputError(f"{rule}, got {self.swaps} with {self.importance}: set repair to refit")
@@ -76,6 +80,11 @@ class Method:
         return self.repair != "none" or self.swaps > 0
 
     @property
+    def is_structured(self) -> bool:
+        """Tell whether the method is for whole heads and channels alone."""
+        return self.importance == "fluctuation" or self.bias
+
+    @property
     def needs_hessian(self) -> bool:
         """Tell whether outer products of what layers read are collected."""
         return self.updates or self.repairs
@@ -83,7 +92,7 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Tell whether the method reads text."""
-        return self.importance == "wanda" or self.needs_hessian
+        return self.importance in ("wanda", "fluctuation") or self.needs_hessian or self.bias
 
     @property
     def changes_values(self) -> bool:
@@ -127,6 +136,14 @@ STRONGER = MappingProxyType({
     "SparseGPT, refit": Method("sparsegpt", repair="refit"),
     "SparseGPT, largest first": Method("sparsegpt", columns="largest first"),
     "SparseGPT, random order": Method("sparsegpt", columns="random"),
+})  # fmt: skip
+# Whole heads and channels: what ranks them, and what is done for the matrices that read them.
+STRUCTURES = MappingProxyType({
+    "Wanda-sp": Method("wanda", sequential=False),
+    "Wanda-sp, refit": Method("wanda", sequential=False, repair="refit"),
+    "FLAP's score alone": Method("fluctuation"),
+    "FLAP": Method("fluctuation", bias=True),
+    "FLAP, refit": Method("fluctuation", bias=True, repair="refit"),
 })  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def prune_(
     """
     check_states(states)
     check(model, target)
+    _check_unstructured(method)
     if not method.needs_calibration:
         random = stream(seed, "pruning")
         for layer in model.layers:
@@ -173,7 +174,13 @@ def exact_target(model: LanguageModel, sparsity: float) -> Target:
     return Target(sparsity, removed={layer.name: round(sparsity * layer.module.weight.numel()) for layer in model.layers})
 
 
+def _check_unstructured(method: Method) -> None:
+    if method.is_structured:
+        raise InputError(f"a method of structured pruning must go with shrink, got {method.importance}: change it")
+
+
 def _check_reads(method: Method) -> None:
+    _check_unstructured(method)
     if not method.needs_calibration:
         raise InputError(f"a method given a calibration must be one that reads it, got {method.importance}: use prune_")
 

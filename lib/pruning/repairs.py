@@ -47,30 +47,35 @@ def refit(
     [[5.0, 0.0]]
     """
     check_finite(weight, name=name, what="weights")
-    work, damped = weight.to(hessian.dtype), _damped(hessian, damping, name=name)
-    pull = torch.where(kept, 0.0, work) @ damped
+    work, matrix = weight.to(hessian.dtype), damped(hessian, damping, name=name)
+    pull = torch.where(kept, 0.0, work) @ matrix
     result = torch.zeros_like(work)
     counts = kept.sum(1)
     order = counts.argsort()  # rows that keep alike many go together
     widest = max(1, int(counts.max()))
     for rows in order.split(max(1, AT_ONCE // widest**2)):
         columns, valid = _kept_columns(kept[rows])
-        change = _solved(damped, columns, valid, pull[rows].gather(1, columns))
+        change = _solved(matrix, columns, valid, pull[rows].gather(1, columns))
         values = torch.where(valid, work[rows].gather(1, columns) + change, 0.0)
         result[rows] = torch.zeros_like(work[rows]).scatter_add_(1, columns, values)
     return result.to(weight.dtype)
 
 
-def _damped(hessian: Tensor, damping: float, *, name: str) -> Float[Tensor, "in in"]:
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
+def damped(hessian: Float[Tensor, "in in"], damping: float, *, name: str = "a layer") -> Float[Tensor, "in in"]:
+    """Return the Hessian with a share of its mean diagonal added; features that are always 0 get a diagonal of 1 before.
+
+    Raises:
+        InputError: not positive definite even so.
+    """
+    matrix = hessian.clone()
+    diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1.0  # as in SparseGPT
     diagonal += damping * diagonal.mean()
-    if bool(torch.linalg.cholesky_ex(damped).info):  # what is definite as a whole is so in every part
+    if bool(torch.linalg.cholesky_ex(matrix).info):  # what is definite as a whole is so in every part
         raise InputError(
             f"the Hessian of {name} must be positive definite after damping, got one that is not: raise damping above {damping}"
         )
-    return damped
+    return matrix
 
 
 def _kept_columns(kept: Bool[Tensor, "row in"]) -> tuple[Int[Tensor, "row most"], Bool[Tensor, "row most"]]:
@@ -80,12 +85,12 @@ def _kept_columns(kept: Bool[Tensor, "row in"]) -> tuple[Int[Tensor, "row most"]
     return columns, kept.gather(1, columns)
 
 
-def _solved(damped: Tensor, columns: Tensor, valid: Tensor, pull: Tensor) -> Float[Tensor, "row most"]:
+def _solved(matrix: Tensor, columns: Tensor, valid: Tensor, pull: Tensor) -> Float[Tensor, "row most"]:
     """Solve the systems of some rows; padding is a system of its own, with the solution 0."""
-    systems = torch.stack([damped.index_select(0, row).index_select(1, row) for row in columns])  # faster than one gather
+    systems = torch.stack([matrix.index_select(0, row).index_select(1, row) for row in columns])  # faster than one gather
     if not bool(valid.all()):
         both = valid[:, :, None] & valid[:, None]
-        systems = torch.where(both, systems, torch.eye(columns.shape[1], dtype=damped.dtype, device=damped.device))
+        systems = torch.where(both, systems, torch.eye(columns.shape[1], dtype=matrix.dtype, device=matrix.device))
     return torch.linalg.solve_ex(systems, torch.where(valid, pull, 0.0)[..., None]).result[..., 0]
 
 

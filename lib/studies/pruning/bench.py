@@ -1,18 +1,20 @@
 """What compressed variants of one model are measured with, and the calibrations that they share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Int
 from torch import Tensor
 
 from lib.calibration import one_shot, sets
+from lib.calibration.one_shot import Moments
 from lib.calibration.sets import Inputs
 from lib.calibration.statistics import CalibrationSet, InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.models.language_model import LanguageModel, Role
 from lib.pruning.methods import Method
 
+READERS: tuple[Role, ...] = ("o", "down")  # what reads heads and channels
 Read = tuple[Inputs, Weighting | None]  # what decides what a calibration reads and how its tokens count
 
 
@@ -54,6 +56,7 @@ class Calibrations:
         self._reader = sets.Reader(bench.model, self.windows, seed=seed, batch_size=bench.batch_size)
         self._sets: dict[Read, CalibrationSet] = {}
         self._statistics: dict[Read, list[dict[Role, InputStatistics]]] = {}
+        self._moments: dict[Inputs, dict[tuple[int, Role], Moments]] = {}
         self._hessians: dict[Inputs, list[dict[Role, InputStatistics]]] = {}
 
     def set_of(self, method: Method) -> CalibrationSet:
@@ -78,6 +81,25 @@ class Calibrations:
             given = {"hessian": True, "batch_size": self.bench.batch_size}
             self._hessians[inputs] = one_shot.dense_statistics(self.bench.model, self._reader.build(inputs), **given)
         return self._hessians[inputs]
+
+    def moments_of(self, inputs: Inputs) -> dict[tuple[int, Role], Moments]:
+        """Return mean and deviation of what `o` and `down` of the dense model read of a text, all tokens alike."""
+        if inputs not in self._moments:
+            ids, batch = self._reader.build(inputs).input_ids, self.bench.batch_size
+            self._moments[inputs] = one_shot.dense_moments(self.bench.model, ids, READERS, batch_size=batch)
+        return self._moments[inputs]
+
+    def reader_hessians(
+        self, inputs: Inputs, means: Mapping[tuple[int, Role], Tensor] | None = None
+    ) -> dict[tuple[int, Role], Tensor]:
+        """Return the Hessians of `o` and `down` on a text, about the means where these are given."""
+        found = {
+            (block, role): of_block[role].hessian() for block, of_block in enumerate(self.hessians_of(inputs)) for role in READERS
+        }
+        if means is None:
+            return found
+        tokens = 2.0 * self.windows.shape[1]  # a Hessian is divided by samples, not by tokens
+        return {place: hessian - tokens * means[place].outer(means[place]).to(hessian) for place, hessian in found.items()}
 
     def _collect(self, chosen: Sequence[Method]) -> None:
         missing: dict[Inputs, dict[Read, CalibrationSet]] = {}

@@ -16,7 +16,7 @@ from lib.models.language_model import LanguageModel, linear_layers, network_body
 from lib.pruning import pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import Method, Target
-from lib.studies.pruning.bench import Bench, Calibrations, uses_dense_statistics
+from lib.studies.pruning.bench import READERS, Bench, Calibrations, uses_dense_statistics
 from lib.studies.variance.sink_effect import text_loss
 from lib.timing import clock
 
@@ -195,21 +195,39 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
 def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
     """Return the smaller model that a method leaves; the bench's model stays as it is.
 
+    Args:
+        found: calibrations of a model.
+        method: by magnitude, one-shot Wanda or fluctuation. A refit solves for `o` and `down` anew, with the Hessian of the
+            method's text without token weights, about the mean where there is a bias, which makes up for the mean that is lost.
+        sparsity: share of groups and channels to remove.
+
     Raises:
-        InputError: a method whose ranking of groups and channels is not defined here.
+        InputError: a method whose ranking of groups and channels is not defined here, or swaps.
     """
-    if method.importance not in ("magnitude", "wanda") or (method.importance == "wanda" and method.sequential):
+    known = method.importance in ("magnitude", "fluctuation") or (method.importance == "wanda" and not method.sequential)
+    if not known or method.swaps:
         order = "sequential" if method.sequential else "one-shot"
-        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {order} {method.importance}: change it")
-    model, norms = found.bench.model, None
-    if method.needs_calibration:
+        got = f"{order} {method.importance} with {method.swaps} swaps" if method.swaps else f"{order} {method.importance}"
+        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {got}: change it")
+    model, norms, moments = found.bench.model, None, {}
+    if method.importance == "fluctuation" or method.bias:
+        moments = found.moments_of(method.inputs)
+    if method.importance == "fluctuation":
+        norms = {place: each.deviation.float() for place, each in moments.items()}
+    elif method.importance == "wanda":
         statistics = found.statistics_of(method)
         norms = {
             (block, role): of_block[role].input_norm(method.aggregate)[0]
             for block, of_block in enumerate(statistics)
-            for role in ("o", "down")
+            for role in READERS
         }
-    return shrink.shrunk(model, *shrink.choose(model, sparsity=sparsity, input_norms=norms))
+    chosen = shrink.choose(model, sparsity=sparsity, input_norms=norms)
+    means = {place: each.mean for place, each in moments.items()} if method.bias else None
+    hessians = found.reader_hessians(method.inputs, means) if method.repair == "refit" else None
+    if means is None and hessians is None:
+        return shrink.shrunk(model, *chosen)
+    replaced = shrink.compensated(model, *chosen, hessians=hessians, means=means, damping=method.damping)
+    return shrink.shrunk(model, *chosen, replaced=replaced)
 
 
 def _weights(model: LanguageModel) -> int:

@@ -30,7 +30,7 @@ PURE = {
     "quantization": ("rounding", "joint"),
 }
 PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in names}
-PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.core.errors"}
+PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "itertools", "typing", "collections", "dataclasses", "lib.core.errors"}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
 MAY_PRINT = ("lib.launch.command",)

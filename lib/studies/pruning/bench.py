@@ -75,6 +75,15 @@ class Calibrations:
         self._collect([method])
         return self._statistics[method.inputs, method.weighting]
 
+    def statistics_for(self, method: Method) -> list[dict[Role, InputStatistics]] | None:
+        """Return statistics of the dense model with all that a one-shot method needs; None for one that reads nothing."""
+        if not method.needs_calibration:
+            return None
+        if uses_dense_statistics(method):
+            return self.statistics_of(method)
+        given = {"hessian": method.needs_hessian, "batch_size": self.bench.batch_size}
+        return one_shot.dense_statistics(self.bench.model, self.set_of(method), **given)
+
     def hessians_of(self, inputs: Inputs) -> list[dict[Role, InputStatistics]]:
         """Return statistics with Hessians of what the dense model's layers read of a text, all tokens alike."""
         if inputs not in self._hessians:

@@ -13,7 +13,6 @@ from lib.calibration import measured_weights, one_shot, sets
 from lib.calibration import statistics as calibration
 from lib.calibration.hidden_states import HiddenStates, States, check_states, waiting
 from lib.calibration.statistics import READS, CalibrationSet, InputStatistics, statistics_of
-from lib.calibration.token_weights import CONTROLS
 from lib.core.errors import InputError
 from lib.core.runtime import generator as stream
 from lib.models.language_model import LanguageModel, LinearLayer, Role
@@ -84,7 +83,7 @@ def prune_(
 def _is_one_pass(method: Method) -> bool:
     """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
     weighting = method.weighting
-    if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
+    if weighting is None or weighting.over_levels or weighting.kind not in ("sinks_down", "sinks_up"):
         return False
     return method.importance == "wanda" and not method.sequential and not method.needs_hessian
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
-from lib.calibration.statistics import InputStatistics, statistics_of
+from lib.calibration import two_streams
+from lib.calibration.statistics import READS, InputStatistics, statistics_of
+from lib.calibration.two_streams import Crosses
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at
@@ -42,6 +44,7 @@ class Recipe:
         order: of pruning and rounding; `"joint"` is one sweep that does both and needs SparseGPT and GPTQ.
         rounding: GPTQ, or to the nearest point.
         weighted: whether the search for scales weighs errors with the Hessian's diagonal.
+        shifted: aim at the outputs of the dense model instead of those of the dense matrix, see `joint.shifted`.
     """
 
     grid: Grid = DENSE
@@ -50,6 +53,7 @@ class Recipe:
     order: Order = "joint"
     rounding: Rounding = "gptq"
     weighted: bool = False
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         both = self.prunes and self.grid.rounds
@@ -60,6 +64,8 @@ class Recipe:
             raise InputError("one joint sweep must be without repair and in the given order, got others: choose another order")
         if self.target.removed is not None:
             raise InputError("a recipe must name a sparsity, got numbers by layer: give a Target without removed")
+        if self.shifted and not self.method.sequential:
+            raise InputError("a shifted target must go with a sequential method, got a one-shot one: set sequential to True")
         if self.weighted and not self.needs_hessian:
             raise InputError("scales weighted by the Hessian must go with a method that collects one, got none: drop weighted")
 
@@ -71,7 +77,7 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         """Whether outer products of the inputs are collected."""
-        return (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.needs_hessian)
+        return self.shifted or (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.needs_hessian)
 
     @property
     def needs_calibration(self) -> bool:
@@ -180,7 +186,8 @@ def compress_(
     Args:
         found: calibrations of a model, shared with other recipes.
         recipe: how; it says what the calibration reads.
-        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads.
+        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads, and are shifted
+            where it is.
 
     Returns:
         Every compressed matrix by its layer's name.
@@ -195,7 +202,7 @@ def compress_(
         check(model, own)
     needed = [own for own in recipes.values() if own is not None]
 
-    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None) -> None:
+    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None, crosses: Crosses | None = None) -> None:
         """Compress the layers of one block."""
         for layer in model.layers:
             own = recipes[layer.name]
@@ -205,12 +212,19 @@ def compress_(
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
             options = {"random": stream, "seed": found.seed, "name": layer.name}
-            results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, **options)
+            weight = layer.module.weight.detach()
+            if crosses is not None and of_layer is not None:
+                given = {"damping": own.method.damping, "name": layer.name}
+                weight = joint.shifted(weight, of_layer.hessian(), crosses[READS[layer.role]], **given)
+            results[layer.name] = compress_matrix(weight, own, of_layer, **options)
             layer.module.weight.data.copy_(results[layer.name].weight)
 
     if not any(own.needs_calibration for own in needed):
         for block in range(1 + model.layers[-1].block):
             visit(block, None)
+        return results
+    if recipe.shifted:
+        two_streams.stream(model, found.set_of(recipe.method), visit, batch_size=found.bench.batch_size)
         return results
     calibration.stream(
         model,

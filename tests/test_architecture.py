@@ -27,7 +27,7 @@ PURE = {
     "attention": ("sinks", "variance", "stability", "planted"),
     "calibration": ("token_weights",),
     "pruning": ("importances", "sparsegpt", "repairs", "alps", "structured", "allocation"),
-    "quantization": ("rounding", "joint"),
+    "quantization": ("rounding", "joint", "planes"),
 }
 PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in names}
 PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "itertools", "typing", "collections", "dataclasses", "lib.core.errors"}

@@ -126,7 +126,7 @@ class Moments:
 @torch.no_grad()
 def dense_moments(
     model: LanguageModel, input_ids: Int[Tensor, "sample position"], roles: Sequence[Role], *, batch_size: int = 4
-) -> dict[tuple[int, Role], Moments]:
+) -> dict[tuple[int, str], Moments]:
     """Return mean and deviation of what some layers of the dense model read, by (block, role), summed in float64.
 
     Args:
@@ -135,7 +135,7 @@ def dense_moments(
         roles: of the layers, each the first reader of its tensor.
         batch_size: samples at one time.
     """
-    sums: dict[tuple[int, Role], Tensor] = {}
+    sums: dict[tuple[int, str], Tensor] = {}
 
     def add(read: tuple[int, Role, Tensor]) -> None:
         """Add sum and sum of squares of what one layer read."""

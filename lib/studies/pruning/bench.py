@@ -56,7 +56,7 @@ class Calibrations:
         self._reader = sets.Reader(bench.model, self.windows, seed=seed, batch_size=bench.batch_size)
         self._sets: dict[Read, CalibrationSet] = {}
         self._statistics: dict[Read, list[dict[Role, InputStatistics]]] = {}
-        self._moments: dict[Inputs, dict[tuple[int, Role], Moments]] = {}
+        self._moments: dict[Inputs, dict[tuple[int, str], Moments]] = {}
         self._hessians: dict[Inputs, list[dict[Role, InputStatistics]]] = {}
 
     def set_of(self, method: Method) -> CalibrationSet:
@@ -91,7 +91,7 @@ class Calibrations:
             self._hessians[inputs] = one_shot.dense_statistics(self.bench.model, self._reader.build(inputs), **given)
         return self._hessians[inputs]
 
-    def moments_of(self, inputs: Inputs) -> dict[tuple[int, Role], Moments]:
+    def moments_of(self, inputs: Inputs) -> dict[tuple[int, str], Moments]:
         """Return mean and deviation of what `o` and `down` of the dense model read of a text, all tokens alike."""
         if inputs not in self._moments:
             ids, batch = self._reader.build(inputs).input_ids, self.bench.batch_size
@@ -99,10 +99,10 @@ class Calibrations:
         return self._moments[inputs]
 
     def reader_hessians(
-        self, inputs: Inputs, means: Mapping[tuple[int, Role], Tensor] | None = None
-    ) -> dict[tuple[int, Role], Tensor]:
+        self, inputs: Inputs, means: Mapping[tuple[int, str], Tensor] | None = None
+    ) -> dict[tuple[int, str], Tensor]:
         """Return the Hessians of `o` and `down` on a text, about the means where these are given."""
-        found = {
+        found: dict[tuple[int, str], Tensor] = {
             (block, role): of_block[role].hessian() for block, of_block in enumerate(self.hessians_of(inputs)) for role in READERS
         }
         if means is None:

@@ -1,6 +1,7 @@
 """Structured pruning: the smaller network is the dense one with the removed structures silenced."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,7 +229,8 @@ def test_moments_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
     for layer in model.layers:
         if layer.role in ("o", "down"):
             read: list[Tensor] = []
-            handle = layer.module.register_forward_pre_hook(lambda _, given, read=read: read.append(given[0].flatten(0, 1)))
+            keep: Any = lambda _, given, kept=read: kept.append(given[0].flatten(0, 1))  # noqa: E731
+            handle = layer.module.register_forward_pre_hook(keep)
             model.network(input_ids=ids)
             handle.remove()
             moments = got[layer.block, layer.role]
@@ -245,9 +247,8 @@ def test_a_bias_is_in_the_checkpoint_and_what_is_always_the_same_can_be_cut_with
     inputs: dict[int, Tensor] = {}
     for layer in model.layers:
         if layer.role == "down":
-            layer.module.register_forward_pre_hook(
-                lambda _, given, block=layer.block: (constant(given[0], kept[block], inputs, block),)
-            )
+            change: Any = lambda _, given, block=layer.block: (constant(given[0], kept[block], inputs, block),)  # noqa: E731
+            layer.module.register_forward_pre_hook(change)
     expected = model.network(input_ids=ids).logits
     moments = {(block, "down"): values.flatten(0, 1).double() for block, values in inputs.items()}
     means = {place: values.mean(0) for place, values in moments.items()} | {(b, "o"): torch.zeros(32) for b in (0, 1)}

@@ -117,7 +117,8 @@ def test_mean_sizes_are_those_of_what_is_read_and_leave_weighted_tokens_out(tmp_
             if layer.role not in folding.GROUPS:
                 continue
             read: list[Tensor] = []
-            handle = layer.module.register_forward_pre_hook(lambda _, given, read=read: read.append(given[0].double().abs()))
+            keep: Any = lambda _, given, kept=read: kept.append(given[0].double().abs())  # noqa: E731
+            handle = layer.module.register_forward_pre_hook(keep)
             cast(Any, model.network)(input_ids=ids)
             handle.remove()
             own = torch.ones(5, 9) if weight is None else weight if weight.dim() == 2 else weight[layer.block]

@@ -373,9 +373,9 @@ def test_every_structured_method_leaves_what_its_choices_say(bench: Bench, name:
     for layer in bench.model.layers:
         if layer.role in ("o", "down"):
             place = (layer.block, layer.role)
-            handle = layer.module.register_forward_pre_hook(
-                lambda _, given, place=place: read.setdefault(place, []).append(given[0].flatten(0, 1).double())
-            )
+            kept_here: list[Tensor] = read.setdefault(place, [])
+            keep: Any = lambda _, given, kept=kept_here: kept.append(given[0].flatten(0, 1).double())  # noqa: E731
+            handle = layer.module.register_forward_pre_hook(keep)
             network_body(bench.model)(input_ids=ids)
             handle.remove()
     for layer, cut in zip(bench.model.layers, small.layers, strict=True):
@@ -384,8 +384,9 @@ def test_every_structured_method_leaves_what_its_choices_say(bench: Bench, name:
         inputs = read[layer.block, "down"][0]
         spread = inputs.std(0, correction=0) if method.importance == "fluctuation" else inputs.norm(dim=0)
         kept = (spread * layer.module.weight.norm(dim=0)).argsort()[20:].sort().values
-        rows = bench.model.network.get_submodule(layer.name.replace("down_proj.weight", "up_proj")).weight[kept]
-        assert torch.equal(small.network.get_submodule(layer.name.replace("down_proj.weight", "up_proj")).weight, rows)
+        producer = layer.name.replace("down_proj", "up_proj")
+        rows = bench.model.network.get_parameter(producer)[kept]
+        assert torch.equal(small.network.get_parameter(producer), rows)
         assert torch.equal(cut.module.weight, layer.module.weight[:, kept]) == (method.repair == "none")
         assert (cut.module.bias is not None) == method.bias
         outputs = cut.module(inputs[:, kept].float()).double(), layer.module(inputs.float()).double()

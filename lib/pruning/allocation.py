@@ -1,6 +1,7 @@
 """How much sparsity each layer gets when the total is fixed. Numbers in, numbers out."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,19 +84,18 @@ def outlier_share(importance: Float[Tensor, "out in"], *, factor: float = OWL_OU
 
 
 def log_variance(importance: Float[Tensor, "out in"]) -> float:
-    """Return asin(atan(v)) of the variance v of the logarithms of the importances, the score of DSA; zeros are left out.
+    """Return asin(2 / pi atan(v)) of the variance v of the logarithms of the importances, a score like DSA's; zeros are left out.
 
-    Above v = tan 1 the arcsine is not defined: the score stays at its end, pi / 2.
-
-    Source: the best function that DSA (NeurIPS 2024) found, after the paper's description. Whether a high score protects a layer
-        could not be read, so `from_scores` is to be asked for both.
+    Source: asin(atan(v)), the best function that DSA (NeurIPS 2024) found, after the paper's description. Above v = tan 1 that is
+        not defined, and all blocks of our models lie there: so the arctangent is brought into [0, 1) first. Whether a high score
+        protects a layer could not be read, so `from_scores` is to be asked for both.
 
     >>> round(log_variance(torch.tensor([[1.0, -2.718281828, 0.0]])), 3)  # logarithms 0 and 1
-    0.247
+    0.157
     """
     logs = importance.double().abs().flatten().log()
     spread = logs[logs.isfinite()].var(correction=0)
-    return float(spread.atan().clamp(max=1.0).asin()) if len(logs) else 0.0
+    return float((spread.atan() * (2.0 / math.pi)).asin())
 
 
 def best_ramp(

@@ -38,10 +38,11 @@ def by_routed_mass(
     Raises:
         InputError: another method, or what `choose` refuses.
     """
-    fits = method.importance == "wanda" and not method.sequential
+    fits = method.importance == "wanda" and not (method.sequential or method.repairs or method.is_structured)
     order = "sequential" if method.sequential else "one-shot"
     rule = "experts must be ranked by what a one-shot Wanda method reads"
-    require(fits, rule, f"{order} {method.importance}", "use one of these")
+    got = f"{order} {method.importance}{' with a repair' if method.repairs or method.bias else ''}"
+    require(fits, rule, got, "use one of these")
     mass = routed_mass(model, calibration, batch_size=batch_size)
     return without_experts(model, choose(model, mass, sparsity=sparsity))
 

@@ -236,3 +236,12 @@ def test_bad_requests_are_refused(model: LanguageModel, tmp_path: Path) -> None:
         sets.noised_windows(tiny.model(tmp_path), WINDOWS, seed=0)
     with pytest.raises(InputError, match=r"fractions of a trajectory must be in \[0, 1\), got \[1.0\]"):
         sets.trajectory_states(model, WINDOWS, prompt_tokens=8, steps=8, at=[1.0], seed=0)
+
+
+def test_a_clean_prefix_is_never_masked_and_the_rest_is_noised_as_without_it(tmp_path: Path) -> None:
+    model, windows = tiny.model(tmp_path, causal=False), tiny.ids(3, 18)
+    whole, rest = (
+        sets.noised_windows(model, windows, Inputs("noised", levels=4, clean_share=share), seed=2) for share in (0.0, 0.25)
+    )
+    assert torch.equal(rest[..., :4], windows[:, None, :4].expand(-1, 4, -1)) and torch.equal(rest[..., 4:], whole[..., 4:])
+    assert bool((whole[..., :4] == tiny.MASK).any()) and bool((rest[:, -1, 4:] == tiny.MASK).all())

@@ -268,7 +268,7 @@ def test_the_shape_of_a_mixture_counts_all_experts_and_those_that_a_token_meets(
     model = tiny.mixture(family, head_dim=16, **more)
     model.network.config.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
-    monkeypatch.setattr(costs.layouts, "configuration", lambda raw, folder: (type(model.network), read))
+    monkeypatch.setattr(costs.layouts, "configuration", lambda raw, family, folder: (type(model.network), read))
     shape = costs.shape_of(ModelSource(str(tmp_path)))
     assert shape is not None and shape.head_dim == 16
     sizes = {layer.name: layer.module.weight.numel() for layer in model.layers}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -365,3 +366,15 @@ def test_options_that_contradict_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             Method(**options)  # type: ignore[arg-type]
+
+
+def test_a_random_mask_with_a_refit_is_that_of_its_seed(tmp_path: Path) -> None:
+    """Whatever else drew numbers before."""
+    model, method, found = tiny.model(tmp_path, causal=False), Method("random", repair="refit"), []
+    for before, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(before)
+        with pruner.restored(model):
+            pruner.prune_(model, method, HALF, windows=tiny.ids(4, 12), seed=seed)
+            found.append([layer.module.weight.clone() for layer in model.layers])
+    assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
+    assert not any(torch.equal(one != 0, other != 0) for one, other in zip(found[1], found[2], strict=True))

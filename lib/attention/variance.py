@@ -114,8 +114,8 @@ def temporal_variance(
     1.0
     >>> float(temporal_variance(torch.tensor([2.0, 4.0]), length=4))
     0.0625
-    >>> float(temporal_variance(torch.tensor([2.0, 4.0, 9.0]), groups=torch.tensor([0, 0, 1])).round(decimals=3))
-    0.667
+    >>> float(temporal_variance(torch.tensor([2.0, 4.0, 7.0, 9.0]), groups=torch.tensor([0, 0, 1, 1])))
+    1.0
     """
     scaled = centroids / length
     if groups is None:

@@ -35,6 +35,7 @@ class SamplerDefaults:
         max_post_steps: steps that may edit a block after its last mask.
         sub_block_length: parts of a block that are decoded from left to right.
         seeded: whether the first token of a block comes from the output before the block.
+        cut_last: whether the last block ends with the text; else it is written as a whole, and cut afterwards.
         temperature: 0 for the most probable token.
         top_p: share of the probability that is drawn from.
     """
@@ -44,9 +45,10 @@ class SamplerDefaults:
     steps: int | None = None
     threshold: float | None = None
     edit_threshold: float | None = None
-    max_post_steps: int = 0
+    max_post_steps: int = 16
     sub_block_length: int | None = None
     seeded: bool = False
+    cut_last: bool = False
     temperature: float = 0.0
     top_p: float | None = None
 
@@ -133,7 +135,7 @@ LLADA2_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 LLADA_SAMPLER = SamplerDefaults(block_length=32)
 SDAR_SAMPLER = SamplerDefaults("threshold or quota", block_length=4, steps=4, threshold=0.85, temperature=1.0)
-LLADA2_SAMPLER = SamplerDefaults("threshold or quota", block_length=32, steps=32, threshold=0.95)
+LLADA2_SAMPLER = SamplerDefaults("threshold or quota", block_length=32, threshold=0.95)
 LLADA21_SAMPLER = replace(LLADA2_SAMPLER, threshold=0.7, edit_threshold=0.5, max_post_steps=16)
 QWEN_ENDS = (151645, 151643)
 
@@ -211,7 +213,7 @@ DIFFUSION = (
     Family(
         "stable-diffcoder", "Llama", "copy", ("StableDiffcoderForCausalLM",), releases=("Stable-DiffCoder-8B",), mask_token_id=5,
         attention="block-causal", block_length=4, block_origin="start", state="parity-tested",
-        sampler=SamplerDefaults("at least or best", block_length=4, threshold=0.95),
+        sampler=SamplerDefaults("at least or best", block_length=4, threshold=0.95, cut_last=True),
         rope_types=(*SAME_EVERYWHERE, "yarn", "longrope"),
     ),
     Family(

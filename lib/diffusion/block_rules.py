@@ -1,14 +1,14 @@
 """Which predictions of a step a block sampler commits, and how steps spread over blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lib.checkpoints.families import sampler_of
 from lib.core.errors import require
 from lib.diffusion import commits
 from lib.models.language_model import LanguageModel
@@ -68,21 +68,12 @@ class BlockRule:
         require(self.max_post_steps >= 0, "max_post_steps must not be negative", str(self.max_post_steps), "use 0 for none")
 
 
-# By the name in `LanguageModel.family`: what each family's own sampler does unless told otherwise, greedily.
-RULES: Mapping[str, BlockRule] = MappingProxyType({
-    "sdar": BlockRule("threshold or quota", steps=4, threshold=0.85),
-    "sdar-moe": BlockRule("threshold or quota", steps=4, threshold=0.85),
-    "fast-dllm-v2": BlockRule("above or best", threshold=0.95, sub_block_length=8, seeded=True),
-    "stable-diffcoder": BlockRule("at least or best", threshold=0.95, cut_last=True),
-    "nemotron-labs-diffusion": BlockRule("at least or best", threshold=0.9, seeded=True),
-    "llada2": BlockRule("threshold or quota", threshold=0.95),
-    "llada2.1": BlockRule("threshold or quota", threshold=0.7, edit_threshold=0.5),
-})  # fmt: skip
-
-
 def rule_of(model: LanguageModel) -> BlockRule:
-    """Return how a model's own family commits tokens; one token a step when that is not known."""
-    return RULES.get(model.family, BlockRule(seeded=model.attention == "context-causal"))
+    """Return how a model's own family commits tokens, greedily; one token a step when that is not known."""
+    own = sampler_of(model.family)
+    shared = {name: getattr(own, name) for name in ("steps", "threshold", "edit_threshold", "max_post_steps", "sub_block_length")}
+    rule = cast(Rule, own.rule if own.rule in get_args(Rule) else "quota")
+    return BlockRule(rule, **shared, seeded=own.seeded or model.attention == "context-causal", cut_last=own.cut_last)
 
 
 def in_steps(model: LanguageModel, order: Order = "low_confidence") -> BlockRule:

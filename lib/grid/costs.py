@@ -109,6 +109,8 @@ SHAPES: Mapping[str, Shape] = MappingProxyType({
     "Dream-org/Dream-v0-Base-7B": Shape(3584, 28, 28, 4, 18944, 152064),
     "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 18944, 152064),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 32, 8, 14336, 128256),
+    "Qwen/Qwen3-0.6B": Shape(1024, 28, 16, 8, 3072, 151936, head_dim=128),
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": Shape(1024, 28, 16, 8, 3072, 151936, head_dim=128),
 })  # fmt: skip
 
 

@@ -110,12 +110,16 @@ def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, ob
 
 
 def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]) -> None:
-    """Check that every checkpoint in the settings is named well and whole, from headers only."""
+    """Check that every checkpoint in the settings is named well, whole and complete, its mask token too, from headers only."""
     sections = [section for section in plain.values() if isinstance(section, Mapping)]
     extra = [lookup.parse(text) for section in sections for text in section.get("extra_models", ())]
     for source in (*models.values(), *extra):
         lookup.check(source)
         lookup.check_tokenizer(source)
+        if lookup.is_local(source) and not lookup.local_path(source).is_relative_to(config.ROOT / "models"):
+            from lib.models import loading  # slow to import, and the profiles' own models have a mask token
+
+            loading.opened(lookup.local_path(source))
 
 
 def _check_writable(folder: Path) -> None:

@@ -54,7 +54,7 @@ class Run:
 
         Args:
             models: one mapping a model with `name` and any of `source`, `revision`, `fingerprint`, `parameters` (their count),
-                `dtype` and `kind`.
+                `dtype`, `kind`, `family`, `attention` and `notes`.
 
         Raises:
             InputError: an entry without a name, or with another key.

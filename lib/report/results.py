@@ -12,7 +12,7 @@ from lib.report.tables import significant
 
 SCHEMA_VERSION = 1
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not tested")
-MODEL_FIELDS = ("name", "source", "revision", "fingerprint", "parameters", "dtype", "kind")
+MODEL_FIELDS = ("name", "source", "revision", "fingerprint", "parameters", "dtype", "kind", "family", "attention", "notes")
 REQUIRED: dict[str, type] = {
     "notebook": str, "number": str, "title": str, "profile": str, "seed": int, "overrides": dict, "config": dict,
     "fingerprint": str, "commit": str, "models": list, "versions": dict, "device": str, "tables": list, "figures": list,

@@ -17,6 +17,7 @@ from lib.core import config, errors
 from lib.core.environment import ROOT
 from lib.launch import batch, execution
 from lib.launch import command as launcher
+from tests import tiny
 
 REPORT = '''"""Stand-in for the report page."""
 from lib.core import config, provenance
@@ -194,6 +195,15 @@ def test_damaged_checkpoint_is_found_before_any_work(tmp_path: Path, project: Pa
     assert done.returncode == 2
     assert "whole safetensors file" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_diffusion_model_without_a_mask_token_is_found_before_any_work(tmp_path: Path, project: Path) -> None:
+    model = tiny.folder(tmp_path / "model", causal=False)
+    tiny.words().save_pretrained(model)
+    tiny.edit_config(model, mask_token_id=None)
+    done = launch(project, "--notebooks", "01", "--set", f"sink_traces.extra_models=[{model}]")
+    assert done.returncode == 2
+    assert "a diffusion model must name its mask token" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unwritable_folder_is_found_before_any_work(tmp_path: Path, project: Path) -> None:

@@ -280,9 +280,15 @@ def test_a_fused_projection_is_streamed_by_its_rows(tmp_path: Path) -> None:
     assert [layer.module.weight.shape for layer in streamed.layers] == [layer.module.weight.shape for layer in whole.layers]
 
 
-def test_mixtures_are_not_streamed_yet(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="must lie in one piece"):
-        streaming.load(recorded("llada_moe")(tmp_path / "moe"))
+@pytest.mark.parametrize("name", ["llada_moe", "llada2_moe"])
+def test_a_streamed_mixture_is_the_whole_one(name: str, tmp_path: Path) -> None:
+    folder = recorded(name)(tmp_path / "moe")
+    assert torch.equal(logits(streaming.load(folder)), logits(loading.load(folder)))
+
+
+def test_merged_experts_are_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must lie in one piece|the checkpoint is incomplete or of another layout"):
+        streaming.load(merged(tmp_path / "merged"))
 
 
 def test_merged_experts_are_the_recorded_network(tmp_path: Path) -> None:

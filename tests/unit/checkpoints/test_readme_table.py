@@ -1,0 +1,29 @@
+"""README's table of families is the registry's."""
+
+from pathlib import Path
+
+from lib.checkpoints.families import FAMILIES, Family
+
+README = Path(__file__).resolve().parents[3] / "README.md"
+ATTENTION = {
+    "full": "both ways",
+    "block-causal": "by blocks of {length}, from {origin}",
+    "context-causal": "causal, but the open block of {length} sees itself",
+    "causal": "causal",
+}
+ORIGINS = {"start": "the first token", "prompt": "the prompt's end"}
+
+
+def row(family: Family) -> str:
+    """One line of the table."""
+    attention = ATTENTION[family.attention].format(length=family.block_length, origin=ORIGINS[family.block_origin])
+    known = [f"`{name}`" for name in (*family.architectures, *family.model_types)] or [f"the name, `{family.called}`"]
+    releases = ", ".join(family.releases) or "your own"
+    shift = "yes" if family.logit_shift and family.attention != "causal" else "no"
+    return f"| {family.name} | {releases} | {', '.join(known)} | {family.network} | {attention} | {shift} | {family.state} |"
+
+
+def test_the_table_of_families_is_the_registrys() -> None:
+    table = README.read_text(encoding="utf-8").partition("<!-- families:begin -->\n")[2].partition("<!-- families:end -->")[0]
+    expected = "\n".join(row(family) for family in FAMILIES.values())
+    assert table.splitlines()[2:] == expected.splitlines(), f"put these lines into README:\n{expected}"

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -93,53 +95,58 @@ def measure(
         found = Calibrations(bench, seed)
         found.prepare(chosen.values())
         errors_of = found.hessians_of(CLEAN if bench.model.is_causal else noised)
-        for name, method in tqdm(chosen.items(), desc=f"{bench.model.name}, repairs", leave=False, disable=None):
-            ranked = found.statistics_of(method)
-            weights = repaired(bench.model, method, target, ranked, errors_of, repairs=repairs, swaps=swaps)
-            for repair in repairs:
-                with pruner.restored(bench.model) as model:
-                    for layer, weight in zip(model.layers, weights[repair], strict=True):
-                        layer.module.weight.data.copy_(weight)
-                    measured = runs.outcome(bench, name_of(name, repair), target, seed=seed)
-                    used = (ranked,) if repair == ALONE else (ranked, errors_of)
-                    outcomes.append(replace(measured, fallbacks=_fallbacks(model, used)))
+        ranked = [found.statistics_of(method) for method in chosen.values()]
+        weights = repaired(bench.model, list(chosen.values()), target, ranked, errors_of, repairs=repairs, swaps=swaps)
+        cells = [(index, repair) for index in range(len(chosen)) for repair in repairs]
+        for index, repair in tqdm(cells, desc=f"{bench.model.name}, repairs", leave=False, disable=None):
+            with pruner.restored(bench.model) as model:
+                for layer, weight in zip(model.layers, weights[index][repair], strict=True):
+                    layer.module.weight.data.copy_(weight)
+                measured = runs.outcome(bench, name_of(list(chosen)[index], repair), target, seed=seed)
+                used = (ranked[index],) if repair == ALONE else (ranked[index], errors_of)
+                outcomes.append(replace(measured, fallbacks=_fallbacks(model, used)))
     return outcomes
 
 
 def repaired(
     model: LanguageModel,
-    method: Method,
+    ranking: Sequence[Method],
     target: Target,
-    found: Statistics,
+    found: Sequence[Statistics],
     errors_of: Statistics,
     *,
     repairs: Sequence[str] = tuple(REPAIRS),
     swaps: int = ways.SWAPS,
-) -> dict[str, list[Tensor]]:
-    """Return the weights of every layer by repair; what repairs share is done once.
+) -> list[dict[str, list[Tensor]]]:
+    """Return the weights of every layer, by method and repair; what they share is done once.
 
     Args:
         model: the dense model, left as it is.
-        method: what ranks the weights, without a repair of its own.
+        ranking: what ranks the weights, methods without a repair of their own.
         target: how much goes.
-        found: statistics that the method ranks with.
+        found: statistics that each method ranks with.
         errors_of: statistics with Hessians that repairs measure errors with.
         repairs: names of `methods.REPAIRS`.
         swaps: of every row at most.
     """
-    results: dict[str, list[Tensor]] = {repair: [] for repair in repairs}
+    results: list[dict[str, list[Tensor]]] = [{repair: [] for repair in repairs} for _ in ranking]
     for layer in model.layers:
-        weight, own = layer.module.weight.detach(), statistics_of(found[layer.block], layer.role, layer.expert)
-        kept = matrices.pruned(weight, method, target, own, name=layer.name)[1]
+        weight = layer.module.weight.detach()
         hessian = statistics_of(errors_of[layer.block], layer.role, layer.expert).hessian()
-        swapped = kept
-        if any(REPAIRS[repair]["swaps"] for repair in repairs):
-            swapped = ways.swap(weight, kept, hessian, swaps=swaps, pattern=target.pattern)
-        for repair in repairs:
-            mask = swapped if REPAIRS[repair]["swaps"] else kept
-            is_refit = REPAIRS[repair]["repair"] == "refit"
-            new = ways.refit(weight, mask, hessian, name=layer.name) if is_refit else importances.prune(weight, mask)
-            results[repair].append(new)
+        masks: dict[tuple[int, bool], Tensor] = {}
+        for index, (method, ranked) in enumerate(zip(ranking, found, strict=True)):
+            own = statistics_of(ranked[layer.block], layer.role, layer.expert)
+            masks[index, False] = matrices.pruned(weight, method, target, own, name=layer.name)[1]
+            if any(REPAIRS[repair]["swaps"] for repair in repairs):
+                masks[index, True] = ways.swap(weight, masks[index, False], hessian, swaps=swaps, pattern=target.pattern)
+        wanted = {bool(REPAIRS[repair]["swaps"]) for repair in repairs if REPAIRS[repair]["repair"] == "refit"}
+        keys = [key for key in masks if key[1] in wanted]
+        stacked = torch.stack([masks[key] for key in keys]) if keys else None
+        solved = {} if stacked is None else dict(zip(keys, ways.refits(weight, stacked, hessian, name=layer.name), strict=True))
+        for index, repair in product(range(len(ranking)), repairs):
+            key = (index, bool(REPAIRS[repair]["swaps"]))
+            new = solved[key] if REPAIRS[repair]["repair"] == "refit" else importances.prune(weight, masks[key])
+            results[index][repair].append(new)
     return results
 
 

@@ -73,6 +73,30 @@ def test_the_gradient_of_kept_weights_is_zero_and_no_update_is_better(damping: f
         assert not bool(own[~mask].any())
 
 
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_masks_together_are_refitted_as_each_alone(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike and unlike ones, with nothing and everything in common."""
+    weight, hessian = layer(11)
+    alike = uneven(11)
+    alike[:, :3] = ~alike[:, :3]
+    masks = torch.stack([uneven(11), alike, ~uneven(11), torch.ones_like(alike)])
+    exact = [slow_refit(weight, mask, hessian) for mask in masks]
+    monkeypatch.setattr(repairs, "AT_ONCE", at_once)
+    for chosen in ([0], [0, 1], [0, 1, 2, 3], [3, 3]):
+        got = repairs.refits(weight, masks[chosen], hessian)
+        torch.testing.assert_close(got, torch.stack([exact[index] for index in chosen]), atol=1e-9, rtol=1e-9)
+
+
+def slow_refit(weight: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
+    """Solve row by row."""
+    matrix, result = damped(hessian), torch.zeros_like(weight)
+    for row, mask in enumerate(kept):
+        if bool(mask.any()):
+            change = torch.linalg.solve(matrix[mask][:, mask], matrix[mask][:, ~mask] @ weight[row, ~mask])
+            result[row, mask] = weight[row, mask] + change
+    return result
+
+
 def test_systems_of_any_number_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = layer(5)
     whole = repairs.refit(weight, uneven(5), hessian)
@@ -153,7 +177,9 @@ def test_swaps_end_where_no_pair_helps(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_quick_search_never_raises_a_row_and_comes_near_the_exhaustive_one(seed: int) -> None:
+def test_the_quick_search_never_raises_a_row_and_comes_near_the_exhaustive_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, hessian = layer(seed, rows=12)
     kept = halved(weight, hessian)
     before = kept
@@ -161,6 +187,9 @@ def test_the_quick_search_never_raises_a_row_and_comes_near_the_exhaustive_one(s
     errors = [[row_error(weight[row], mask[row], hessian) for row in range(12)] for mask in (kept, *quick)]
     assert all(after <= last * (1 + 1e-9) for a, b in pairwise(errors) for last, after in zip(a, b, strict=True))
     assert torch.equal(repairs.swap(weight, kept, hessian, swaps=8), quick[-1])  # pulls are carried along exactly
+    monkeypatch.setattr(repairs, "IN_CACHE", 1)
+    assert torch.equal(repairs.swap(weight, kept, hessian, swaps=8), quick[-1])  # rows one by one
+    monkeypatch.undo()
     full, short = (
         sum(row_error(weight[row], mask[row], hessian) for row in range(12))
         for mask in (repairs.swap(weight, kept, hessian, exhaustive=True), repairs.swap(weight, kept, hessian))

@@ -51,20 +51,24 @@ def test_a_cell_is_the_method_of_that_name_with_errors_of_plain_text(bench: Benc
     found = Calibrations(bench, 1)
     method, target = repairs.masks(bench.model, noised=FEW)[mask], Target(0.5, pattern)
     errors_of = found.hessians_of(FEW)
-    weights = repairs.repaired(bench.model, method, target, found.statistics_of(method), errors_of)
+    ranking = [method, repairs.masks(bench.model, noised=FEW)[repairs.CONTROL]]
+    own = [found.statistics_of(each) for each in ranking]
+    weights = repairs.repaired(bench.model, ranking, target, own, errors_of)[0]
     for repair in REPAIRS:
         with pruner.restored(bench.model) as model:
             chosen = methods.repaired(method, repair)
             pruner.prune_with_(model, chosen, target, found.statistics_of(method), errors_of=errors_of)
             for layer, weight in zip(model.layers, weights[repair], strict=True):
-                assert torch.equal(layer.module.weight, weight)
+                assert torch.equal(layer.module.weight != 0, weight != 0)
+                torch.testing.assert_close(layer.module.weight, weight, atol=1e-5, rtol=1e-4)  # solved with another's mask
+                assert repair in ("refit", "swaps, refit") or torch.equal(layer.module.weight, weight)
 
 
 def test_a_refit_lowers_the_error_of_every_layer(bench: Bench) -> None:
     found = Calibrations(bench, 0)
     method = repairs.masks(bench.model, noised=FEW)[repairs.SINK]
     errors_of = found.hessians_of(FEW)
-    weights = repairs.repaired(bench.model, method, Target(0.5), found.statistics_of(method), errors_of)
+    weights = repairs.repaired(bench.model, [method], Target(0.5), [found.statistics_of(method)], errors_of)[0]
     for index, layer in enumerate(bench.model.layers):
         role = {"k": "q", "v": "q", "up": "gate"}.get(layer.role, layer.role)
         hessian = errors_of[layer.block][role].hessian().double()  # type: ignore[index]

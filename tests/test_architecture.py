@@ -28,11 +28,11 @@ PURE = {
     "models": ("visibility",),
     "attention": ("sinks", "variance", "stability", "planted"),
     "calibration": ("token_weights",),
-    "pruning": ("importances", "sparsegpt", "structured", "allocation"),
-    "quantization": ("rounding", "joint"),
+    "pruning": ("importances", "sparsegpt", "repairs", "alps", "structured", "allocation"),
+    "quantization": ("rounding", "joint", "planes"),
 }
 PURE_MODULES = {f"lib.{room}.{name}" for room, names in PURE.items() for name in names}
-PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "typing", "collections", "dataclasses", "lib.core.errors"}
+PURE_MAY_IMPORT = {"torch", "jaxtyping", "numpy", "math", "itertools", "typing", "collections", "dataclasses", "lib.core.errors"}
 LONGEST_FUNCTION = 60
 LONGEST_MODULE = 330
 MAY_PRINT = ("lib.launch.command", "lib.commands.terminal")

@@ -11,16 +11,16 @@ from torch import Tensor
 from lib.attention import masses as attention
 from lib.calibration import token_weights
 from lib.calibration.statistics import check_masses
-from lib.calibration.token_weights import CONTROLS, INSTABILITY, Level, Unit, Weighting
+from lib.calibration.token_weights import CONTROLS, DECODING, INSTABILITY, Level, Unit, Weighting
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.models.language_model import LanguageModel, network_body
+from lib.models.language_model import LanguageModel, logits_at, network_body
 
 SAMPLES: dict[Level, int] = {"aggregate": 0, "layer": 1, "head": 1}  # the dimension of samples in masses reduced to a level
 
 
 class Masses:
-    """The dense model's attention masses of some samples, reduced to what weightings compare; each reduction is measured once.
+    """The dense model's attention masses, and more, of some samples, reduced to what weightings compare; each is measured once.
 
     Attributes:
         model: the dense model.
@@ -32,6 +32,7 @@ class Masses:
         self.model, self.input_ids, self.batch_size = model, input_ids, batch_size
         self._reduced: dict[tuple[Level, Unit], Tensor] = {}
         self._norms: Tensor | None = None
+        self._confidence: Tensor | None = None
 
     def reduced(self, level: Level, unit: Unit) -> Tensor:
         """Return the masses reduced to a level, see `token_weights.reduced`, on the CPU.
@@ -56,6 +57,25 @@ class Masses:
         if self._norms is None:
             self._norms = torch.cat([activation_norms(self.model, batch).cpu() for batch in self._batches()])
         return self._norms
+
+    def confidence(self) -> Float[Tensor, "sample position"]:
+        """Return the highest probability at every masked position, 0 elsewhere, on the CPU.
+
+        Raises:
+            InputError: a model without masks.
+        """
+        mask = self.model.mask_token_id
+        if mask is None:
+            raise InputError(f"confidence in masked tokens must be of a diffusion model, got {self.model.name}: weigh by sinks")
+        if self._confidence is None:
+            parts = []
+            for batch in self._batches():
+                where = batch == mask
+                found = torch.zeros(batch.shape, device=batch.device)
+                found[where] = logits_at(self.model, batch, where).softmax(-1).amax(-1)
+                parts.append(found.cpu())
+            self._confidence = torch.cat(parts)
+        return self._confidence
 
     def _batches(self) -> Iterator[Tensor]:
         return (part.to(self.model.device) for part in self.input_ids.split(self.batch_size))
@@ -85,11 +105,16 @@ def measure(
 @torch.inference_mode()
 def weights(masses: Masses, weighting: Weighting, *, seed: int = 0) -> Tensor:
     """Return the weight of each token, as `measure` does, from masses that other weightings share."""
-    if weighting.kind == "mask":
-        rule, got = "the control 'mask' must have mask tokens to weigh down", f"none with {masses.model.name}"
+    if weighting.kind == "mask" or weighting.kind in DECODING:
+        rule, got = f"weights of kind {weighting.kind!r} must have mask tokens to tell apart", f"none with {masses.model.name}"
         require(masses.model.mask_token_id is not None, rule, got, "use random or first")
     if weighting.kind in INSTABILITY:
         raise InputError(f"instability must be measured over noise levels, got {weighting.kind}: use measure_over_levels")
+    if weighting.kind in DECODING:
+        confidence = masses.confidence()
+        return token_weights.decoding_weight(
+            confidence, masses.input_ids.cpu() == masses.model.mask_token_id, kind=weighting.kind
+        )
     scores = token_weights.score_of(masses.reduced(weighting.level, weighting.unit), weighting)
     if weighting.kind not in CONTROLS:
         return _weight(scores, weighting)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.attention import masses
@@ -15,6 +16,7 @@ from lib.calibration.hidden_states import States, waiting
 from lib.calibration.reads import READS, Read, add_read, new_statistics, reading
 from lib.calibration.statistics import CalibrationSet, Weights, check_masses, check_weights, of_layer, stream
 from lib.calibration.sums import InputStatistics, add_shared
+from lib.core.errors import require
 from lib.models import experts
 from lib.models.language_model import LanguageModel, LinearLayer, Role, network_body, own_mask
 
@@ -120,6 +122,47 @@ def shared_statistics(
         with reading(model, blocks, add):
             network_body(model)(input_ids=input_ids[rows].to(model.device), use_cache=False)
     return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of each input feature of a layer, over all tokens."""
+
+    mean: Float[Tensor, "feature"]
+    deviation: Float[Tensor, "feature"]
+
+
+@torch.no_grad()
+def dense_moments(
+    model: LanguageModel, input_ids: Int[Tensor, "sample position"], roles: Sequence[Role], *, batch_size: int = 4
+) -> dict[tuple[int, str], Moments]:
+    """Return mean and deviation of what some layers of the dense model read, by (block, role), summed in float64.
+
+    Args:
+        model: the dense model.
+        input_ids: calibration samples, clean or noised.
+        roles: of the layers, each the first reader of its tensor.
+        batch_size: samples at one time.
+
+    Raises:
+        InputError: a mixture of experts, whose tokens a layer does not read all.
+    """
+    require(not model.has_experts, "moments must be of dense blocks", f"the mixture {model.name}", "use norms")
+    sums: dict[tuple[int, str], Tensor] = {}
+
+    def add(read: Read) -> None:
+        """Add sum and sum of squares of what one layer read."""
+        place = (read.block, read.role)
+        if read.role in roles:
+            values = read.inputs.flatten(0, 1).double()
+            both = torch.stack([values.sum(0), values.square().sum(0)])
+            sums[place] = sums[place] + both if place in sums else both
+
+    with reading(model, range(1 + model.layers[-1].block), add):
+        for batch in input_ids.split(batch_size):
+            network_body(model)(input_ids=batch.to(model.device), use_cache=False)
+    means = {place: both / input_ids.numel() for place, both in sums.items()}
+    return {place: Moments(mean, (square - mean**2).clamp(min=0).sqrt()) for place, (mean, square) in means.items()}
 
 
 @torch.no_grad()

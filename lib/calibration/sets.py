@@ -37,6 +37,8 @@ class Inputs:
         levels: noise levels (or states of a trajectory) per window.
         schedule: `"llada"` noises any position, `"dream"` never the first and the last.
         prompt_share: share of a window that is the prompt of its trajectory.
+        clean_share: share of a noised window, from its start, that is never masked, as a prompt is; Quant-dLLM (arXiv 2510.03274)
+            calibrates with 1/4.
     """
 
     kind: Literal["clean", "noised", "trajectory"] = "clean"
@@ -44,6 +46,7 @@ class Inputs:
     levels: int = GRID_STEPS
     schedule: likelihood.Schedule = "llada"
     prompt_share: float = 0.25
+    clean_share: float = 0.0
 
 
 CLEAN, NOISED = Inputs(), Inputs("noised")
@@ -206,17 +209,18 @@ def noised_windows(
     """
     require_diffusion(model, "noised calibration", instead="calibrate it on clean text")
     process = process_of(model)
-    rows = []
+    rows, clean = [], int(windows.shape[1] * inputs.clean_share)
     for index, window in enumerate(windows):
         for level, time in enumerate(noise_times(inputs.times, levels=inputs.levels, seed=seed, window=index)):
             stream = generator(seed, "calibration", index, level)
             at, mask = torch.tensor([time]), 0  # which mask stands there for a moment does not matter
             drawn = likelihood.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
             ids = process.fill(window, drawn.is_masked[0], generator=stream)
+            is_open = torch.arange(len(ids), device=ids.device) >= clean
             if model.attention == "context-causal":
                 blocks = blocks_of(model, len(ids))[0].to(ids.device)
-                ids = torch.where(blocks == blocks[-1], ids, window.to(ids.device))
-            rows.append(ids)
+                is_open &= blocks == blocks[-1]
+            rows.append(torch.where(is_open, ids, window.to(ids.device)))
     return torch.stack(rows).view(len(windows), inputs.levels, windows.shape[1])
 
 

@@ -13,12 +13,16 @@ from torch import Tensor
 from lib.attention import sinks
 from lib.core.errors import InputError, require
 
-Kind = Literal["sinks_down", "sinks_up", "random", "first", "mask", "norm", "variance", "presence"]
+Kind = Literal[
+    "sinks_down", "sinks_up", "random", "first", "mask", "norm", "variance", "presence", "confidence", "frontier"
+]  # fmt: skip
 Level = Literal["aggregate", "layer", "head"]
 Rule = Literal["mean_std", "leave_one_out"]
 Unit = Literal["sum", "mean_one"]
 CONTROLS = ("random", "first", "mask", "norm")
 INSTABILITY = ("variance", "presence")
+DECODING = ("confidence", "frontier")
+FRONTIER = 4  # masked tokens of a sample that are written next: as many as one step of our decoders writes
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Weighting:
     Attributes:
         kind: `"sinks_down"` is omega = 1 - sink score; `"sinks_up"` is 1 + boost x score; `"random"`, `"first"`, `"mask"` and
             `"norm"` take out as many other tokens as there are sinks; `"variance"` and `"presence"` take out tokens whose mass is
-            unstable over noise levels (see `instability_score`).
+            unstable over noise levels (see `instability_score`); `"confidence"` and `"frontier"` count masked tokens more, the
+            surer the model is of them (see `decoding_weight`).
         level: where masses are compared: summed over layers and heads, in each layer, or in each head.
         rule: threshold of a sink: mean + margin standard deviations, or the mean of the other keys + margin.
         margin: standard deviations, or the epsilon of the leave-one-out rule in the unit of the mass.
@@ -159,6 +164,34 @@ def instability_score(
         return 4.0 * share * (1.0 - share)
     over_time = mass.var(1, correction=0)
     return (over_time > sinks.mean_std_threshold(over_time, num_std=margin)).to(mass.dtype)
+
+
+def decoding_weight(
+    confidence: Float[Tensor, "sample position"], masked: Bool[Tensor, "sample position"], *, kind: str
+) -> Float[Tensor, "sample position"]:
+    """Return the square root of how much tokens count in a Hessian: masked ones more, the more so the sooner they are written.
+
+    Args:
+        confidence: the model's highest probability at masked positions, in [0, 1].
+        masked: which positions are masked.
+        kind: `"confidence"`: 1/2 where a token stands, 1/2 + confidence where it is masked. `"frontier"`: the confidence of
+            masked tokens, plus 1 for the `FRONTIER` surest of each sample, which would be written next; 0 where a token stands.
+
+    Returns:
+        Weights that multiply inputs, up to a common factor, which no method here sees.
+
+    Source: confidence-guided quantization of DLLMQuant (arXiv 2508.14090), whose paper leaves the formula out: as one of two
+        independent re-implementations has it. The frontier is FAIR-Calib's (arXiv 2606.06547) position prior after the paper's
+        description; it counts hits along a decoding, here of one state.
+
+    >>> decoding_weight(torch.tensor([[0.0, 0.75]]), torch.tensor([[False, True]]), kind="frontier")
+    tensor([[0.0000, 1.3229]])
+    """
+    known = torch.where(masked, confidence, 0.0)
+    if kind == "confidence":
+        return (0.5 + known).sqrt()
+    rank = known.masked_fill(~masked, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (known + (masked & (rank < FRONTIER)).to(known.dtype)).sqrt()
 
 
 def control_down(

@@ -215,7 +215,7 @@ def _seeded(
     dense: Variant, name: str, method: Method, sparsity: float, pattern: str, text: CalibrationText, grid: Grid, *, seed: int
 ) -> Iterator[Variant]:
     """Yield a variant for every seed that can change it."""
-    seeds = range(seed, seed + (1 if method.importance == "magnitude" else grid.seeds))
+    seeds = range(seed, seed + (grid.seeds if method.needs_calibration or method.importance == "random" else 1))
     read = text if method.needs_calibration else None
     for one in seeds:
         yield replace(dense, method=name, options=method, sparsity=sparsity, pattern=pattern, calibration=read, seed=one)

@@ -264,9 +264,9 @@ def memory_bytes(
     tokens = 4096 * batch_size // 8
     if text is not None and method is not None:
         on_device = states == "device"
-        kept = 2 if shape.experts is not None and method.importance == "sparsegpt" else 1  # also what a mixture reads
+        kept = 2 if shape.experts is not None and method.needs_hessian else 1  # also what a mixture reads
         total += kept * states_bytes(variant, shape, itemsize=itemsize) if on_device else 0
-        if method.importance == "sparsegpt":  # and a working copy of the largest; experts have theirs one at a time
+        if method.needs_hessian:  # and a working copy of the largest; experts have theirs one at a time
             largest = max(shape.widest_reader, 0 if shape.experts is None else shape.hidden)
             total += 4 * ((3 * shape.hidden**2 if on_device else 0) + 2 * largest**2)
         tokens = max(tokens, 4 * text.positions)

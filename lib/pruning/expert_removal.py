@@ -64,10 +64,11 @@ def refusal(model: LanguageModel, method: Method, *, sparsity: float) -> str | N
 
 
 def _check_method(method: Method) -> None:
-    fits = method.importance == "wanda" and not method.sequential
+    fits = method.importance == "wanda" and not (method.sequential or method.repairs or method.is_structured)
     order = "sequential" if method.sequential else "one-shot"
     rule = "experts must be ranked by what a one-shot Wanda method reads"
-    require(fits, rule, f"{order} {method.importance}", "use one of these")
+    got = f"{order} {method.importance}{' with a repair' if method.repairs or method.bias else ''}"
+    require(fits, rule, got, "use one of these")
 
 
 def _mixtures(model: LanguageModel) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from lib.calibration.sets import CLEAN, NOISED, Inputs
 from lib.calibration.sums import Aggregate
@@ -11,9 +11,12 @@ from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.pruning import importances
 from lib.pruning.importances import UNSTRUCTURED, Granularity
+from lib.pruning.repairs import SWAPS
 from lib.pruning.sparsegpt import DAMPING
 
-Importance = Literal["random", "magnitude", "wanda", "sparsegpt"]
+Importance = Literal["random", "magnitude", "wanda", "sparsegpt", "alps", "fluctuation"]
+Repair = Literal["none", "refit"]
+Columns = Literal["given", "largest first", "random"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,19 @@ class Method:
     """One way to prune, each choice named.
 
     Attributes:
-        importance: what ranks the weights.
+        importance: what ranks the weights; `"fluctuation"` (FLAP) ranks heads and channels, and goes with structured pruning.
         inputs: what the calibration reads: clean text, noised text, or trajectories.
         weighting: how much calibration tokens count; None counts all alike.
         sequential: a block's statistics are taken behind the already pruned ones; False = all from the dense model.
         aggregate: how input norms are summed over samples.
         granularity: whether weights compete inside their row or their matrix.
         inclusive: remove the weight at the threshold too, as the release's magnitude and SparseGPT do.
-        damping: share of the mean diagonal added to the Hessian's, for SparseGPT.
+        damping: share of the mean diagonal added to the Hessian's, for SparseGPT, ALPS and refit.
+        repair: `"refit"` solves anew for the weights that stay, see `repairs.refit`.
+        swaps: exchanges of kept and removed weights in every row at most, before the repair, see `repairs.swap`.
+        columns: the order in which SparseGPT takes them: as they come, by falling diagonal of the Hessian (GPTQ's "act order"),
+            or its control, any order.
+        bias: structured pruning only: a bias makes up for the mean output that goes with heads and channels.
     """
 
     importance: Importance
@@ -39,6 +47,10 @@ class Method:
     granularity: Granularity = "row"
     inclusive: bool = False
     damping: float = DAMPING
+    repair: Repair = "none"
+    swaps: int = 0
+    columns: Columns = "given"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.inclusive and not (
@@ -48,12 +60,44 @@ class Method:
                 f"inclusive must go with SparseGPT or magnitude per layer, got {self.importance} per {self.granularity}: drop it"
             )
         if not self.needs_calibration and (self.weighting or self.inputs != CLEAN):
-            raise InputError(f"token weights and inputs must go with Wanda or SparseGPT, got {self.importance}: drop them")
+            raise InputError(f"token weights and inputs must go with a method that reads, got {self.importance}: drop them")
+        if self.columns != "given" and self.importance != "sparsegpt":
+            raise InputError(f"an order of columns must go with SparseGPT, got {self.importance}: drop it")
+        if self.importance == "fluctuation" and self.weighting:
+            raise InputError("fluctuation must count all tokens alike, got token weights: drop them")
+        if self.swaps < 0 or (self.swaps and self.updates and self.repair == "none"):
+            rule = "swaps must not be negative, and go with a refit where a method changes the weights that stay"
+            raise InputError(f"{rule}, got {self.swaps} with {self.importance}: set repair to refit")
+
+    @property
+    def updates(self) -> bool:
+        """Tell whether mask and new weights come together, from a Hessian."""
+        return self.importance in ("sparsegpt", "alps")
+
+    @property
+    def repairs(self) -> bool:
+        """Tell whether anything is done for the mask once it is there."""
+        return self.repair != "none" or self.swaps > 0
+
+    @property
+    def is_structured(self) -> bool:
+        """Tell whether the method is for whole heads and channels alone."""
+        return self.importance == "fluctuation" or self.bias
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Tell whether outer products of what layers read are collected."""
+        return self.updates or self.repairs
 
     @property
     def needs_calibration(self) -> bool:
         """Tell whether the method reads text."""
-        return self.importance in ("wanda", "sparsegpt")
+        return self.importance in ("wanda", "fluctuation") or self.needs_hessian or self.bias
+
+    @property
+    def changes_values(self) -> bool:
+        """Tell whether weights that stay may differ from the dense ones."""
+        return self.updates or self.repair != "none"
 
 
 SINKS = Weighting()
@@ -77,6 +121,39 @@ METHODS = MappingProxyType({
     "sink-aware (SparseGPT)": Method("sparsegpt", weighting=Weighting(averaged=True)),
     "DWANDA": Method("wanda", Inputs("noised", times="uniform", levels=8)),  # Wanda on noised text, arXiv 2605.06366
 })  # fmt: skip
+# What can be done for the mask of any method, by name.
+REPAIRS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "mask alone": {"repair": "none", "swaps": 0},
+    "swaps": {"repair": "none", "swaps": SWAPS},
+    "refit": {"repair": "refit", "swaps": 0},
+    "swaps, refit": {"repair": "refit", "swaps": SWAPS},
+})  # fmt: skip
+# Baselines that find mask and weights together, and the order of SparseGPT's columns with its control.
+STRONGER = MappingProxyType({
+    "ALPS": Method("alps"),
+    "Wanda, refit": Method("wanda", repair="refit"),
+    "Wanda, swaps, refit": Method("wanda", repair="refit", swaps=SWAPS),
+    "SparseGPT, refit": Method("sparsegpt", repair="refit"),
+    "SparseGPT, largest first": Method("sparsegpt", columns="largest first"),
+    "SparseGPT, random order": Method("sparsegpt", columns="random"),
+})  # fmt: skip
+# Whole heads and channels: what ranks them, and what is done for the matrices that read them.
+STRUCTURES = MappingProxyType({
+    "Wanda-sp": Method("wanda", sequential=False),
+    "Wanda-sp, refit": Method("wanda", sequential=False, repair="refit"),
+    "FLAP's score alone": Method("fluctuation"),
+    "FLAP": Method("fluctuation", bias=True),
+    "FLAP, refit": Method("fluctuation", bias=True, repair="refit"),
+})  # fmt: skip
+
+
+def repaired(method: Method, name: str) -> Method:
+    """Return a method with one of `REPAIRS` behind its mask.
+
+    >>> repaired(METHODS["Wanda"], "swaps, refit").repair
+    'refit'
+    """
+    return replace(method, **REPAIRS[name])
 
 
 def without_noise(method: Method) -> Method:

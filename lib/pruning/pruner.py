@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -15,14 +15,11 @@ from lib.calibration.hidden_states import HiddenStates, States, check_states, wa
 from lib.calibration.reads import fell_back, ready, statistics_of
 from lib.calibration.statistics import CalibrationSet
 from lib.calibration.sums import InputStatistics
-from lib.calibration.token_weights import CONTROLS
 from lib.core.errors import InputError
 from lib.core.runtime import generator as stream
 from lib.models.language_model import LanguageModel, LinearLayer, Role
-from lib.pruning import importances
-from lib.pruning.importances import UNSTRUCTURED
+from lib.pruning import importances, matrices
 from lib.pruning.methods import SINKS, Method, Target
-from lib.pruning.sparsegpt import sparsegpt
 
 
 def prune_(
@@ -67,10 +64,11 @@ def prune_(
     """
     check_states(states)
     check(model, target)
+    _check_unstructured(method)
     if not method.needs_calibration:
         random = stream(seed, "pruning")
         for layer in model.layers:
-            _write_(layer, _pruned(layer, method, target, None, random=random))
+            _write_(layer, matrices.pruned(layer.module.weight.detach(), method, target, None, random=random, name=layer.name)[0])
         return ()
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
@@ -83,15 +81,15 @@ def prune_(
     given: dict[str, Any] = {"inputs": method.inputs, "weighting": method.weighting, "seed": seed, "batch_size": batch_size}
     with waiting(states, model.device, scratch) as place:  # before hours of work, should it be impossible
         built = sets.build(model, windows, **given)
-        return prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role)
+        return prune_on_(model, method, target, built, batch_size=batch_size, states=place, by_role=by_role, seed=seed)
 
 
 def _is_one_pass(method: Method) -> bool:
     """Tell whether token weights and weighted norms come from the same forward passes of the dense model."""
     weighting = method.weighting
-    if weighting is None or weighting.over_levels or weighting.kind in CONTROLS:
+    if weighting is None or weighting.over_levels or weighting.kind not in ("sinks_down", "sinks_up"):
         return False
-    return method.importance == "wanda" and not method.sequential
+    return method.importance == "wanda" and not method.sequential and not method.needs_hessian
 
 
 def prune_on_(
@@ -103,6 +101,7 @@ def prune_on_(
     batch_size: int = 4,
     states: HiddenStates | None = None,
     by_role: bool = False,
+    seed: int = 0,
 ) -> tuple[str, ...]:
     """Prune in place with a calibration set that is already noised and weighted as the method says.
 
@@ -114,6 +113,7 @@ def prune_on_(
         batch_size: samples at one time.
         states: where hidden states wait between blocks; on the device when None.
         by_role: one Hessian at a time, see `prune_`.
+        seed: of random choices.
 
     Returns:
         Names of the matrices that used the statistics of their layer, see `prune_`.
@@ -132,8 +132,8 @@ def prune_on_(
     calibration.stream(
         model,
         calibration_set,
-        lambda block, found: fallen.extend(prune_block_(model, block, method, target, found)),
-        hessian=method.importance == "sparsegpt",
+        lambda block, found: fallen.extend(prune_block_(model, block, method, target, found, seed=seed)),
+        hessian=method.needs_hessian,
         sequential=method.sequential,
         batch_size=batch_size,
         states=states,
@@ -143,9 +143,23 @@ def prune_on_(
 
 
 def prune_with_(
-    model: LanguageModel, method: Method, target: Target, found: Sequence[Mapping[Role, InputStatistics]]
+    model: LanguageModel,
+    method: Method,
+    target: Target,
+    found: Sequence[Mapping[Role, InputStatistics]],
+    *,
+    errors_of: Sequence[Mapping[Role, InputStatistics]] | None = None,
+    seed: int = 0,
 ) -> tuple[str, ...]:
     """Prune in place with statistics of the dense model, by block; they serve any number of targets.
+
+    Args:
+        model: the dense model; its weights change.
+        method: how.
+        target: how much.
+        found: statistics by block.
+        errors_of: others, with Hessians, that swaps and refit measure errors with, see `matrices.pruned`.
+        seed: of random choices.
 
     Returns:
         Names of the matrices that used the statistics of their layer, see `prune_`.
@@ -162,7 +176,8 @@ def prune_with_(
         raise InputError("statistics of the dense model must go with a one-shot method, got a sequential one: use prune_on_")
     fallen: list[str] = []
     for block, statistics in enumerate(found):
-        fallen += prune_block_(model, block, method, target, statistics)
+        others = None if errors_of is None else errors_of[block]
+        fallen += prune_block_(model, block, method, target, statistics, errors_of=others, seed=seed)
     return tuple(fallen)
 
 
@@ -172,7 +187,13 @@ def exact_target(model: LanguageModel, sparsity: float) -> Target:
     return Target(sparsity, removed={layer.name: round(sparsity * layer.module.weight.numel()) for layer in model.layers})
 
 
+def _check_unstructured(method: Method) -> None:
+    if method.is_structured:
+        raise InputError(f"a method of structured pruning must go with shrink, got {method.importance}: change it")
+
+
 def _check_reads(method: Method) -> None:
+    _check_unstructured(method)
     if not method.needs_calibration:
         raise InputError(f"a method given a calibration must be one that reads it, got {method.importance}: use prune_")
 
@@ -217,9 +238,16 @@ def measured_sparsity(model: LanguageModel) -> float:
 
 
 def prune_block_(
-    model: LanguageModel, block: int, method: Method, target: Target, found: Mapping[Role, InputStatistics]
+    model: LanguageModel,
+    block: int,
+    method: Method,
+    target: Target,
+    found: Mapping[Role, InputStatistics],
+    *,
+    errors_of: Mapping[Role, InputStatistics] | None = None,
+    seed: int = 0,
 ) -> list[str]:
-    """Prune in place the layers of a block whose statistics are there: SparseGPT needs a Hessian, others norms.
+    """Prune in place the layers of a block whose statistics are there: some methods need a Hessian, others norms.
 
     Args:
         model: whose block.
@@ -227,6 +255,8 @@ def prune_block_(
         method: how.
         target: how much.
         found: the block's statistics by reading role, all or some of them.
+        errors_of: others, with Hessians, that swaps and refit measure errors with.
+        seed: of random choices.
 
     Returns:
         Names of the matrices pruned now that used the statistics of their layer, see `prune_`.
@@ -238,54 +268,14 @@ def prune_block_(
     for layer in layers:
         importances.check_finite(statistics_of(found, layer.role, layer.expert).squares, name=layer.name, what="inputs")
     with_hessian = ready(model, block, found, hessian=True)
-    chosen = with_hessian if method.importance == "sparsegpt" and with_hessian else layers  # `hessian` refuses norms alone
-    fallen = [layer.name for layer in chosen if fell_back(found, layer)]
+    chosen = with_hessian if method.needs_hessian and with_hessian else layers  # norms alone are refused by `hessian`
+    used = [found] if errors_of is None or not method.repairs else [found, errors_of]
+    fallen = [layer.name for layer in chosen if any(fell_back(each, layer) for each in used)]
     for layer in chosen:
-        _write_(layer, _pruned(layer, method, target, statistics_of(found, layer.role, layer.expert)))
+        own, *others = [statistics_of(each, layer.role, layer.expert) for each in used]
+        given = {"errors_of": others[0] if others else None, "random": stream(seed, "pruning", layer.name), "seed": seed}
+        _write_(layer, matrices.pruned(layer.module.weight.detach(), method, target, own, **given, name=layer.name)[0])
     return fallen
-
-
-def _pruned(
-    layer: LinearLayer,
-    method: Method,
-    target: Target,
-    statistics: InputStatistics | None,
-    *,
-    random: torch.Generator | None = None,
-) -> Tensor:
-    """Return the new weights of one matrix."""
-    weight = layer.module.weight.detach()
-    removed = None if target.removed is None else target.removed[layer.name]
-    if method.importance == "sparsegpt" and statistics is not None:
-        return sparsegpt(
-            weight,
-            statistics.hessian(),
-            sparsity=target.sparsity,
-            pattern=target.pattern,
-            removed=removed,
-            inclusive=method.inclusive and removed is None,
-            damping=method.damping,
-            name=layer.name,
-        )[0]
-    if method.inclusive and target.pattern == UNSTRUCTURED and removed is None:
-        return importances.prune(weight, importances.release_magnitude_mask(weight, sparsity=target.sparsity))
-    scores = importance(weight, method, statistics, random=random)
-    if removed is not None:
-        rows = scores if method.granularity == "row" else scores.reshape(1, -1)
-        return importances.prune(weight, importances.keep_mask_by_count(rows, removed=removed).view(weight.shape))
-    mask = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
-    return importances.prune(weight, mask)
-
-
-def importance(
-    weight: Tensor, method: Method, statistics: InputStatistics | None, *, random: torch.Generator | None = None
-) -> Tensor:
-    """Return the importance of every weight of a matrix, for methods that do not update weights."""
-    if method.importance == "random":
-        return importances.random_importance(weight, generator=cast(torch.Generator, random))
-    if method.importance == "magnitude":
-        return importances.magnitude_importance(weight.float())
-    return importances.wanda_importance(weight.float(), cast(InputStatistics, statistics).input_norm(method.aggregate))
 
 
 @torch.no_grad()

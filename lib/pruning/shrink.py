@@ -14,6 +14,7 @@ from lib.models import experts
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.pruning import structured
 from lib.pruning.importances import check_finite
+from lib.pruning.sparsegpt import DAMPING
 from lib.pruning.structured import HeadShape
 
 
@@ -64,9 +65,53 @@ def choose(
     return groups, channels
 
 
+def compensated(
+    model: LanguageModel,
+    groups: Sequence[Int[Tensor, "_group"]],
+    channels: Sequence[Int[Tensor, "_channel"]],
+    *,
+    hessians: Mapping[tuple[int, str], Tensor] | None = None,
+    means: Mapping[tuple[int, str], Tensor] | None = None,
+    damping: float = DAMPING,
+) -> dict[str, Tensor]:
+    """Return new weights, and biases, of the matrices that read what was cut: o and down.
+
+    Args:
+        model: the dense model.
+        groups: kept key-value groups by block.
+        channels: kept MLP channels by block.
+        hessians: of the inputs of `o` and `down` by (block, role), about their means where these are given: the columns that stay
+            are solved for anew, see `structured.restored`. None leaves them as they are.
+        means: of the same inputs: a bias makes up for the mean output that is lost. None adds no bias.
+        damping: share of the mean diagonal added to the Hessians.
+
+    Returns:
+        Tensors by parameter name, for `shrunk`.
+    """
+    shape, found = head_shape(model), {}
+    for layer in model.layers:
+        if layer.role not in ("o", "down"):
+            continue
+        kept = cast(Tensor, _kept_indices(layer.role, groups[layer.block], channels[layer.block], shape=shape)[1])
+        weight, place = layer.module.weight.detach(), (layer.block, layer.role)
+        new = weight[:, kept.to(weight.device)].clone()
+        if hessians is not None:
+            new = structured.restored(weight, kept, hessians[place], damping=damping)
+        found[layer.name] = new
+        if means is not None:
+            bias = structured.lost_mean(weight, new, kept, means[place])
+            old = layer.module.bias
+            found[f"{layer.name.removesuffix('.weight')}.bias"] = bias if old is None else old.detach() + bias
+    return found
+
+
 @torch.no_grad()
 def shrunk(
-    model: LanguageModel, groups: Sequence[Int[Tensor, "_group"]], channels: Sequence[Int[Tensor, "_channel"]]
+    model: LanguageModel,
+    groups: Sequence[Int[Tensor, "_group"]],
+    channels: Sequence[Int[Tensor, "_channel"]],
+    *,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> LanguageModel:
     """Return a new model with only the kept groups and channels.
 
@@ -74,12 +119,14 @@ def shrunk(
         model: the dense model, left as it is.
         groups: kept key-value groups by block.
         channels: kept MLP channels by block.
+        replaced: tensors by parameter name instead of what was cut, see `compensated`. Biases set the configuration's flags
+            `attention_bias` and `mlp_bias`, and the biases that come with them are 0.
 
     Returns:
         The smaller model; `network.save_pretrained` writes a checkpoint that loads without this project.
 
     Raises:
-        InputError: blocks that keep different numbers, which no configuration can express.
+        InputError: blocks that keep different numbers, or biases, where the configuration cannot express them.
     """
     if len({len(kept) for kept in groups}) != 1 or len({len(kept) for kept in channels}) != 1:
         raise InputError("every block must keep as many groups and channels, got different numbers: prune all blocks alike")
@@ -93,6 +140,9 @@ def shrunk(
         kept = groups[layer.block], channels[layer.block]
         rows, columns = _kept_indices(layer.role, *kept, shape=shape)
         _cut_(weights, layer.name.removesuffix(".weight"), rows, columns)
+    weights |= replaced or {}
+    if any(name.endswith(".bias") for name in replaced or {}):
+        _expect_biases_(config)
     return rebuilt(model, config, weights)
 
 
@@ -102,15 +152,24 @@ def rebuilt(model: LanguageModel, config: Any, weights: Mapping[str, Any]) -> La
     Args:
         model: the old one.
         config: with the new shape.
-        weights: by name.
+        weights: by name; biases that are new in the configuration and not here are 0.
     """
     network = experts.as_linears_(type(model.network)(config)).eval().requires_grad_(False)
     torch.nn.Module.to(network, device=model.device)
     for parameter in network.parameters():  # not the buffers: rotary frequencies stay in float32, as loaders leave them
         parameter.data = parameter.data.to(model.network.dtype)
-    network.load_state_dict(weights)
+    absent = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("proj.bias") and name not in weights}
+    network.load_state_dict({**weights, **{name: torch.zeros_like(tensor) for name, tensor in absent.items()}})
     network.set_attn_implementation("sdpa")
     return replace(model, network=network, layers=linear_layers(network), fingerprint="")
+
+
+def _expect_biases_(config: Any) -> None:
+    """Set the flags that give o and down a bias."""
+    for flag in ("attention_bias", "mlp_bias"):
+        if not hasattr(config, flag):
+            raise InputError(f"a bias must go with a layout that has the flag {flag}, got {config.model_type}: leave it out")
+        setattr(config, flag, True)
 
 
 def _kept_indices(

@@ -7,7 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.core.errors import InputError
+from lib.pruning import repairs
 from lib.pruning.importances import check_sparsity, removed_count
+from lib.pruning.sparsegpt import DAMPING
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,56 @@ def column_importance(weight: Float[Tensor, "out in"], input_norm: Float[Tensor,
 
     Args:
         weight: the matrix that reads the structure: o for heads, down for MLP channels.
-        input_norm: norm of each feature over calibration tokens, weighted by token or not; None for magnitude.
+        input_norm: norm of each feature over calibration tokens, weighted by token or not, or its standard deviation; None for
+            magnitude.
 
-    Source: Wanda-sp (FLAP, arXiv 2312.11983) removes what writes least into the residual stream.
+    Source: Wanda-sp (FLAP, arXiv 2312.11983) removes what writes least into the residual stream; with standard deviations the
+        square is FLAP's own score, the variance that a feature writes.
     """
     norm = weight.float().norm(dim=0)
     return norm if input_norm is None else norm * input_norm
+
+
+def restored(
+    weight: Float[Tensor, "out in"], kept: Int[Tensor, "kept"], hessian: Float[Tensor, "in in"], *, damping: float = DAMPING
+) -> Float[Tensor, "out kept"]:
+    """Solve for the columns that stay so that their outputs come nearest to those of all columns, by least squares.
+
+    Args:
+        weight: the matrix that reads the structure: o for heads, down for MLP channels.
+        kept: its columns that stay.
+        hessian: 2 X X^T / tokens of its inputs, or the same about their mean where a bias makes up for that.
+        damping: share of the mean diagonal added to it; it holds the columns near the dense ones.
+
+    Returns:
+        W_K + W_Z H_ZK (H_KK)^-1, K kept and Z removed: `repairs.refit` where all rows have one mask.
+
+    Source: restoration of FASP (arXiv 2501.09412), after the paper's description.
+
+    >>> same = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    >>> restored(torch.tensor([[2.0, 3.0]]), torch.tensor([0]), same, damping=1e-6).round(decimals=3).tolist()
+    [[5.0]]
+    """
+    mask = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    mask[kept.to(weight.device)] = True
+    damped = repairs.damped(hessian, damping, name="a structure's reader")
+    work = weight.to(hessian.dtype)
+    pull = work[:, ~mask] @ damped[~mask][:, mask]
+    return (work[:, mask] + torch.linalg.solve(damped[mask][:, mask], pull, left=False)).to(weight.dtype)
+
+
+def lost_mean(
+    weight: Float[Tensor, "out in"], new: Float[Tensor, "out kept"], kept: Int[Tensor, "kept"], mean: Float[Tensor, "in"]
+) -> Float[Tensor, "out"]:
+    """Return what the mean output loses when the kept columns become `new` and the others go: the bias that makes up for it.
+
+    Source: bias compensation of FLAP (arXiv 2312.11983), for columns that may have changed.
+
+    >>> lost_mean(torch.tensor([[2.0, 3.0]]), torch.tensor([[2.0]]), torch.tensor([0]), torch.tensor([1.0, 10.0])).tolist()
+    [30.0]
+    """
+    mean = mean.to(weight.device)
+    return (weight.double() @ mean.double() - new.double() @ mean.double()[kept.to(weight.device)]).to(weight.dtype)
 
 
 def group_importance(columns: Float[Tensor, "in"], *, shape: HeadShape) -> Float[Tensor, "kv_head"]:

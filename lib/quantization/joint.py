@@ -22,6 +22,7 @@ from lib.pruning.importances import (
     removed_count,
     smallest,
 )
+from lib.pruning.repairs import damped
 from lib.pruning.sparsegpt import BLOCK, DAMPING, INNER, inverse_cholesky, quick_rows
 from lib.quantization.rounding import Grid, Quantized, group_scales, nearest_codes
 
@@ -60,6 +61,42 @@ class _Plan:
     total: int | None
     factor: Tensor
     importance: Tensor | None
+
+
+def shifted(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    cross: Float[Tensor, "in in"],
+    *,
+    damping: float = DAMPING,
+    name: str = "a layer",
+) -> Float[Tensor, "out in"]:
+    """Return the matrix that comes nearest to the dense outputs when it reads what the compressed layers before it give.
+
+    Args:
+        weight: dense matrix W.
+        hessian: 2 X X^T / tokens of what it reads now.
+        cross: 2 X' X^T / tokens, X' what it read in the dense model.
+        damping: share of the mean diagonal of the Hessian added to both; it holds the result near W.
+        name: of the layer, for errors.
+
+    Returns:
+        W (cross + lambda) (hessian + lambda)^-1, the least-squares solution: the target of any pruning or rounding that follows.
+
+    Raises:
+        InputError: a Hessian that is not positive definite.
+
+    Source: the exact form of what GPTAQ (arXiv 2504.02692) folds into the sweep.
+
+    >>> halved = torch.tensor([[0.5]])  # what comes in has half of its size: the weight doubles
+    >>> shifted(torch.tensor([[3.0]]), halved * halved, halved, damping=1e-6).round(decimals=3).tolist()
+    [[6.0]]
+    """
+    check_finite(weight, name=name, what="the weights")
+    right, left = damped(hessian, damping, name=name), cross.to(hessian.dtype).clone()
+    left.diagonal().add_(right.diagonal() - hessian.diagonal())
+    solved = torch.linalg.solve(right, weight.to(hessian.dtype) @ left, left=False)
+    return solved.to(weight.dtype)
 
 
 def joint(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
-from lib.calibration.reads import fell_back, ready, statistics_of
+from lib.calibration import two_streams
+from lib.calibration.reads import READS, fell_back, ready, statistics_of
 from lib.calibration.sums import InputStatistics
+from lib.calibration.two_streams import Crosses
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion.noise import process_of
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
-from lib.pruning import importances, pruner
+from lib.pruning import importances, matrices, pruner
 from lib.pruning.methods import Method, Target
-from lib.pruning.sparsegpt import sparsegpt
 from lib.quantization import joint
 from lib.quantization.joint import Compressed
 from lib.quantization.rounding import DENSE_BITS, Grid, round_to_nearest, stored_bytes
@@ -45,6 +47,7 @@ class Recipe:
         order: of pruning and rounding; `"joint"` is one sweep that does both and needs SparseGPT and GPTQ.
         rounding: GPTQ, or to the nearest point.
         weighted: whether the search for scales weighs errors with the Hessian's diagonal.
+        shifted: aim at the outputs of the dense model instead of those of the dense matrix, see `joint.shifted`.
     """
 
     grid: Grid = DENSE
@@ -53,14 +56,19 @@ class Recipe:
     order: Order = "joint"
     rounding: Rounding = "gptq"
     weighted: bool = False
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         both = self.prunes and self.grid.rounds
         if self.order == "joint" and both and (self.method.importance, self.rounding) != ("sparsegpt", "gptq"):
             got = f"{self.method.importance} and {self.rounding}"
             raise InputError(f"one joint sweep must be of SparseGPT and GPTQ, got {got}: choose another order")
+        if self.order == "joint" and both and (self.method.repairs or self.method.columns != "given"):
+            raise InputError("one joint sweep must be without repair and in the given order, got others: choose another order")
         if self.target.removed is not None:
             raise InputError("a recipe must name a sparsity, got numbers by layer: give a Target without removed")
+        if self.shifted and not self.method.sequential:
+            raise InputError("a shifted target must go with a sequential method, got a one-shot one: set sequential to True")
         if self.weighted and not self.needs_hessian:
             raise InputError("scales weighted by the Hessian must go with a method that collects one, got none: drop weighted")
 
@@ -72,7 +80,7 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         """Whether outer products of the inputs are collected."""
-        return (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.importance == "sparsegpt")
+        return self.shifted or (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.needs_hessian)
 
     @property
     def needs_calibration(self) -> bool:
@@ -111,6 +119,7 @@ def compress_matrix(
     statistics: InputStatistics | None,
     *,
     random: torch.Generator | None = None,
+    seed: int = 0,
     name: str = "a layer",
 ) -> Compressed:
     """Compress one matrix.
@@ -120,6 +129,7 @@ def compress_matrix(
         recipe: how.
         statistics: of its input, with a Hessian where the recipe needs one.
         random: stream of random pruning.
+        seed: of a random order of columns.
         name: of the layer, for errors.
 
     Returns:
@@ -132,28 +142,16 @@ def compress_matrix(
         assert statistics is not None
         options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern, "damping": recipe.method.damping}
         return joint.joint(weight, statistics.hessian(), grid=recipe.grid, weighted=recipe.weighted, name=name, **options)
+    given = {"random": random, "seed": seed, "name": name, "statistics": statistics}
+    prune = partial(matrices.pruned, method=recipe.method, target=recipe.target, **given)
     if recipe.order != "quantize, prune":
-        pruned, kept = _pruned(weight, recipe, statistics, random=random, name=name)
+        pruned, kept = prune(weight)
         return _rounded(pruned, kept, recipe, statistics, name=name)
     found = _rounded(weight, everything, recipe, statistics, name=name)
     # what stays must stay on its grid, so SparseGPT gives its mask and not its updates here
-    kept = _pruned(found.weight, recipe, statistics, random=random, name=name)[1]
+    kept = prune(found.weight)[1]
     codes = None if found.quantized is None else found.quantized.masked(kept)
     return Compressed(importances.prune(found.weight, kept), kept, codes)
-
-
-def _pruned(
-    weight: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, random: torch.Generator | None, name: str
-) -> tuple[Tensor, Tensor]:
-    """Return the weights without those that go, and the mask."""
-    method, target = recipe.method, recipe.target
-    if method.importance == "sparsegpt":
-        assert statistics is not None
-        options = {"sparsity": target.sparsity, "pattern": target.pattern, "damping": method.damping, "name": name}
-        return sparsegpt(weight, statistics.hessian(), **options)
-    scores = pruner.importance(weight, method, statistics, random=random)
-    kept = importances.keep_mask(scores, sparsity=target.sparsity, pattern=target.pattern, granularity=method.granularity)
-    return importances.prune(weight, kept), kept
 
 
 def _rounded(weight: Tensor, kept: Tensor, recipe: Recipe, statistics: InputStatistics | None, *, name: str) -> Compressed:
@@ -192,7 +190,8 @@ def compress_(
     Args:
         found: calibrations of a model, shared with other recipes.
         recipe: how; it says what the calibration reads.
-        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads.
+        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads, and are shifted
+            where it is.
         fallen: gets the names of the matrices of experts that used the statistics of their layer, see `pruner.prune_`.
 
     Returns:
@@ -209,7 +208,7 @@ def compress_(
     needed = [own for own in recipes.values() if own is not None]
     hessian = any(own.needs_hessian for own in needed)
 
-    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None) -> None:
+    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None, crosses: Crosses | None = None) -> None:
         """Compress the layers of one block."""
         served = model.by_block[block] if statistics is None else ready(model, block, statistics, hessian=hessian)
         for layer in served:
@@ -221,21 +220,23 @@ def compress_(
                 fallen.append(layer.name)
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
-            results[layer.name] = compress_matrix(layer.module.weight.detach(), own, of_layer, random=stream, name=layer.name)
+            options = {"random": stream, "seed": found.seed, "name": layer.name}
+            weight = layer.module.weight.detach()
+            if crosses is not None and of_layer is not None:
+                given = {"damping": own.method.damping, "name": layer.name}
+                weight = joint.shifted(weight, of_layer.hessian(), crosses[READS[layer.role]], **given)
+            results[layer.name] = compress_matrix(weight, own, of_layer, **options)
             layer.module.weight.data.copy_(results[layer.name].weight)
 
     if not any(own.needs_calibration for own in needed):
         for block in range(1 + model.layers[-1].block):
             visit(block, None)
         return results
-    calibration.stream(
-        model,
-        found.set_of(recipe.method),
-        visit,
-        hessian=hessian,
-        sequential=recipe.method.sequential,
-        batch_size=found.bench.batch_size,
-    )
+    read, batch = found.set_of(recipe.method), found.bench.batch_size
+    if recipe.shifted:
+        two_streams.stream(model, read, visit, batch_size=batch)
+    else:
+        calibration.stream(model, read, visit, hessian=hessian, sequential=recipe.method.sequential, batch_size=batch)
     return results
 
 

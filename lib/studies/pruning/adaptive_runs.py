@@ -1,6 +1,6 @@
 """Extensions, measured: masks by phase of denoising at an equal mean, and sparsity by layer at an equal total."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +12,20 @@ from lib.calibration import sets
 from lib.calibration.reads import statistics_of
 from lib.calibration.sets import GRID_STEPS, NOISED
 from lib.core.errors import InputError
-from lib.models.language_model import LanguageModel
-from lib.pruning import allocation, phases, pruner
+from lib.core.runtime import generator
+from lib.models.language_model import LanguageModel, LinearLayer
+from lib.pruning import allocation, matrices, phases, pruner
 from lib.pruning.methods import Method, Target
 from lib.pruning.phases import GentleAt, StoredBytes
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations, Outcome
+from lib.studies.variance.sink_effect import text_loss
 
 BYTES_PER_WEIGHT = 2.0  # bfloat16, the type of the released checkpoints
 POLICIES = ("uniform", "early is sparser", "late is sparser", "OWL", "sink variance", "sink variance, reversed")
+# Comparators: two by a score, one by a ramp and one by levels that are searched with measured losses.
+COMPARATORS = ("DSA", "DSA, reversed", "ATP", "EvoPress")
+LEVELS = 4  # of the search, above and below the mean: as far as `spread`
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ def phase_outcomes(
     Raises:
         InputError: a method that changes values, which phases could not share.
     """
-    if method.importance == "sparsegpt":
-        raise InputError("phases must share the dense values, got SparseGPT, which changes them: use Wanda or magnitude")
+    if method.changes_values:
+        got = f"{method.importance} with repair {method.repair}"
+        raise InputError(f"phases must share the dense values, got {got}, which changes them: use Wanda or magnitude")
     outcomes, cost = [], {}
     for seed in seeds:
         found = Calibrations(bench, seed)
@@ -88,17 +94,19 @@ def allocation_outcomes(
     seeds: Sequence[int],
     spread: float,
     levels: int = GRID_STEPS,
+    generations: int = 20,
 ) -> tuple[list[Outcome], dict[str, Float[Tensor, "block"]]]:
     """Measure models whose blocks have different sparsities but lose exactly as many weights in all as with a uniform one.
 
     Args:
         bench: model, calibration pool, held-out windows.
         method: importance of the weights inside each matrix.
-        policies: of `POLICIES`; those by sink variance need a diffusion model.
+        policies: of `POLICIES` and `COMPARATORS`; those by sink variance need a diffusion model.
         sparsity: share of all weights to remove.
         seeds: calibration seeds.
         spread: largest distance of a block's sparsity from the mean, before the exact total is restored.
         levels: noise levels that the variance of sinks is taken over.
+        generations: of the search of EvoPress.
 
     Returns:
         Outcomes, and the sparsity of each block by policy (of the first seed).
@@ -107,7 +115,10 @@ def allocation_outcomes(
     for seed in seeds:
         found = Calibrations(bench, seed)
         for policy in policies:
-            by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread, levels=levels)
+            if policy in ("ATP", "EvoPress"):
+                by_block = searched(found, method, policy, sparsity=sparsity, spread=spread, generations=generations)
+            else:
+                by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread, levels=levels)
             shown.setdefault(policy, by_block)
             target = exact_target(bench.model, by_block, sparsity=sparsity)
             outcomes.append(runs.measured(found, policy, method, target))
@@ -142,11 +153,14 @@ def block_sparsities(
         wanted = allocation.early_is_sparser(blocks, epsilon=spread if policy.startswith("early") else -spread)
     elif policy == "OWL":
         wanted = allocation.from_scores(outlier_scores(found), spread=spread)
+    elif policy in ("DSA", "DSA, reversed"):
+        sign = -1 if policy.endswith("reversed") else 1
+        wanted = allocation.from_scores(sign * block_scores(found, allocation.log_variance), spread=spread)
     elif policy in ("sink variance", "sink variance, reversed"):
         sign = 1 if policy.endswith("reversed") else -1  # the highest score is protected: stable sinks, or unstable ones
         wanted = allocation.from_scores(sign * layer_variance(found, levels=levels), spread=spread)
     else:
-        raise InputError(f"a policy must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them")
+        raise InputError(f"a policy must be one of {', '.join((*POLICIES, *COMPARATORS))}, got {policy!r}: choose one of them")
     return allocation.with_total(wanted, sizes, sparsity=sparsity)
 
 
@@ -155,16 +169,92 @@ def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
 
     Source: OWL (arXiv 2310.05175): an outlier exceeds a multiple of the mean over the whole block, all its matrices together.
     """
+    return block_scores(found, allocation.outlier_share)
+
+
+def block_scores(found: Calibrations, score: Callable[[Tensor], float]) -> Float[Tensor, "block"]:
+    """Return a score of all Wanda importances of each block on clean text, all its matrices together."""
     method = Method("wanda", sequential=False)
     scores = []
     for block, statistics in enumerate(found.statistics_of(method)):
         layers = [layer for layer in found.bench.model.layers if layer.block == block]
         parts = [
-            pruner.importance(layer.module.weight, method, statistics_of(statistics, layer.role, layer.expert))
+            matrices.importance(layer.module.weight, method, statistics_of(statistics, layer.role, layer.expert))
             for layer in layers
         ]
-        scores.append(allocation.outlier_share(torch.cat([part.flatten() for part in parts])[None]))
+        scores.append(score(torch.cat([part.flatten() for part in parts])[None]))
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def searched(
+    found: Calibrations, method: Method, policy: str, *, sparsity: float, spread: float, generations: int
+) -> Float[Tensor, "block"]:
+    """Return the sparsity of each block that a search by measured loss on the calibration's own windows finds.
+
+    Args:
+        found: calibrations of a model.
+        method: a one-shot method, whose blocks are pruned once at each sparsity and then put together.
+        policy: `"ATP"`: the best even ramp; `"EvoPress"`: the best levels.
+        sparsity: mean over blocks.
+        spread: largest distance from it.
+        generations: of EvoPress.
+    """
+    bench, blocks = found.bench, 1 + found.bench.model.layers[-1].block
+    pruned = BlockDatabase(found, method)
+
+    def loss(offsets: Tensor, stage: int) -> float:
+        """Measure on a quarter of the windows first, then on all."""
+        windows = found.windows[: max(1, len(found.windows) // 4)] if stage == 0 else found.windows
+        with pruner.restored(bench.model) as model:
+            pruned.write_(sparsity + offsets)
+            return float(text_loss(model, windows, draws=bench.draws, seed=found.seed).mean())
+
+    if policy == "ATP":
+        return sparsity + allocation.best_ramp(lambda offsets: loss(offsets, 1), blocks, steepest=spread)[0]
+    step, sizes = spread / LEVELS, [len(pruned.layers(block)) for block in range(blocks)]
+
+    def of_levels(levels: tuple[int, ...], stage: int) -> float:
+        return loss(step * torch.tensor(levels, dtype=torch.float64), stage)
+
+    given = {"generator": generator(found.seed, "evolution"), "generations": generations, "kinds": sizes}
+    best = allocation.evolve(of_levels, blocks, most=LEVELS, **given)
+    return sparsity + step * torch.tensor(best.levels, dtype=torch.float64)
+
+
+class BlockDatabase:
+    """Every block as a one-shot method prunes it, made when a sparsity is first asked for.
+
+    Attributes:
+        found: calibrations of a model, which must be dense now.
+        method: one-shot.
+
+    Raises:
+        InputError: a sequential method, whose blocks depend on those before.
+    """
+
+    def __init__(self, found: Calibrations, method: Method) -> None:
+        if method.needs_calibration and method.sequential:
+            raise InputError("a search must prune with a one-shot method, got a sequential one: set sequential to False")
+        self.found, self.method = found, method
+        self._dense = [layer.module.weight.detach().clone() for layer in found.bench.model.layers]
+        self._statistics = found.statistics_for(method)
+        self._pruned: dict[tuple[str, float], Tensor] = {}
+
+    def layers(self, block: int) -> list[LinearLayer]:
+        """Return the layers of a block."""
+        return [layer for layer in self.found.bench.model.layers if layer.block == block]
+
+    def write_(self, by_block: Float[Tensor, "block"]) -> None:
+        """Put blocks of these sparsities into the model."""
+        for layer, dense in zip(self.found.bench.model.layers, self._dense, strict=True):
+            sparsity = round(float(by_block[layer.block]), 9)
+            if (layer.name, sparsity) not in self._pruned:
+                target = Target(sparsity, removed={layer.name: round(sparsity * dense.numel())})
+                found = None if self._statistics is None else self._statistics[layer.block]
+                own = None if found is None else statistics_of(found, layer.role, layer.expert)
+                given = {"random": generator(self.found.seed, "pruning", layer.name), "seed": self.found.seed, "name": layer.name}
+                self._pruned[layer.name, sparsity] = matrices.pruned(dense, self.method, target, own, **given)[0]
+            layer.module.weight.data.copy_(self._pruned[layer.name, sparsity])
 
 
 @torch.inference_mode()

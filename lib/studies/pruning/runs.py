@@ -1,7 +1,7 @@
 """Prune, measure, restore: the loss of many compressed models on the same windows and the same masks."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -11,46 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.calibration import one_shot, sets
-from lib.calibration.sets import Inputs
-from lib.calibration.statistics import CalibrationSet
-from lib.calibration.sums import InputStatistics
-from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError, require
-from lib.models.language_model import LanguageModel, Role, linear_layers, network_body
+from lib.models.language_model import LanguageModel, linear_layers, network_body
 from lib.pruning import expert_removal, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import Method, Target
+from lib.studies.pruning.bench import READERS, Bench, Calibrations, uses_dense_statistics
 from lib.studies.variance.sink_effect import text_loss
 from lib.timing import clock
 
 DENSE, STRUCTURED = "dense", "structured"
 TIMED_WINDOWS = 4
 Measured = TypeVar("Measured")
-Read = tuple[Inputs, Weighting | None]  # what decides what a calibration reads and how its tokens count
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every compressed variant of one model is measured with.
-
-    Attributes:
-        model: the dense model; its weights are as before after every measurement.
-        pool: clean windows that calibration draws from.
-        windows: held-out windows of the loss.
-        calibration_windows: windows drawn for one calibration.
-        draws: masks per held-out window, the same for all variants.
-        seed: of these masks.
-        batch_size: calibration samples at one time.
-    """
-
-    model: LanguageModel
-    pool: Int[Tensor, "pool position"]
-    windows: Int[Tensor, "window position"]
-    calibration_windows: int
-    draws: int
-    seed: int
-    batch_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -99,55 +71,6 @@ def dense(bench: Bench) -> Outcome:
     return Outcome(bench.model.name, DENSE, 0.0, UNSTRUCTURED, 0, 0.0, loss(bench))
 
 
-class Calibrations:
-    """Calibration sets and dense statistics of one bench and one seed, made when first asked for and then shared.
-
-    Attributes:
-        bench: whose model must be dense whenever something is asked for the first time.
-        seed: of the windows, of noise and of random choices.
-        windows: clean windows that this calibration reads.
-    """
-
-    def __init__(self, bench: Bench, seed: int) -> None:
-        self.bench, self.seed = bench, seed
-        self.windows = sets.draw_windows(bench.pool, count=bench.calibration_windows, seed=seed)
-        self._reader = sets.Reader(bench.model, self.windows, seed=seed, batch_size=bench.batch_size)
-        self._sets: dict[Read, CalibrationSet] = {}
-        self._statistics: dict[Read, list[dict[Role, InputStatistics]]] = {}
-
-    def set_of(self, method: Method) -> CalibrationSet:
-        """Return what a method reads, weighted as it says."""
-        key = (method.inputs, method.weighting)
-        if key not in self._sets:
-            self._sets[key] = self._reader.build(*key)
-        return self._sets[key]
-
-    def prepare(self, chosen: Iterable[Method]) -> None:
-        """Collect the statistics of several methods together, of those that are one-shot: what reads one text shares the pass."""
-        self._collect([method for method in chosen if uses_dense_statistics(method)])
-
-    def statistics_of(self, method: Method) -> list[dict[Role, InputStatistics]]:
-        """Return the norms that the dense model's layers read of a method's text, weighted as it says."""
-        self._collect([method])
-        return self._statistics[method.inputs, method.weighting]
-
-    def _collect(self, chosen: Sequence[Method]) -> None:
-        missing: dict[Inputs, dict[Read, CalibrationSet]] = {}
-        for method in chosen:
-            key = (method.inputs, method.weighting)
-            if key not in self._statistics:
-                missing.setdefault(method.inputs, {})[key] = self.set_of(method)
-        for of_text in missing.values():
-            ids, weights = next(iter(of_text.values())).input_ids, [one.token_weight for one in of_text.values()]
-            found = one_shot.shared_statistics(self.bench.model, ids, weights, batch_size=self.bench.batch_size)
-            self._statistics |= dict(zip(of_text, found, strict=True))
-
-
-def uses_dense_statistics(method: Method) -> bool:
-    """Tell whether a method prunes with norms of the dense model alone."""
-    return method.importance == "wanda" and not method.sequential
-
-
 def prune_(found: Calibrations, method: Method, target: Target) -> tuple[str, ...]:
     """Prune the bench's model in place, with calibrations that other methods share; the result is that of `pruner.prune_`."""
     model, batch = found.bench.model, found.bench.batch_size
@@ -155,12 +78,12 @@ def prune_(found: Calibrations, method: Method, target: Target) -> tuple[str, ..
         return pruner.prune_(model, method, target, seed=found.seed)
     if uses_dense_statistics(method):
         return pruner.prune_with_(model, method, target, found.statistics_of(method))
-    return pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch)
+    return pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch, seed=found.seed)
 
 
 def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds of a method: one for magnitude, which draws nothing."""
-    return seeds[:1] if method.importance == "magnitude" else seeds
+    """Return the seeds of a method: one for magnitude alone, which draws nothing."""
+    return seeds[:1] if method.importance == "magnitude" and not method.needs_calibration else seeds
 
 
 def compare(
@@ -272,23 +195,41 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
 def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
     """Return the smaller model that a method leaves, of a mixture without whole experts; the bench's model stays as it is.
 
+    Args:
+        found: calibrations of a model.
+        method: by magnitude, one-shot Wanda or fluctuation. A refit solves for `o` and `down` anew, with the Hessian of the
+            method's text without token weights, about the mean where there is a bias, which makes up for the mean that is lost.
+        sparsity: share of groups and channels to remove.
+
     Raises:
-        InputError: a method whose ranking of groups and channels is not defined here.
+        InputError: a method whose ranking of groups and channels is not defined here, or swaps.
     """
-    if method.importance not in ("magnitude", "wanda") or (method.importance == "wanda" and method.sequential):
+    known = method.importance in ("magnitude", "fluctuation") or (method.importance == "wanda" and not method.sequential)
+    if not known or method.swaps:
         order = "sequential" if method.sequential else "one-shot"
-        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {order} {method.importance}: change it")
-    model, norms = found.bench.model, None
+        got = f"{order} {method.importance} with {method.swaps} swaps" if method.swaps else f"{order} {method.importance}"
+        raise InputError(f"structured pruning must be by magnitude or one-shot Wanda, got {got}: change it")
+    model, norms, moments = found.bench.model, None, {}
     if model.has_experts:
         return expert_removal.by_routed_mass(model, method, found.set_of(method), sparsity=sparsity)
-    if method.needs_calibration:
+    if method.importance == "fluctuation" or method.bias:
+        moments = found.moments_of(method.inputs)
+    if method.importance == "fluctuation":
+        norms = {place: each.deviation.float() for place, each in moments.items()}
+    elif method.importance == "wanda":
         statistics = found.statistics_of(method)
         norms = {
             (block, role): of_block[role].input_norm(method.aggregate)[0]
             for block, of_block in enumerate(statistics)
-            for role in ("o", "down")
+            for role in READERS
         }
-    return shrink.shrunk(model, *shrink.choose(model, sparsity=sparsity, input_norms=norms))
+    chosen = shrink.choose(model, sparsity=sparsity, input_norms=norms)
+    means = {place: each.mean for place, each in moments.items()} if method.bias else None
+    hessians = found.reader_hessians(method.inputs, means) if method.repair == "refit" else None
+    if means is None and hessians is None:
+        return shrink.shrunk(model, *chosen)
+    replaced = shrink.compensated(model, *chosen, hessians=hessians, means=means, damping=method.damping)
+    return shrink.shrunk(model, *chosen, replaced=replaced)
 
 
 def _weights(model: LanguageModel) -> int:

@@ -206,3 +206,37 @@ def test_instability_is_never_averaged_sinks(diffusion: LanguageModel, kind: Any
         measure_over_levels(diffusion, given, Weighting(kind, margin=1.0, averaged=True))
     with pytest.raises(InputError):
         measure(diffusion, given.flatten(0, 1), Weighting(kind, margin=1.0))
+
+
+# --- where the model is about to write -----------------------------------------------------------------------------------
+
+
+def test_confidence_is_the_highest_probability_of_masked_tokens(model: LanguageModel) -> None:
+    if model.mask_token_id is None:
+        with pytest.raises(InputError, match="confidence in masked tokens must be of a diffusion model"):
+            measure(model, windows(), Weighting("confidence"))
+        return
+    ids = noised(model).flatten(0, 1)
+    with torch.no_grad():
+        probabilities = cast(Any, model.network)(input_ids=ids, use_cache=False).logits.double().softmax(-1).amax(-1)
+    if model.logit_shift:
+        probabilities = torch.cat([probabilities[:, :1], probabilities[:, :-1]], 1)
+    got = measure(model, ids, Weighting("confidence"), batch_size=3)
+    frontier = measure(model, ids, Weighting("frontier"), batch_size=3)
+    for row, sure, confident, near in zip(ids, probabilities, got.double().square(), frontier.double().square(), strict=True):
+        masked = row == model.mask_token_id
+        torch.testing.assert_close(confident, 0.5 + torch.where(masked, sure, 0.0), atol=1e-4, rtol=0)
+        hits = (near - torch.where(masked, sure, 0.0)).round().bool()  # of equals, any
+        torch.testing.assert_close(near, torch.where(masked, sure, 0.0) + hits, atol=1e-4, rtol=0)
+        assert int(hits.sum()) == min(token_weights.FRONTIER, int(masked.sum())) and not bool((hits & ~masked).any())
+        assert sure[hits].amin() > sure[masked & ~hits].amax() - 1e-5 if bool((masked & ~hits).any()) else True
+
+
+def test_weights_of_the_frontier_prune_and_are_refused_where_nothing_is_masked(diffusion: LanguageModel) -> None:
+    for kind in token_weights.DECODING:
+        built = sets.build(diffusion, windows(), inputs=Inputs("noised", levels=2), weighting=Weighting(kind), seed=0)
+        assert built.token_weight is not None and built.token_weight.shape == built.input_ids.shape
+    with pytest.raises(InputError, match="token weights must be finite, not negative and not all 0"):
+        sets.build(diffusion, windows(), weighting=Weighting("frontier"), seed=0)
+    with pytest.raises(InputError, match="weights by layer or head must be those of sinks"):
+        Weighting("confidence", level="layer")

@@ -1,5 +1,6 @@
 """What a calibration reads: noise levels, masks that depend on window and level alone, states of generations, and weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -236,3 +237,26 @@ def test_bad_requests_are_refused(model: LanguageModel, tmp_path: Path) -> None:
         sets.noised_windows(tiny.model(tmp_path), WINDOWS, seed=0)
     with pytest.raises(InputError, match=r"fractions of a trajectory must be in \[0, 1\), got \[1.0\]"):
         sets.trajectory_states(model, WINDOWS, prompt_tokens=8, steps=8, at=[1.0], seed=0)
+
+
+def test_a_clean_prefix_is_never_masked_and_the_rest_is_noised_as_without_it(tmp_path: Path) -> None:
+    model, windows = tiny.model(tmp_path, causal=False), tiny.ids(3, 18)
+    whole, rest = (
+        sets.noised_windows(model, windows, Inputs("noised", levels=4, clean_share=share), seed=2) for share in (0.0, 0.25)
+    )
+    assert torch.equal(rest[..., :4], windows[:, None, :4].expand(-1, 4, -1)) and torch.equal(rest[..., 4:], whole[..., 4:])
+    assert bool((whole[..., :4] == tiny.MASK).any()) and bool((rest[:, -1, 4:] == tiny.MASK).all())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75])
+def test_behind_a_causal_context_the_last_block_is_noised_but_for_a_clean_prefix(tmp_path: Path, share: float) -> None:
+    plain, windows = tiny.model(tmp_path, causal=False), tiny.ids(3, 20)
+    model = replace(plain, attention="context-causal", block_length=8, block_origin="start")
+    whole = sets.noised_windows(plain, windows, Inputs("noised", levels=4), seed=2)
+    got = sets.noised_windows(model, windows, Inputs("noised", levels=4, clean_share=share), seed=2)
+    first = max(16, int(20 * share))  # the last block holds four tokens
+    assert torch.equal(got[..., :first], windows[:, None, :first].expand(-1, 4, -1))
+    assert torch.equal(got[..., first:], whole[..., first:]) and bool((got[:, -1, first:] == tiny.MASK).all())
+    early = replace(model, block_length=15)
+    got = sets.noised_windows(early, windows, Inputs("noised", levels=4, clean_share=0.9), seed=2)
+    assert torch.equal(got[..., :18], windows[:, None, :18].expand(-1, 4, -1))

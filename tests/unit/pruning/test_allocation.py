@@ -1,7 +1,12 @@
 """How much each layer gets: offsets by hand, totals that hold exactly, and what cannot be asked."""
 
+import itertools
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.pruning import allocation
@@ -80,3 +85,77 @@ def test_products_that_round_below_a_whole_number_count_as_it() -> None:
 def test_another_total_is_refused(total: int) -> None:
     with pytest.raises(InputError, match=rf"layer sparsities must remove {total} weights in all, got 5: use with_total first"):
         allocation.removed_counts(torch.tensor([0.25, 0.25]), [10, 10], total=total)
+
+
+# --- comparators ---------------------------------------------------------------------------------------------------------
+
+
+def test_dsa_is_the_arcsine_of_the_scaled_arctangent_of_the_variance_of_logarithms() -> None:
+    values = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)).double() + 0.5
+    logs = [math.log(abs(value)) for value in values.flatten().tolist()]
+    mean = sum(logs) / len(logs)
+    expected = math.asin(2 / math.pi * math.atan(sum((value - mean) ** 2 for value in logs) / len(logs)))
+    assert allocation.log_variance(values) == pytest.approx(expected)
+    values[0, 0] = -values[0, 0]
+    assert allocation.log_variance(values) == pytest.approx(expected)
+    wide = [allocation.log_variance(torch.tensor([[1.0, math.exp(size)]])) for size in (3.0, 4.0)]
+    assert expected < wide[0] < wide[1] < math.pi / 2  # where asin(atan(v)) is not defined, blocks are still told apart
+
+
+def test_the_best_ramp_is_found_by_its_loss_and_the_flat_one_wins_ties() -> None:
+    asked: list[list[float]] = []
+
+    def loss(offsets: Tensor) -> float:
+        asked.append(offsets.tolist())
+        return abs(float(offsets[0]) + 0.06)
+
+    best, losses = allocation.best_ramp(loss, 3, steepest=0.08, tried=9)
+    assert best.tolist() == pytest.approx([-0.06, 0.0, 0.06]) and len(losses) == len(asked) == 9
+    assert allocation.best_ramp(lambda _: 1.0, 3, steepest=0.08)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def tangled(levels: tuple[int, ...]) -> float:
+    """A loss in which layers interact, so that no layer's best level can be found alone."""
+    a, b, c, d = levels
+    return (a + 2 * b - 1) ** 2 + (b * c + 1) ** 2 + 0.3 * (d - a) ** 2 + 0.1 * c
+
+
+def test_evolution_finds_the_best_of_all_and_never_loses_it() -> None:
+    every = [levels for levels in itertools.product(range(-2, 3), repeat=4) if sum(levels) == 0]
+    best = min(every, key=tangled)
+    for seed in range(4):
+        stream = torch.Generator().manual_seed(seed)
+        got = allocation.evolve(lambda levels, _: tangled(levels), 4, most=2, generator=stream, generations=40)
+        assert got.levels == best and got.losses[-1] == tangled(best)
+        assert all(after <= before for before, after in itertools.pairwise(got.losses))
+        assert sum(got.levels) == 0 and got.evaluations <= 2 * len(every)
+
+
+def test_evolution_measures_on_more_text_what_was_good_on_little() -> None:
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def loss(levels: tuple[int, ...], stage: int) -> float:
+        asked.append((levels, stage))
+        return tangled(levels) if stage else -tangled(levels)
+
+    given = {"most": 2, "generations": 1, "offspring": 12, "survivors": (3, 1)}
+    got = allocation.evolve(loss, 4, generator=torch.Generator().manual_seed(1), **given)
+    first, last = ([levels for levels, stage in asked if stage == number] for number in (0, 1))
+    assert len(set(asked)) == len(asked) == got.evaluations
+    assert set(last) == {(0, 0, 0, 0), *sorted(first, key=lambda levels: -tangled(levels))[:3]}
+    assert got.levels == min(last, key=tangled)
+
+
+def test_evolution_keeps_to_its_budget_its_seed_and_its_kinds() -> None:
+    def run(seed: int, **options: Any) -> allocation.Evolved:
+        stream = torch.Generator().manual_seed(seed)
+        return allocation.evolve(lambda levels, _: tangled(levels), 4, most=2, generator=stream, **options)
+
+    assert run(0) == run(0)
+    assert run(0, budget=50).evaluations <= 50 and run(0, budget=1).losses == (tangled((0,) * 4),)
+    found = [run(seed, kinds=["large", "small", "large", "small"], generations=5).levels for seed in range(5)]
+    assert all(a + c == 0 and b + d == 0 for a, b, c, d in found) and any(any(levels) for levels in found)
+    with pytest.raises(InputError, match="the last of the survivors must be 1"):
+        run(0, survivors=(4, 2))
+    with pytest.raises(InputError, match="levels must be able to move"):
+        run(0, kinds=[1, 2, 3, 4])

@@ -16,8 +16,8 @@ from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, LinearLayer
-from lib.pruning import allocation, expert_removal, phases, pruner, shrink
-from lib.pruning.methods import METHODS, RELEASE, Method, Target, pattern_target
+from lib.pruning import allocation, expert_removal, phases, pruner, repairs, shrink
+from lib.pruning.methods import METHODS, RELEASE, STRONGER, STRUCTURES, Method, Target, pattern_target
 from tests import tiny
 from tests.unit import slow_experts, slow_pruning
 from tests.unit.models.test_experts import logits
@@ -31,6 +31,7 @@ NAMED: Mapping[str, Method] = {
     "by layer": Method("wanda", weighting=Weighting(level="layer")),
     "by head": Method("wanda", weighting=Weighting(level="head"), sequential=False),
     "one-shot SparseGPT": Method("sparsegpt", sequential=False),
+    **{name: STRONGER[name] for name in ("ALPS", "Wanda, swaps, refit", "SparseGPT, refit")},
 }
 
 
@@ -83,9 +84,9 @@ def test_every_method_prunes_every_matrix_and_nothing_else(model: LanguageModel,
         assert gone in removed(layer, method, target), layer.name
         if target.pattern == "2:4":
             assert ((weight.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-        elif method.granularity == "row" and method.importance != "sparsegpt":
+        elif method.granularity == "row" and not method.updates:
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
-        if method.importance != "sparsegpt":
+        if not method.changes_values:
             assert torch.equal(weight[weight != 0], old[weight != 0])
     state, names = twin.network.state_dict(), set(before)
     untouched = {key: value for key, value in model.network.state_dict().items() if key not in names}
@@ -95,7 +96,7 @@ def test_every_method_prunes_every_matrix_and_nothing_else(model: LanguageModel,
     torch.testing.assert_close(found, wanted, atol=2e-6 * float(wanted.abs().max()), rtol=0)
     assert not torch.equal(found, logits(model.network, windows()))
     assert len(set(fallen)) == len(fallen) and set(fallen) <= {layer.name for layer in twin.layers if layer.expert is not None}
-    assert bool(fallen) or method.importance != "sparsegpt"
+    assert bool(fallen) or not method.needs_hessian
 
 
 def given(weighted: bool) -> CalibrationSet:
@@ -149,7 +150,33 @@ def test_sparsegpt_uses_the_hessian_of_an_expert_or_of_its_layer(model: Language
     assert short
 
 
-@pytest.mark.parametrize("name", ["SparseGPT", "sink-aware (SparseGPT)", "Wanda", "one-shot SparseGPT"])
+def test_a_refit_measures_errors_with_other_statistics_of_the_same_expert(model: LanguageModel) -> None:
+    """Masks by weighted norms, errors of all tokens alike: either kind of sums, or another expert's, gives other weights."""
+    method = Method("wanda", weighting=Weighting(level="layer"), sequential=False, repair="refit")
+    ranked, errors_of = (one_shot.dense_statistics(model, given(weighted), hessian=not weighted) for weighted in (True, False))
+    twin = tiny.of_network(copy.deepcopy(model.network))
+    fallen = pruner.prune_with_(twin, method, HALF, ranked, errors_of=errors_of)
+    by_weight, plain = (slow_experts.statistics(model, windows(), given(weighted).token_weight) for weighted in (True, False))
+    short = set()
+    for layer, old in zip(twin.layers, model.layers, strict=True):
+        if layer.expert is None:
+            continue
+        block, reads, weight = layer.block, READS[layer.role], old.module.weight.double()
+        own = (block, reads, None if layer.expert == "shared" and reads == "gate" else layer.expert)
+        ranks, errors = by_weight[own], plain[own]
+        if isinstance(layer.expert, int) and not ranks["tokens"]:
+            ranks = by_weight[block, reads, None]
+        if isinstance(layer.expert, int) and errors["tokens"] < layer.module.in_features:
+            short.add(layer.name)
+            errors = plain[block, reads, None]
+        kept = slow_pruning.keep_by_row(weight.abs() * ranks["squares"].sqrt(), layer.module.in_features // 2)
+        assert torch.equal(layer.module.weight != 0, kept), layer.name
+        wanted = repairs.refit(weight, kept, errors["products"])
+        torch.testing.assert_close(layer.module.weight.double(), wanted, atol=2e-3, rtol=2e-3)
+    assert short == set(fallen) and len(fallen) == len(short) > 0
+
+
+@pytest.mark.parametrize("name", ["SparseGPT", "sink-aware (SparseGPT)", "Wanda", "one-shot SparseGPT", "Wanda, swaps, refit"])
 @pytest.mark.parametrize("options", [{"by_role": True}, {"states": "cpu"}, {"states": "disk", "by_role": True}], ids=str)
 def test_less_memory_gives_the_same_bits(model: LanguageModel, name: str, options: dict[str, Any]) -> None:
     one, other = (tiny.of_network(copy.deepcopy(model.network)) for _ in range(2))
@@ -301,9 +328,12 @@ def test_what_cannot_be_cut_is_refused(model: LanguageModel, tmp_path: Any) -> N
         expert_removal.without_experts(model, {0: torch.arange(4), 2: torch.arange(5)})
     with pytest.raises(InputError, match="mixture of experts, which loses whole experts: use expert_removal"):
         shrink.choose(model, sparsity=0.5)
-    for method in (METHODS["magnitude"], METHODS["Wanda"], METHODS["SparseGPT"]):
+    others = [method for name, method in STRUCTURES.items() if name != "Wanda-sp"]
+    for method in (METHODS["magnitude"], METHODS["Wanda"], METHODS["SparseGPT"], *others):
         with pytest.raises(InputError, match="ranked by what a one-shot Wanda method reads"):
             expert_removal.by_routed_mass(model, method, given(False), sparsity=0.25)
+    with pytest.raises(InputError, match="moments must be of dense blocks"):
+        one_shot.dense_moments(model, windows(), ["o"])
     dense = tiny.model(tmp_path / "dense", causal=False)
     assert routes(dense, windows()) == {}
     with pytest.raises(InputError, match="must be of a mixture of experts"):

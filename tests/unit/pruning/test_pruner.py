@@ -525,7 +525,7 @@ def test_inclusive_goes_with_the_two_rules_of_the_release_alone(importance: Any,
 @pytest.mark.parametrize("importance", ["random", "magnitude"])
 def test_methods_that_read_nothing_take_no_inputs_and_no_weights(importance: Any) -> None:
     for options in ({"weighting": SINKS}, {"inputs": NOISE}):
-        with pytest.raises(InputError, match=f"token weights and inputs must go with Wanda or SparseGPT, got {importance}: drop"):
+        with pytest.raises(InputError, match=f"token weights and inputs must go with a method that reads, got {importance}"):
             Method(importance, **cast(Any, options))
 
 
@@ -746,3 +746,25 @@ def test_a_lent_model_gets_its_weights_back_after_an_error(diffusion: LanguageMo
         pruner.prune_(model, ALL["magnitude"], HALF)
         raise RuntimeError("inside")
     assert slow.same_state(diffusion, before)
+
+
+@pytest.mark.parametrize("kind", ["confidence", "frontier"])
+def test_weights_by_confidence_are_not_those_of_one_pass(diffusion: LanguageModel, kind: Any) -> None:
+    method = Method("wanda", NOISE, Weighting(kind), sequential=False)
+    windows = tiny.ids(SAMPLES, LENGTH)
+    with restored(diffusion) as model:
+        pruner.prune_(model, method, HALF, windows=windows)
+        got = [layer.module.weight.clone() for layer in model.layers]
+    with restored(diffusion) as model:
+        built = sets.build(model, windows, inputs=NOISE, weighting=method.weighting, seed=0)
+        assert built.token_weight is not None and built.token_weight.std() > 0.05
+        pruner.prune_on_(model, method, HALF, built)
+        assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
+
+
+def test_methods_of_structured_pruning_are_refused(diffusion: LanguageModel) -> None:
+    for method in (Method("fluctuation"), Method("wanda", bias=True)):
+        with pytest.raises(InputError, match="a method of structured pruning must go with shrink"):
+            pruner.prune_(diffusion, method, HALF, windows=tiny.ids(SAMPLES, LENGTH))
+    with pytest.raises(InputError, match="fluctuation must count all tokens alike"):
+        Method("fluctuation", weighting=SINKS)

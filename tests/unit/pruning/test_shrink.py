@@ -1,6 +1,7 @@
 """Structured pruning: the smaller network is the dense one with the removed structures silenced."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading
 from lib.models.language_model import LanguageModel
-from lib.pruning import shrink, structured
+from lib.pruning import repairs, shrink, structured
 from tests import tiny
 from tests.unit import slow_pruning as slow
 
@@ -183,3 +184,95 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: f
     model.layers[3].module.weight[0, 0] = value
     with pytest.raises(InputError, match=r"weights of model\.layers\.0\.self_attn\.o_proj\.weight must be finite"):
         shrink.choose(model, sparsity=0.5)
+
+
+# --- what is done for what stays -----------------------------------------------------------------------------------------
+
+
+def reader(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A matrix and its inputs, whose mean is far from 0 and whose features are correlated."""
+    stream = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, 12, generator=stream).double() @ torch.randn(12, 12, generator=stream).double()
+    return torch.randn(5, 12, generator=stream).double(), inputs + torch.linspace(-3, 3, 12).double()
+
+
+def test_restored_columns_are_the_refit_of_one_mask_and_the_least_squares_solution() -> None:
+    weight, inputs = reader()
+    hessian, kept = 2 * inputs.T @ inputs / len(inputs), torch.tensor([0, 3, 4, 7, 11])
+    mask = torch.zeros(5, 12, dtype=torch.bool)
+    mask[:, kept] = True
+    got = structured.restored(weight, kept, hessian)
+    torch.testing.assert_close(got, repairs.refit(weight, mask, hessian)[:, kept], atol=1e-9, rtol=1e-9)
+    exact = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T, driver="gelsd").solution.T
+    torch.testing.assert_close(structured.restored(weight, kept, hessian, damping=0.0), exact, atol=1e-8, rtol=1e-8)
+
+
+def test_columns_and_bias_together_are_the_least_squares_solution_with_an_intercept() -> None:
+    weight, inputs = reader(1)
+    kept, mean = torch.tensor([1, 2, 8]), inputs.mean(0)
+    about = 2 * (inputs - mean).T @ (inputs - mean) / len(inputs)
+    new = structured.restored(weight, kept, about, damping=0.0)
+    bias = structured.lost_mean(weight, new, kept, mean)
+    design = torch.cat([inputs[:, kept], torch.ones(len(inputs), 1).double()], 1)
+    exact = torch.linalg.lstsq(design, inputs @ weight.T, driver="gelsd").solution.T
+    torch.testing.assert_close(torch.cat([new, bias[:, None]], 1), exact, atol=1e-8, rtol=1e-8)
+    alone = structured.lost_mean(weight, weight[:, kept], kept, mean)  # FLAP's: columns as they were
+    others = [column for column in range(12) if column not in kept.tolist()]
+    torch.testing.assert_close(alone, weight[:, others] @ mean[others])
+
+
+def test_moments_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
+    model = tiny.model(tmp_path, causal=False, kv_heads=2)
+    ids = tiny.ids(5, 9)
+    got = one_shot.dense_moments(model, ids, ("o", "down"), batch_size=2)
+    assert set(got) == {(block, role) for block in (0, 1) for role in ("o", "down")}
+    for layer in model.layers:
+        if layer.role in ("o", "down"):
+            read: list[Tensor] = []
+            keep: Any = lambda _, given, kept=read: kept.append(given[0].flatten(0, 1))  # noqa: E731
+            handle = layer.module.register_forward_pre_hook(keep)
+            model.network(input_ids=ids)
+            handle.remove()
+            moments = got[layer.block, layer.role]
+            torch.testing.assert_close(moments.mean, read[0].double().mean(0), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(moments.deviation, read[0].double().std(0, correction=0), atol=1e-6, rtol=1e-4)
+
+
+def test_a_bias_is_in_the_checkpoint_and_what_is_always_the_same_can_be_cut_without_a_trace(tmp_path: Path) -> None:
+    """Channels whose output never changes: FLAP takes them first, and the bias replaces them exactly."""
+    model = tiny.model(tmp_path / "dense", causal=False, kv_heads=2)
+    ids = tiny.ids(4, 10)
+    groups = [torch.tensor([0, 1])] * 2
+    kept = [torch.arange(10, 40), torch.arange(30)]
+    inputs: dict[int, Tensor] = {}
+    for layer in model.layers:
+        if layer.role == "down":
+            change: Any = lambda _, given, block=layer.block: (constant(given[0], kept[block], inputs, block),)  # noqa: E731
+            layer.module.register_forward_pre_hook(change)
+    expected = model.network(input_ids=ids).logits
+    moments = {(block, "down"): values.flatten(0, 1).double() for block, values in inputs.items()}
+    means = {place: values.mean(0) for place, values in moments.items()} | {(b, "o"): torch.zeros(32) for b in (0, 1)}
+    norms = {place: values.std(0, correction=0).float() for place, values in moments.items()}
+    norms |= {(b, "o"): torch.ones(32) for b in (0, 1)}
+    assert [each.tolist() for each in shrink.choose(model, sparsity=0.25, input_norms=norms)[1]] == [
+        each.tolist() for each in kept
+    ]
+    replaced = shrink.compensated(model, groups, kept, means=means)
+    small = shrink.shrunk(model, groups, kept, replaced=replaced)
+    torch.testing.assert_close(small.network(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+    small.network.save_pretrained(tmp_path / "small")
+    again = loading.load(tmp_path / "small")
+    assert again.network.config.attention_bias and again.network.config.mlp_bias
+    torch.testing.assert_close(again.network(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+    qwen = tiny.model(tmp_path / "qwen", family="qwen2", causal=False, kv_heads=2)
+    with pytest.raises(InputError, match="a bias must go with a layout that has the flag"):
+        shrink.shrunk(qwen, groups, kept, replaced=shrink.compensated(qwen, groups, kept, means=means))
+
+
+def constant(given: Tensor, kept: Tensor, inputs: dict[int, Tensor], block: int) -> Tensor:
+    """Make the channels that will go always the same, and remember what was read."""
+    changed = given.clone()
+    gone = [channel for channel in range(40) if channel not in kept.tolist()]
+    changed[..., gone] = torch.linspace(-1, 1, len(gone))
+    inputs[block] = changed
+    return changed

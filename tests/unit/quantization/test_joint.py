@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.core.errors import InputError
 from lib.pruning import importances
 from lib.pruning.sparsegpt import inverse_cholesky, sparsegpt
-from lib.quantization.joint import Compressed, gptq, joint
+from lib.quantization.joint import Compressed, gptq, joint, shifted
 from lib.quantization.rounding import SCALE_RULES, Grid, round_to_nearest
 from tests.unit import slow_pruning as slow
 from tests.unit.pruning.test_sparsegpt import layer, loss
@@ -378,3 +378,26 @@ def test_bad_sparsities_weights_and_counts_are_refused() -> None:
     weight[0, 0] = math.inf
     with pytest.raises(InputError, match="the weights of q_proj must be finite"):
         gptq(weight, hessian, grid=Grid(4), name="q_proj")
+
+
+# --- aiming at the dense stream ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.02])
+def test_a_shifted_matrix_is_the_least_squares_solution_on_the_drifted_inputs(damping: float) -> None:
+    stream = torch.Generator().manual_seed(0)
+    dense = torch.randn(80, 10, generator=stream).double() @ torch.randn(10, 10, generator=stream).double()
+    drifted = 0.8 * dense + 0.3 * torch.randn(80, 10, generator=stream).double()
+    weight = torch.randn(4, 10, generator=stream).double()
+    hessian, cross = (2 * each.T @ drifted / 80 for each in (drifted, dense))
+    got = shifted(weight, hessian, cross, damping=damping)
+    ridge = (damping * hessian.diagonal().mean() * 80 / 2).sqrt() * torch.eye(10).double()
+    rows, targets = torch.cat([drifted, ridge]), torch.cat([dense, ridge]) @ weight.T
+    expected = torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+    def error(matrix: Tensor) -> float:
+        return float((drifted @ matrix.T - dense @ weight.T).square().sum())
+
+    assert error(got) < 0.5 * error(weight)
+    torch.testing.assert_close(shifted(weight, hessian, hessian, damping=damping), weight, atol=1e-9, rtol=1e-9)

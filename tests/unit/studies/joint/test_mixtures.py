@@ -14,12 +14,13 @@ from lib.models import containers, export, streaming
 from lib.models.language_model import LanguageModel
 from lib.models.weight_store import StreamedLinear
 from lib.pruning import pruner
-from lib.pruning.methods import METHODS, Method, Target, pattern_target
+from lib.pruning.methods import METHODS, Method, Target, pattern_target, repaired
 from lib.quantization import joint
 from lib.quantization.rounding import Grid, round_to_nearest
-from lib.studies.joint import configurations, exported, measured_formats, runs
+from lib.studies.joint import configurations, exported, foldings, measured_formats, runs
 from lib.studies.joint.configurations import FORMATS
 from lib.studies.joint.runs import Recipe
+from lib.studies.pruning import adaptive_runs, repairs
 from lib.studies.pruning import runs as pruning_runs
 from lib.studies.pruning.runs import Bench, Calibrations
 from lib.timing import linear_formats
@@ -102,6 +103,45 @@ def test_outcomes_count_what_fell_back_and_structured_ones_lose_experts(found: C
             experts = sum(layer.module.weight.numel() for layer in model.layers if layer.expert is not None)
             whole = sum(layer.module.weight.numel() for layer in model.layers)
             assert result.measured_sparsity == pytest.approx(0.5 * experts / whole)
+
+
+def test_masks_and_repairs_use_the_statistics_of_experts(found: Calibrations) -> None:
+    bench, target, few = found.bench, Target(0.5), METHODS["DWANDA"].inputs
+    mask, ways = repairs.masks(bench.model, noised=few)[repairs.RIVAL], ("mask alone", "refit", "swaps")
+    outcomes = {each.method: each for each in repairs.measure(bench, target, seeds=[1], noised=few, repairs=ways)}
+    ranked, errors_of = found.statistics_of(mask), found.hessians_of(few)
+    weights = repairs.repaired(bench.model, mask, target, ranked, errors_of, repairs=ways)
+    for way in ways:
+        with pruner.restored(bench.model) as model:
+            fallen = pruner.prune_with_(model, repaired(mask, way), target, ranked, errors_of=errors_of)
+            assert all(torch.equal(layer.module.weight, own) for layer, own in zip(model.layers, weights[way], strict=True))
+        assert outcomes[repairs.name_of(repairs.RIVAL, way)].fallbacks == len(fallen)
+        assert bool(fallen) or way == "mask alone"
+
+
+@pytest.mark.parametrize("method", [Method("wanda", sequential=False), Method("sparsegpt", sequential=False)])
+def test_blocks_of_a_search_are_pruned_as_the_model_is(found: Calibrations, method: Method) -> None:
+    model = found.bench.model
+    blocks = len(model.by_block)
+    with pruner.restored(model):
+        adaptive_runs.BlockDatabase(found, method).write_(torch.full((blocks,), 0.5).double())
+        got = [layer.module.weight.clone() for layer in model.layers]
+    target = pruner.exact_target(model, 0.5)
+    with pruner.restored(model):
+        pruner.prune_with_(model, method, target, found.statistics_for(method) or [])
+        assert all(torch.equal(layer.module.weight, own) for layer, own in zip(model.layers, got, strict=True))
+    assert len(adaptive_runs.block_sparsities(found, "DSA", sparsity=0.5, spread=0.1)) == blocks
+
+
+def test_what_would_need_the_same_experts_is_refused(found: Calibrations) -> None:
+    before = {key: value.clone() for key, value in found.bench.model.network.state_dict().items()}
+    with pytest.raises(InputError, match="two streams must pass the same matrices"):
+        runs.compress_(found, Recipe(INT4, Target(0.5), shifted=True))
+    for rewriting in (foldings.AWQ, foldings.ROTATED):
+        with pytest.raises(InputError, match="a rewritten model must have dense blocks"):
+            foldings.measured(found, "RTN", RECIPES["nearest"], rewriting=rewriting)
+    assert foldings.measured(found, "GPTQ", RECIPES["gptq"], rewriting=foldings.NONE).fallbacks > 0
+    assert all(torch.equal(value, before[key]) for key, value in found.bench.model.network.state_dict().items())
 
 
 def test_formats_are_offered_for_experts_and_whole_units_say_why_not(found: Calibrations) -> None:

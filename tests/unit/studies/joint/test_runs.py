@@ -12,7 +12,7 @@ from lib.calibration.reads import statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, LinearLayer
-from lib.pruning import importances, sparsegpt
+from lib.pruning import importances, matrices, sparsegpt
 from lib.pruning.methods import Method, Target, pattern_target
 from lib.quantization import joint
 from lib.quantization.rounding import Grid, round_to_nearest
@@ -228,3 +228,48 @@ def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, objec
 def test_formats_that_do_not_fit_are_refused_before_any_work(recipe: Recipe, message: str, found: Calibrations) -> None:
     with pytest.raises(InputError, match=message):
         runs.compress_(found, recipe)
+
+
+# --- aiming at the dense stream, and stronger pruners before rounding ----------------------------------------------------
+
+
+def test_a_shifted_recipe_aims_at_the_dense_outputs(found: Calibrations) -> None:
+    """The first block is rounded coarsely; the second only makes up for that, where it may."""
+    model, ids = found.bench.model, found.windows
+    behind = next(layer for layer in model.layers if layer.block == 1 and layer.role == "q")
+    reference, dense, errors = outputs_of(model, behind.module, ids), behind.module.weight.clone(), {}
+    coarse = Recipe(Grid(2, group_size=8), rounding="nearest")
+    for shifted in (False, True):
+        recipe = Recipe(shifted=shifted)
+        with pruning_runs.pruner.restored(model):
+            results = runs.compress_(found, recipe, choose=lambda layer, own=recipe: own if layer.block else coarse)
+            errors[shifted] = float((outputs_of(model, behind.module, ids) - reference).square().mean())
+            assert torch.equal(results[behind.name].weight, behind.module.weight)
+            assert torch.equal(behind.module.weight, dense) == (not shifted)
+    assert errors[True] < 0.8 * errors[False]
+    with pruning_runs.pruner.restored(model):  # nothing drifts before the first block
+        first = runs.compress_(found, Recipe(shifted=True))[model.layers[0].name]
+        torch.testing.assert_close(first.weight, model.layers[0].module.weight)
+    with pytest.raises(InputError, match="a shifted target must go with a sequential method"):
+        Recipe(INT3, method=Method("sparsegpt", sequential=False), shifted=True)
+
+
+def outputs_of(model: LanguageModel, module: torch.nn.Module, ids: Tensor) -> Tensor:
+    got: list[Tensor] = []
+    handle = module.register_forward_hook(lambda *given: got.append(given[2].detach().double()))
+    with torch.no_grad():
+        model.network(input_ids=ids, use_cache=False)
+    handle.remove()
+    return got[0]
+
+
+@pytest.mark.parametrize("method", [Method("alps"), Method("wanda", repair="refit"), Method("wanda", repair="refit", swaps=5)])
+def test_masked_gptq_rounds_what_a_stronger_pruner_leaves(statistics: InputStatistics, method: Method) -> None:
+    weight = matrix()
+    pruned, kept = matrices.pruned(weight, method, HALF, statistics)
+    wanted = joint.gptq(pruned, statistics.hessian(), grid=INT3, kept=kept)
+    got = runs.compress_matrix(weight, Recipe(INT3, HALF, method, "prune, quantize"), statistics)
+    assert torch.equal(got.weight, wanted.weight) and torch.equal(got.kept, kept)
+    assert not bool(got.weight[~kept].any())
+    with pytest.raises(InputError, match="one joint sweep must be"):
+        Recipe(INT3, HALF, Method("sparsegpt", repair="refit"))

@@ -17,6 +17,7 @@ from lib.pruning.methods import Method, Target
 from lib.studies.pruning import adaptive_runs, runs
 from lib.studies.pruning.adaptive_runs import POLICIES, PhasePlan
 from lib.studies.pruning.runs import Bench, Calibrations
+from lib.studies.variance.sink_effect import text_loss
 from tests import tiny
 from tests.unit import slow_pruning as slow
 
@@ -311,5 +312,65 @@ def test_the_number_of_noise_levels_reaches_the_policy(bench: Bench) -> None:
 
 def test_sparsegpt_is_refused_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive_runs, "Calibrations", lambda *_: pytest.fail("must not calibrate"))
-    with pytest.raises(InputError, match="phases must share the dense values, got SparseGPT, which changes them: use Wanda or"):
+    with pytest.raises(InputError, match="phases must share the dense values, got sparsegpt with repair none"):
         adaptive_runs.phase_outcomes(bench, Method("sparsegpt"), PLANS, sparsity=0.5, seeds=[0])
+
+
+# --- comparators ---------------------------------------------------------------------------------------------------------
+
+ONE_SHOT = Method("wanda", sequential=False)
+
+
+def test_dsa_goes_by_the_variance_of_logarithms_both_ways(bench: Bench) -> None:
+    found = Calibrations(bench, 1)
+    scores = adaptive_runs.block_scores(found, allocation.log_variance)
+    got, back = (adaptive_runs.block_sparsities(found, policy, sparsity=0.5, spread=0.1) for policy in ("DSA", "DSA, reversed"))
+    assert int(got.argmin()) == int(scores.argmax()) and torch.allclose(got + back, torch.ones(4).double())
+
+
+@pytest.mark.parametrize("method", [ONE_SHOT, Method("sparsegpt", sequential=False), Method("magnitude"), Method("random")])
+def test_blocks_put_together_are_the_pruned_model(bench: Bench, method: Method) -> None:
+    found = Calibrations(bench, 1)
+    database = adaptive_runs.BlockDatabase(found, method)
+    by_block = torch.tensor([0.3, 0.5, 0.7, 0.4]).double()
+    with pruner.restored(bench.model) as model:
+        database.write_(by_block)
+        got = [layer.module.weight.clone() for layer in model.layers]
+        database.write_(by_block)  # the model is not dense now, and what is asked for is there
+        assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
+    for layer, each in zip(bench.model.layers, got, strict=True):
+        assert int((each == 0).sum()) == round(float(by_block[layer.block]) * each.numel())
+    if method.importance != "random":
+        counts = {layer.name: int((each == 0).sum()) for layer, each in zip(bench.model.layers, got, strict=True)}
+        with pruner.restored(bench.model) as model:
+            if method.needs_calibration:
+                pruner.prune_with_(model, method, Target(0.5, removed=counts), database.found.statistics_for(method) or [])
+            else:
+                pruner.prune_(model, method, Target(0.5, removed=counts))
+            assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
+
+
+def test_searches_never_do_worse_on_their_own_windows_than_uniform(bench: Bench) -> None:
+    found = Calibrations(bench, 1)
+
+    def loss(by_block: Tensor) -> float:
+        with pruner.restored(bench.model) as model:
+            adaptive_runs.BlockDatabase(found, ONE_SHOT).write_(by_block)
+            return float(text_loss(model, found.windows, draws=bench.draws, seed=1).mean())
+
+    uniform = loss(torch.full((4,), 0.5).double())
+    for policy in ("ATP", "EvoPress"):
+        got = adaptive_runs.searched(found, ONE_SHOT, policy, sparsity=0.5, spread=0.2, generations=3)
+        assert float(got.mean()) == pytest.approx(0.5) and float((got - 0.5).abs().max()) <= 0.2 + 1e-9
+        assert loss(got) <= uniform
+        again = adaptive_runs.searched(found, ONE_SHOT, policy, sparsity=0.5, spread=0.2, generations=3)
+        assert torch.equal(got, again)
+    with pytest.raises(InputError, match="a search must prune with a one-shot method"):
+        adaptive_runs.searched(found, Method("wanda"), "ATP", sparsity=0.5, spread=0.2, generations=1)
+
+
+def test_comparators_are_measured_like_policies(bench: Bench) -> None:
+    given = {"sparsity": 0.5, "seeds": [1], "spread": 0.1, "generations": 2}
+    outcomes, shown = adaptive_runs.allocation_outcomes(bench, ONE_SHOT, ["uniform", *adaptive_runs.COMPARATORS], **given)
+    assert [found.method for found in outcomes] == ["uniform", *adaptive_runs.COMPARATORS] == list(shown)
+    assert len({round(found.measured_sparsity, 4) for found in outcomes}) == 1

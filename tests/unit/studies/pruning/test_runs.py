@@ -365,6 +365,42 @@ def test_the_groups_and_channels_that_go_are_those_of_the_methods_norms(noisy: B
     assert any(not torch.equal(value, state[key]) for key, value in bare.network.state_dict().items())
 
 
+@pytest.mark.parametrize("name", methods.STRUCTURES)
+def test_every_structured_method_leaves_what_its_choices_say(bench: Bench, name: str) -> None:
+    """The heads and channels that stay, their weights or the refit of these, and the mean of the dense outputs with a bias."""
+    found, method = Calibrations(bench, 1), methods.STRUCTURES[name]
+    small = runs.shrunk(found, method, sparsity=0.5)
+    ids = found.windows
+    read: dict[tuple[int, str], list[Tensor]] = {}
+    for layer in bench.model.layers:
+        if layer.role in ("o", "down"):
+            place = (layer.block, layer.role)
+            kept_here: list[Tensor] = read.setdefault(place, [])
+            keep: Any = lambda _, given, kept=kept_here: kept.append(given[0].flatten(0, 1).double())  # noqa: E731
+            handle = layer.module.register_forward_pre_hook(keep)
+            network_body(bench.model)(input_ids=ids)
+            handle.remove()
+    for layer, cut in zip(bench.model.layers, small.layers, strict=True):
+        if layer.role != "down":
+            continue
+        inputs = read[layer.block, "down"][0]
+        spread = inputs.std(0, correction=0) if method.importance == "fluctuation" else inputs.norm(dim=0)
+        kept = (spread * layer.module.weight.norm(dim=0)).argsort()[20:].sort().values
+        producer = layer.name.replace("down_proj", "up_proj")
+        rows = bench.model.network.get_parameter(producer)[kept]
+        assert torch.equal(small.network.get_parameter(producer), rows)
+        assert torch.equal(cut.module.weight, layer.module.weight[:, kept]) == (method.repair == "none")
+        assert (cut.module.bias is not None) == method.bias
+        outputs = cut.module(inputs[:, kept].float()).double(), layer.module(inputs.float()).double()
+        if method.bias:
+            torch.testing.assert_close(outputs[0].mean(0), outputs[1].mean(0), atol=1e-4, rtol=0)
+        if method.repair == "refit":
+            plain = inputs[:, kept] @ layer.module.weight[:, kept].double().T
+            centred = (lambda x: x - x.mean(0)) if method.bias else (lambda x: x)
+            errors = [float((centred(each) - centred(outputs[1])).square().sum()) for each in (outputs[0], plain)]
+            assert errors[0] < errors[1]
+
+
 def test_structured_pruning_cuts_and_counts_what_is_gone(bench: Bench) -> None:
     """4 query heads of 8 in 2 groups, 40 channels: half leaves 1 group and 20 channels, 0.3 leaves both groups and 28."""
     chosen = fitting(bench, ["magnitude", "noised", "sink-aware"])

@@ -1,0 +1,86 @@
+"""Does rounding gain from scales or rotations, and are sinks what the scales owe: recipes on rewritten models."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from tqdm import tqdm
+
+from lib.calibration.reads import statistics_of
+from lib.calibration.sets import CLEAN, Inputs
+from lib.calibration.token_weights import Weighting
+from lib.core.errors import InputError
+from lib.core.runtime import generator
+from lib.pruning.methods import Method
+from lib.quantization import folding
+from lib.quantization.rounding import Grid
+from lib.studies.joint import runs
+from lib.studies.joint.runs import Measured, Recipe
+from lib.studies.pruning.runs import Calibrations
+
+NONE, AWQ, ROTATED = "as it is", "AWQ", "rotated"
+# what the mean sizes leave out: nothing, sink tokens, or as many others
+SCALED: Mapping[str, Weighting | None] = MappingProxyType({
+    AWQ: None,
+    "AWQ, without sink tokens": Weighting(alpha=None),
+    "AWQ, without as many random tokens": Weighting("random", alpha=None),
+})  # fmt: skip
+FOLDINGS = (NONE, *SCALED, ROTATED)
+
+
+def scales(found: Calibrations, name: str, grid: Grid, *, inputs: Inputs = CLEAN) -> folding.Scales:
+    """Search AWQ's scales on a calibration of the dense model, for every group of matrices.
+
+    Args:
+        found: calibrations of a model that is dense now.
+        name: of `SCALED`.
+        grid: the format that will be rounded to.
+        inputs: what the calibration reads; errors count all of its tokens alike, whatever the mean sizes leave out.
+    """
+    model = found.bench.model
+    read = found.set_of(Method("wanda", inputs, SCALED[name]))
+    sizes = folding.mean_sizes(model, read, batch_size=found.bench.batch_size)
+    hessians, results = found.hessians_of(inputs), {}
+    for (block, role), size in sizes.items():
+        if role in folding.scalable(model):
+            group = folding.GROUPS[role]
+            weights = [layer.module.weight.detach() for layer in model.layers if layer.block == block and layer.role in group]
+            hessian = statistics_of(hessians[block], role).hessian()
+            results[block, role] = folding.best_scales(weights, size, hessian, grid=grid)[0]
+    return results
+
+
+def measured(found: Calibrations, name: str, recipe: Recipe, *, rewriting: str, inputs: Inputs = CLEAN) -> Measured:
+    """Rewrite, compress, measure and restore one model.
+
+    Args:
+        found: calibrations of a model.
+        name: of the recipe, for tables.
+        recipe: how the rewritten model is compressed.
+        rewriting: of `FOLDINGS`; the dense function stays the same.
+        inputs: what AWQ's calibration reads.
+
+    Raises:
+        InputError: another rewriting, or what rotations refuse.
+    """
+    if rewriting not in FOLDINGS:
+        raise InputError(f"a rewriting must be of {', '.join(FOLDINGS)}, got {rewriting}: choose among them")
+    found.set_of(recipe.method)  # token weights are those of the dense model
+    with folding.folded(found.bench.model) as model:
+        if rewriting in SCALED:
+            folding.scale_(model, scales(found, rewriting, recipe.grid, inputs=inputs))
+        if rewriting == ROTATED:
+            folding.rotate_(model, generator=generator(found.seed, "rotation"))
+        result = runs.measured(found, name, recipe)
+    return replace(result, name=name if rewriting == NONE else f"{name}, {rewriting}")
+
+
+def compare(
+    found: Sequence[Calibrations], recipes: Mapping[str, Recipe], rewritings: Sequence[str] = FOLDINGS, *, inputs: Inputs = CLEAN
+) -> list[Measured]:
+    """Measure every recipe on every rewriting of the model with every calibration."""
+    work = [(each, name, rewriting) for each in found for name in recipes for rewriting in rewritings]
+    return [
+        measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
+        for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)
+    ]

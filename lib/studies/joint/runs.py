@@ -6,7 +6,6 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -327,5 +326,5 @@ def loss_by_noise(
 
 
 def _noised_loss(model: LanguageModel, ids: Tensor, noisy: Tensor, where: Tensor) -> Float[Tensor, "window"]:
-    losses = F.cross_entropy(logits_at(model, noisy, where), ids[where], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits_at(model, noisy, where), ids[where], reduction="none")
     return losses.view(len(ids), -1).double().mean(1).cpu()

@@ -268,11 +268,11 @@ def _summaries(differences: Float[Tensor, "row seed unit"], *, seed: int, draws:
     return found
 
 
-def _intervals(differences: Float[Tensor, "row seed unit"], *, seed: int, draws: int) -> list[Interval]:
-    """Return a 95 % percentile bootstrap interval a row; each draw takes seeds and, independently, units with replacement."""
+def resampled_means(values: Float[Tensor, "row seed unit"], *, seed: int, draws: int = 2000) -> Float[Tensor, "row draw"]:
+    """Return each row's mean in every bootstrap draw of seeds and, independently, units; all rows are resampled alike."""
     if draws < 1:
         raise InputError(f"draws must be positive, got {draws}: use 2000")
-    rows, seeds, units = differences.shape
+    rows, seeds, units = values.shape
     # Two streams: more seeds leave the resampled units as they were.
     streams = generator(seed, "paired", "units"), generator(seed, "paired", "seeds")
     block = max(1, BLOCK // (rows * units))
@@ -281,8 +281,14 @@ def _intervals(differences: Float[Tensor, "row seed unit"], *, seed: int, draws:
         size = min(block, draws - start)
         unit_counts = _counts(size, units, stream=streams[0])
         seed_counts = _counts(size, seeds, stream=streams[1])
-        means.append(((seed_counts @ differences) * unit_counts).sum(-1) / (seeds * units))
-    ends = np.quantile(torch.cat(means, 1).numpy(), [ALPHA / 2, 1 - ALPHA / 2], axis=1).T.tolist()
+        means.append(((seed_counts @ values) * unit_counts).sum(-1) / (seeds * units))
+    return torch.cat(means, 1)
+
+
+def _intervals(differences: Float[Tensor, "row seed unit"], *, seed: int, draws: int) -> list[Interval]:
+    """Return a 95 % percentile bootstrap interval a row."""
+    means = resampled_means(differences, seed=seed, draws=draws)
+    ends = np.quantile(means.numpy(), [ALPHA / 2, 1 - ALPHA / 2], axis=1).T.tolist()
     # Equal values may differ from their own mean in the last bit, and an interval has to hold its estimate.
     estimates = differences.mean(1).mean(1).tolist()
     return [(min(low, mean), max(high, mean)) for (low, high), mean in zip(ends, estimates, strict=True)]

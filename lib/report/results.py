@@ -11,16 +11,17 @@ from lib.core.errors import InputError
 from lib.report.tables import significant
 
 SCHEMA_VERSION = 1
-NOT_BEYOND = "reproduced, not beyond the mask"
+NOT_BEYOND, NO_EFFECT = "reproduced, not beyond the mask", "no effect of that size"
 SIGNS = {
     "reproduced": "✓",
     NOT_BEYOND: "≈",
     "not reproduced": "✗",
+    NO_EFFECT: "=",
     "inconclusive": "?",
     "not tested": "–",
 }  # told apart without colour
 VERDICTS = tuple(SIGNS)
-DECIDED = ("reproduced", NOT_BEYOND, "not reproduced")  # these need numbers
+DECIDED = ("reproduced", NOT_BEYOND, "not reproduced", NO_EFFECT)  # these need numbers
 MODEL_FIELDS = ("name", "source", "revision", "fingerprint", "parameters", "dtype", "kind", "family", "attention", "notes")
 REQUIRED: dict[str, type] = {
     "notebook": str, "number": str, "title": str, "profile": str, "seed": int, "overrides": dict, "config": dict,

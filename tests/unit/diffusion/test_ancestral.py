@@ -157,3 +157,11 @@ def test_filled_tokens_are_drawn_from_the_mixing_at_their_places_alone(kind: str
     assert torch.equal(got[0], ids[0])
     assert (got[1].bincount(minlength=4) / 20_000).tolist() == pytest.approx(process.mixing.tolist(), abs=0.015)
     assert torch.equal(process.fill(ids, torch.zeros_like(where), generator=generator(0)), ids)
+
+
+@pytest.mark.parametrize("greedy", ["never", "last", "always", "confident"])
+def test_every_greedy_variant_writes_clean_tokens_that_the_stream_decides(model: LanguageModel, greedy: Any) -> None:
+    options: dict[str, Any] = {"new_tokens": 8, "steps": 4, "temperature": 1.0, "greedy": greedy}
+    first, again, other = (ancestral.generate(model, tiny.ids(3, 6), generator=generator(seed), **options) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and (greedy == "always" or not torch.equal(first, other))
+    assert tiny.MASK not in first.flatten().tolist()

@@ -166,10 +166,10 @@ def test_a_correction_of_late_steps_that_is_no_number_writes_no_token(tmp_path: 
         step.predict(model, torch.zeros(2, 32), left=torch.tensor([1, 2]), right=torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize("greedy", ["never", "last", "always"])
+@pytest.mark.parametrize("greedy", ["never", "last", "always", "confident"])
 def test_probabilities_of_a_denoiser_are_looked_at_too(greedy: Any) -> None:
-    def broken(ids: torch.Tensor) -> torch.Tensor:
-        return torch.full((*ids.shape, 5), float("nan"))
+    def broken(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return torch.full((int(where.sum()), 5), float("nan"))
 
     given = {"steps": 2, "generator": torch.Generator(), "greedy": greedy}
     with pytest.raises(InputError, match="probabilities of a denoiser must be finite, got NaN"):

@@ -49,7 +49,7 @@ def bench(model: LanguageModel) -> runs.Bench:
 
 
 def finite(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    assert len(table) and table[list(columns)].notna().all(axis=None)
+    assert len(table) and bool(table[list(columns)].notna().to_numpy().all())
 
 
 def test_sinks_are_traced_and_their_variances_tabulated(model: LanguageModel) -> None:
@@ -143,10 +143,12 @@ def test_the_gain_is_taken_apart_and_extended(model: LanguageModel, bench: runs.
 
 def test_models_are_rounded_and_formats_chosen(model: LanguageModel, bench: runs.Bench) -> None:
     found, grid = runs.Calibrations(bench, 0), Grid(4, 8, "search")
+    half = Target(0.5)
     recipes = [
-        (name, joint_runs.Recipe(grid, Target(share), METHODS["SparseGPT"], order))
-        for name, share, order in (("rounded", 0.0, "joint"), ("both", 0.5, "joint"), ("then", 0.5, "prune, quantize"))
-    ]  # fmt: skip
+        ("rounded", joint_runs.Recipe(grid, Target(0.0), METHODS["SparseGPT"], "joint")),
+        ("both", joint_runs.Recipe(grid, half, METHODS["SparseGPT"], "joint")),
+        ("then", joint_runs.Recipe(grid, half, METHODS["SparseGPT"], "prune, quantize")),
+    ]
     measured = [joint_runs.measured(found, joint_tables.DENSE, joint_runs.Recipe()), *joint_runs.compare([found], recipes)]
     finite(joint_tables.loss_table(measured, seed=0), ["loss"])
     assert torch.stack(list(joint_runs.loss_by_noise(model, bench.windows, ratios=[0.5], seed=0))).isfinite().all()

@@ -77,7 +77,10 @@ def test_blocked_sinks_and_too_few_steps(model: LanguageModel, bench: runs.Bench
         least = block_sampler.least_steps(model, start=3, end=LENGTH)
         assert least == 3  # the prompt ends inside of the first block
         traces.trace(model, tiny.ids(2, 3), positions=LENGTH, steps=least)
-        with pytest.raises(InputError, match="steps must be at least 3 for 3 blocks, got 2"):
+        with pytest.raises(
+            InputError,
+            match="steps must be at least 3 for the blocks of 4 tokens of tiny, got 2: raise them, or lower the tokens per step",
+        ):
             traces.trace(model, tiny.ids(2, 3), positions=LENGTH, steps=least - 1)
         with pytest.raises(InputError, match="attention"):
             sink_effect.digest_effects(model, bench.windows, thresholds=[0.5], top_k=1, steps=2, draws=2, seed=0)

@@ -36,6 +36,8 @@ def configuration(raw: Mapping[str, Any], family: Family, folder: Path) -> tuple
     _check_rotations(raw, folder / "config.json")
     try:
         config = TRANSLATIONS[family.layout](dict(raw), cast(Any, network).config_class)
+        if family.network == "Ministral3":  # its queries are scaled by both at every pass
+            _ = [float(config.rope_parameters[name]) for name in ("llama_4_scaling_beta", "original_max_position_embeddings")]
     except Exception as error:  # a missing key, or whatever transformers raises for a value it cannot use
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attention import masses, sinks
-from lib.core.errors import InputError
-from lib.diffusion import commits, sampler
+from lib.core.errors import InputError, require
+from lib.diffusion import block_sampler, commits, sampler
 from lib.diffusion.block_reader import viewers_of
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import Attention, LanguageModel, blocks_of
@@ -163,7 +163,7 @@ def trace(
 
     Source: paper Figure 2 and section 3.1 (there on LLaDA, Dream, LLaMA-3.1 and Qwen-2.5).
     """
-    check_length(model, prompt_tokens=prompts.shape[1], positions=positions)
+    check_length(model, prompt_tokens=prompts.shape[1], positions=positions, steps=steps)
     if model.is_causal:
         texts = sampler.continue_text(
             model, prompts, new_tokens=positions - prompts.shape[1], temperature=temperature, generator=generator
@@ -183,14 +183,18 @@ def trace(
     return _trace_denoising(model, prompts, sample, steps=steps, heads=heads)
 
 
-def check_length(model: LanguageModel, *, prompt_tokens: int, positions: int) -> None:
-    """Raise `InputError` when a text of `positions` tokens is too long for the model, or not longer than its prompt."""
+def check_length(model: LanguageModel, *, prompt_tokens: int, positions: int, steps: int | None = None) -> None:
+    """Raise `InputError` for a text too long for the model, not longer than its prompt, or of more blocks than steps."""
     longest = getattr(model.network.config, "max_position_embeddings", positions)
     if not prompt_tokens < positions <= longest:
         raise InputError(
             f"positions must be above the prompt's {prompt_tokens} and at most {longest} for {model.name}, got {positions}: "
             "change positions"
         )
+    if steps is not None and model.goes_by_blocks:
+        least = block_sampler.least_steps(model, start=prompt_tokens, end=positions)
+        rule = f"steps must be at least {least} for the blocks of {model.block_length} tokens of {model.name}"
+        require(steps >= least, rule, str(steps), "raise them, or lower the tokens per step")
 
 
 def _trace_denoising(

@@ -12,6 +12,7 @@ from lib.checkpoints.lookup import UnavailableError
 from lib.core.config import ROOT, ModelSource
 from lib.core.errors import InputError
 from lib.models import loading
+from lib.report import notebook
 from tests import tiny
 
 
@@ -59,6 +60,24 @@ def test_a_whole_checkpoint_passes(folder: Path) -> None:
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "existing folder or a hub id" in refusal(tmp_path / "nothing" / "here")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/models/LLaDA2.0-mini", "llada2_0_mini"),
+        ("GSAI-ML/LLaDA-8B-Base@0f2787f", "llada_8b_base"),
+        ("/models/My model (v2)/", "my_model_v2"),
+        ("/models/模型", "model"),
+        ("/models/tiny.Q8_0.gguf", "tiny_q8_0_gguf"),
+    ],
+)
+def test_a_further_model_has_a_name_that_files_can_be_named_after(source: str, name: str) -> None:
+    """A folder such as LLaDA2.0-mini stopped four notebooks at their first figure of one model, after all the work."""
+    named = lookup.named_sources({"dlm": ModelSource("x")}, [source])
+    assert list(named) == ["dlm", name] and notebook.NAME.fullmatch(name)
+    with pytest.raises(InputError, match="models must have different names"):
+        lookup.named_sources(named, [source])
 
 
 def test_a_hub_id_needs_a_revision() -> None:

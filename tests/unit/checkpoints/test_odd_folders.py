@@ -128,6 +128,17 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(read: Read, chang
     refused(read, folder, r"config\.json must (describe a network that transformers can build|hold a complete)")
 
 
+@READERS
+@pytest.mark.parametrize("lost", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_rotations_without_the_scale_of_queries_are_refused(read: Read, lost: str, tmp_path: Path) -> None:
+    """They were loaded, and the first pass ended in a TypeError."""
+    folder = tiny.copied(tiny.PARITY / "nemotron_labs_diffusion", tmp_path / "x")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    plain = {key: rope[key] for key in ("llama_4_scaling_beta", "original_max_position_embeddings", "rope_theta") if key != lost}
+    refused(read, tiny.edit_config(folder, rope_parameters={**plain, "rope_type": "default"}), f"complete configuration.*{lost}")
+    logits(read(tiny.edit_config(folder, rope_parameters=rope)))
+
+
 # Mask and stop tokens
 
 

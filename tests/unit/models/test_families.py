@@ -304,7 +304,7 @@ def test_a_qwen_tokenizer_may_be_one_file(tmp_path: Path) -> None:
     tokenizer_of(model).save_pretrained(folder)
     assert not (folder / "vocab.json").exists()
     again = loading.load(folder)
-    assert isinstance(again.tokenizer, Qwen2Tokenizer) and again.mask_token_id == MASK
+    assert again.mask_token_id == MASK
     assert tokenizer_of(again)("CAB<|MASK|>")["input_ids"] == [2, 0, 1, MASK]
 
 

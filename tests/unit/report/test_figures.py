@@ -75,7 +75,7 @@ def test_png_has_200_dpi_and_no_date_or_program() -> None:
     assert set(image.info) == {"dpi"}
 
 
-@pytest.mark.parametrize("layout", ["single", "maps", "many", "long footer", "common label"])
+@pytest.mark.parametrize("layout", ["single", "maps", "many", "long footer", "endless footer", "common label"])
 def test_footer_overlaps_nothing(layout: str) -> None:
     rows, columns = {"maps": (1, 3), "many": (6, 6), "common label": (2, 2)}.get(layout, (1, 1))
     fig, axes = figures.subplots(rows, columns, height=9 if layout == "many" else None)
@@ -85,8 +85,9 @@ def test_footer_overlaps_nothing(layout: str) -> None:
     figures.shared_colorbar(image, list(flat), "mass")
     if layout == "common label":
         fig.supxlabel("position")
-    canvas.add_footer(fig, FOOTER * (4 if layout == "long footer" else 1))
+    canvas.add_footer(fig, FOOTER * {"long footer": 4, "endless footer": 60}.get(layout, 1))
     canvas.png_bytes(fig)
+    assert fig.texts[-1].get_text().endswith(" ...") == (layout == "endless footer")
     renderer = fig.canvas.get_renderer()  # type: ignore[attr-defined]
     footer = fig.texts[-1].get_window_extent(renderer)
     assert footer.x1 <= fig.bbox.x1

@@ -112,7 +112,11 @@ def _wanted(root: Path, locks: list[Path]) -> set[str]:
 def _complete(root: Path, locks: list[Path]) -> Path | None:
     """Return the interpreter of `.venv` when the installation of these locks was finished."""
     python, stamp = root / ".venv" / "bin" / "python", root / ".venv" / STAMP
-    whole = stamp.exists() and _wanted(root, locks) <= set(stamp.read_text(encoding="utf-8").splitlines())
+    whole = (
+        stamp.exists()
+        and (python.parent / "sinks").exists()
+        and _wanted(root, locks) <= set(stamp.read_text(encoding="utf-8").splitlines())
+    )
     return python if whole and _runs(python, NEW_ENOUGH) else None
 
 
@@ -136,7 +140,7 @@ def _own_environment(root: Path, locks: list[Path]) -> Path:
 def _make(own: Path, uv: str | None) -> None:
     """Make an empty environment."""
     # When `.venv` itself runs this, it must not be made from itself.
-    base = getattr(sys, "_base_executable", None) or sys.executable
+    base = _base(getattr(sys, "_base_executable", None) or sys.executable)
     command = [uv, "venv", "--quiet", "--clear", "--seed", "--python", base] if uv else [base, "-m", "venv", "--clear"]
     result = subprocess.run([*command, str(own)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode:
@@ -145,6 +149,13 @@ def _make(own: Path, uv: str | None) -> None:
             f"Python must be able to make a virtual environment, got {_last_line(result.stdout)!r}: install its venv module "
             f"(Debian: python3-venv), or uv, or activate an environment that satisfies {LOCK.name}"
         )
+
+
+def _base(own: str) -> str:
+    """Return the interpreter to make an environment from: the Python of the lock, where a newer one stands in front of it."""
+    wanted = f"python{OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]}"
+    found = shutil.which(wanted) if sys.version_info[:2] != OLDEST_PYTHON else None
+    return found if found and _runs(Path(found), NEW_ENOUGH) else own
 
 
 def _install(command: list[str], names: str) -> None:

@@ -18,6 +18,7 @@ NEW_ENOUGH = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
 # Groups that only some runs need, by the name that stands in SINKS_GROUPS; each lock adds to requirements.lock.
 GROUPS = {"cluster": "requirements-cluster.lock"}
 STAMP = ".installed"
+COMMAND = "command sinks"  # stands in the stamp too: an environment that is older than the command gets it
 OFFLINE = re.compile(r"connection|resolve host|name resolution|network is unreachable|timed out|dns error", re.IGNORECASE)
 
 
@@ -106,17 +107,13 @@ def _pip(python: Path, uv: str | None = None) -> list[str]:
 def _wanted(root: Path, locks: list[Path]) -> set[str]:
     """List what the stamp of a complete `.venv` holds: the repository's place, to which the package is linked, and every pin."""
     lines = (line for lock in locks for line in lock.read_text(encoding="utf-8").splitlines())
-    return {str(root), *(line.partition("#")[0].strip() for line in lines)} - {""}
+    return {str(root), COMMAND, *(line.partition("#")[0].strip() for line in lines)} - {""}
 
 
 def _complete(root: Path, locks: list[Path]) -> Path | None:
     """Return the interpreter of `.venv` when the installation of these locks was finished."""
     python, stamp = root / ".venv" / "bin" / "python", root / ".venv" / STAMP
-    whole = (
-        stamp.exists()
-        and (python.parent / "sinks").exists()
-        and _wanted(root, locks) <= set(stamp.read_text(encoding="utf-8").splitlines())
-    )
+    whole = stamp.exists() and _wanted(root, locks) <= set(stamp.read_text(encoding="utf-8").splitlines())
     return python if whole and _runs(python, NEW_ENOUGH) else None
 
 

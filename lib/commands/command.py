@@ -82,7 +82,7 @@ def _enter(words: Sequence[str]) -> None:
     from lib.core.environment import ROOT
 
     os.environ |= variables.settings()
-    os.environ |= {"SINKS_CWD": os.environ.get("SINKS_TYPED", os.getcwd()), "SINKS_ENTERED": str(os.getpid())}
+    os.environ |= {"SINKS_CWD": os.getcwd(), "SINKS_ENTERED": str(os.getpid())}
     # -P: a folder named lib where the command was typed is not ours
     os.execv(sys.executable, [sys.executable, "-P", str(ROOT / "sink_aware_pruning_command.py"), *words])
 

@@ -243,6 +243,7 @@ def license_of(model: LanguageModel) -> str:
 
     card = lookup.resolve(model.source) / "README.md"
     try:
-        return str(ModelCard.load(card).data.license or "other") if card.is_file() else "other"
+        said: Any = ModelCard.load(card).data.to_dict() if card.is_file() else {}
+        return str(said.get("license") or "other")
     except (OSError, ValueError):
         return "other"

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.commands.words import MODEL, add_common, whole
@@ -61,12 +62,14 @@ def run(chosen: argparse.Namespace) -> None:
     provenance.write_bytes(folder / MOVIE, animation.gif_bytes(_movie(model, trace), footer=footer))
     found = sinks_by_step(trace, model, k=chosen.top)
     provenance.write_text(folder / TABLE, tables.csv_text(found))
+    rows: Any = found.to_dict("records")
+    of_first = [row for row in rows if row["prompt"] == 0]
     facts = {
         "model": session.facts_of(model), "output": str(folder), "prompts": len(prompts), "steps": steps,
         "text": _text(model, trace.texts[0]), "files": [FIGURE, "mass_by_step.csv", MOVIE, TABLE],
-        "sinks": found[found["prompt"] == 0].to_dict("records"),
+        "sinks": of_first,
     }  # fmt: skip
-    shown = found[(found["prompt"] == 0) & found["step"].isin([0, *trace.mark_steps, steps - 1])]
+    shown = [row for row in of_first if row["step"] in {0, *trace.mark_steps, steps - 1}]
     lines = [_text(model, trace.texts[0]), *_table_lines(shown), *(f"wrote {folder / name}" for name in facts["files"])]
     session.finish(chosen, facts, lines, begun=begun)
 
@@ -126,10 +129,9 @@ def _text(model: "LanguageModel", ids: "Tensor") -> str:
     return str(tokenizer_of(model).decode(ids.tolist(), skip_special_tokens=True))
 
 
-def _table_lines(found: "pd.DataFrame") -> list[str]:
+def _table_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write the sinks of some steps for people, a step a line."""
-    lines = ["step  largest sinks: position token mass"]
-    for step, rows in found.groupby("step"):
-        said = [f"{row.position} {row.token} {row.mass:.3g}" for row in rows.itertuples()]
-        lines.append(f"{step!s:>4}  {'   '.join(said)}")
-    return lines
+    said: dict[int, list[str]] = {}
+    for row in found:
+        said.setdefault(row["step"], []).append(f"{row['position']} {row['token']} {row['mass']:.3g}")
+    return ["step  largest sinks: position token mass", *(f"{step:>4}  {'   '.join(sinks)}" for step, sinks in said.items())]

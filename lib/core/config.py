@@ -1,6 +1,8 @@
 """A profile file becomes frozen settings; every one is checked before any work starts."""
 
 import difflib
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -132,19 +134,55 @@ def to_dict(config: Config) -> dict[str, object]:
 
 
 def output_root() -> Path:
-    """Return the folder that `figures/`, `results/` and `runs/` go to: the project, or the folder named by SINKS_OUTPUT."""
+    """Return the folder that `figures/`, `results/` and `runs/` go to: the project, or the folder named by SINKS_OUTPUT.
+
+    Raises:
+        InputError: `~` where there is no home folder.
+    """
     return typed_path(os.environ.get("SINKS_OUTPUT") or ROOT).resolve()
+
+
+def cells_root() -> Path:
+    """Return the folder whose `results/PROFILE/cells/` hold the grid: that of the outputs, unless the launcher keeps them.
+
+    A cell is named by all that it comes from, so runs with other settings share them and cannot spoil them.
+    """
+    return Path(os.environ.get("SINKS_CELLS") or output_root())
+
+
+def custom_root(settings: Config, *, overrides: Mapping[str, object]) -> Path | None:
+    """Return the folder of a run that is not the profile as it stands: `runs/custom-HASH/`, one for each choice of settings.
+
+    Args:
+        settings: of the run.
+        overrides: as in `load`.
+
+    Returns:
+        None for a profile as it stands, whose results are the repository's.
+    """
+    plain = load(settings.profile)
+    if not overrides and settings.seed == plain.seed:
+        return None
+    said = json.dumps([settings.profile, settings.seed, {key: str(value) for key, value in overrides.items()}], sort_keys=True)
+    return ROOT / "runs" / f"custom-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
 def typed_path(path: str | Path) -> Path:
     """Return what a path means that somebody wrote: a relative one starts where the command was typed.
 
     That is the working folder, or the one that the launcher remembers in SINKS_CWD: its notebooks and workers run elsewhere.
+    `~` is the home folder.
+
+    Raises:
+        InputError: there is no home folder.
 
     >>> typed_path("/models/mine").as_posix()
     '/models/mine'
     """
-    return Path(os.environ.get("SINKS_CWD") or Path.cwd()) / Path(path)
+    try:
+        return Path(os.environ.get("SINKS_CWD") or Path.cwd()) / Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"~ must stand for a home folder, got {str(path)!r}: write the whole path") from error
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Path]:
@@ -165,7 +203,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"configs/{path.name} must be a readable YAML file, got {message}: restore or mend it") from error

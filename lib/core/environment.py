@@ -18,6 +18,7 @@ NEW_ENOUGH = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
 # Groups that only some runs need, by the name that stands in SINKS_GROUPS; each lock adds to requirements.lock.
 GROUPS = {"cluster": "requirements-cluster.lock"}
 STAMP = ".installed"
+COMMAND = "command sinks"  # stands in the stamp too: an environment that is older than the command gets it
 OFFLINE = re.compile(r"connection|resolve host|name resolution|network is unreachable|timed out|dns error", re.IGNORECASE)
 
 
@@ -106,7 +107,7 @@ def _pip(python: Path, uv: str | None = None) -> list[str]:
 def _wanted(root: Path, locks: list[Path]) -> set[str]:
     """List what the stamp of a complete `.venv` holds: the repository's place, to which the package is linked, and every pin."""
     lines = (line for lock in locks for line in lock.read_text(encoding="utf-8").splitlines())
-    return {str(root), *(line.partition("#")[0].strip() for line in lines)} - {""}
+    return {str(root), COMMAND, *(line.partition("#")[0].strip() for line in lines)} - {""}
 
 
 def _complete(root: Path, locks: list[Path]) -> Path | None:
@@ -136,7 +137,7 @@ def _own_environment(root: Path, locks: list[Path]) -> Path:
 def _make(own: Path, uv: str | None) -> None:
     """Make an empty environment."""
     # When `.venv` itself runs this, it must not be made from itself.
-    base = getattr(sys, "_base_executable", None) or sys.executable
+    base = _base(getattr(sys, "_base_executable", None) or sys.executable)
     command = [uv, "venv", "--quiet", "--clear", "--seed", "--python", base] if uv else [base, "-m", "venv", "--clear"]
     result = subprocess.run([*command, str(own)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode:
@@ -145,6 +146,13 @@ def _make(own: Path, uv: str | None) -> None:
             f"Python must be able to make a virtual environment, got {_last_line(result.stdout)!r}: install its venv module "
             f"(Debian: python3-venv), or uv, or activate an environment that satisfies {LOCK.name}"
         )
+
+
+def _base(own: str) -> str:
+    """Return the interpreter to make an environment from: the Python of the lock, where a newer one stands in front of it."""
+    wanted = f"python{OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]}"
+    found = shutil.which(wanted) if sys.version_info[:2] != OLDEST_PYTHON else None
+    return found if found and _runs(Path(found), NEW_ENOUGH) else own
 
 
 def _install(command: list[str], names: str) -> None:

@@ -33,7 +33,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that a run needs and the user has not set.
 
     Args:
-        environ: the variables that are set already; they win, except that PYTHONPATH is put before what it holds.
+        environ: the variables that are set already; they win, except that PYTHONPATH and JUPYTER_PATH get a first entry.
 
     Returns:
         Value by name.
@@ -41,11 +41,18 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     wanted = {"OMP_NUM_THREADS": str(physical_cores()), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     # A kernel named python3 in the home folder may start another Python than the one in use.
     wanted["JUPYTER_PREFER_ENV_PATH"] = "1"
+    wanted["PYTHONUTF8"] = "1"  # notebooks and texts are UTF-8 whatever the locale says
     # Warnings of torch's C++ parts, one of them at every measurement of memory, would stand between the lines of the launcher.
     wanted["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     if sys.platform.startswith("linux"):
         wanted |= LINUX_ALLOCATOR
-    chosen = {name: value for name, value in wanted.items() if name not in environ}
+    if environ.get("JUPYTER_PATH"):  # it goes before the environment, and may hold a python3 of another Python
+        own = os.path.join(sys.prefix, "share", "jupyter")
+        others = [entry for entry in environ["JUPYTER_PATH"].split(os.pathsep) if entry not in ("", own)]
+        forced = {"JUPYTER_PATH": os.pathsep.join([own, *others])}
+    else:
+        forced = {}
+    chosen = forced | {name: value for name, value in wanted.items() if name not in environ}
     others = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(ROOT)]
     return chosen | {"PYTHONPATH": os.pathsep.join([str(ROOT), *others])}
 

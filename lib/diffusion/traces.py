@@ -186,11 +186,8 @@ def trace(
 def check_length(model: LanguageModel, *, prompt_tokens: int, positions: int, steps: int | None = None) -> None:
     """Raise `InputError` for a text too long for the model, not longer than its prompt, or of more blocks than steps."""
     longest = getattr(model.network.config, "max_position_embeddings", positions)
-    if not prompt_tokens < positions <= longest:
-        raise InputError(
-            f"positions must be above the prompt's {prompt_tokens} and at most {longest} for {model.name}, got {positions}: "
-            "change positions"
-        )
+    rule = f"positions must be above the prompt's {prompt_tokens} and at most {longest} for {model.name}"
+    require(prompt_tokens < positions <= longest, rule, str(positions), "change positions")
     if steps is not None and model.goes_by_blocks:
         least = block_sampler.least_steps(model, start=prompt_tokens, end=positions)
         rule = f"steps must be at least {least} for the blocks of {model.block_length} tokens of {model.name}"

@@ -15,7 +15,7 @@ from lib.calibration.token_weights import Weighting
 from lib.checkpoints import lookup
 from lib.checkpoints.files import local_path
 from lib.core import provenance, python_code
-from lib.core.config import Config, ModelSource, output_root
+from lib.core.config import Config, ModelSource, cells_root
 from lib.core.errors import InputError, require
 from lib.core.runtime import choose_device
 from lib.core.sections import CalibrationText, Grid
@@ -159,7 +159,7 @@ def variant_key(variant: Variant, *, code: str) -> str:
 
 def store_of(config: Config) -> Store:
     """Return the store of a profile's cells, `results/PROFILE/cells/`."""
-    return Store(output_root() / "results" / config.profile / "cells")
+    return Store(cells_root() / "results" / config.profile / "cells")
 
 
 def code_version(root: Path) -> str:

@@ -1,6 +1,7 @@
 """The notebooks of one command: check what they need, run those that have to run, build the report."""
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ def prepare(
     loaded = config.load(profile, seed=seed, overrides=overrides)
     plain = config.to_dict(loaded)
     _check_models(loaded.models, plain)
+    _check_named(loaded, config.load(profile))
     output = config.output_root()
     for folder in ("runs", "figures", "results"):
         _check_writable(output / folder / profile)
@@ -69,7 +71,7 @@ def run(jobs: Sequence[Job], *, say: Say, fresh: bool = False, at_once: int | No
         InputError: another run writes to the same folder.
     """
     started, written, peak, threads = time.monotonic(), 0, Peak(), lanes.threads_given()
-    with _only_run(jobs[0].executed.parent):
+    with _only_run(jobs[0].executed.parent, say=say):
         due = [job for job in jobs if fresh or execution.why_run(job)]
         count = at_once or lanes.lanes_for(len(due), threads=threads, has_gpu=len(due) > 1 and _has_gpu(jobs[0]))
         say(_header(jobs[0], at_once=min(count, len(due)), threads=threads))
@@ -122,6 +124,19 @@ def _check_models(models: Mapping[str, ModelSource], plain: Mapping[str, object]
             loading.opened(lookup.local_path(source))
 
 
+def _check_named(settings: config.Config, profile: config.Config) -> None:
+    """Check that the models which the user named are here or can be fetched; the profile's own are left out when they cannot."""
+    known = {(source.source, source.revision) for source in _all_models(profile)}
+    for source in _all_models(settings):
+        if (source.source, source.revision) not in known:
+            lookup.check_obtainable(source)
+
+
+def _all_models(settings: config.Config) -> list[ModelSource]:
+    sections = [section for section in config.to_dict(settings).values() if isinstance(section, Mapping)]
+    return [*settings.models.values(), *(lookup.parse(text) for section in sections for text in section.get("extra_models", ()))]
+
+
 def _check_writable(folder: Path) -> None:
     """Check that files can be made in a folder that may not exist yet, without making anything."""
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -131,8 +146,11 @@ def _check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back when the process ends in whatever way."""
+def _only_run(folder: Path, *, say: Say) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back when the process ends in whatever way.
+
+    Some network disks (Lustre, by default) have no locks: there the user is asked to see to it.
+    """
     import fcntl  # absent on Windows, where tests of other functions still run
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +158,11 @@ def _only_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"one run at a time must write to {folder}, got a second one: wait for the first to end") from error
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                say(f"note: {folder} is on a disk without locks ({error.strerror}): start no second run that writes there")
+            else:
+                rule = f"one run at a time must write to {folder}"
+                raise InputError(f"{rule}, got a second one: wait for the first to end") from error
         yield
 
 

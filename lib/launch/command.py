@@ -12,27 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lib.commands import terminal
+from lib.commands.words import Parser, UsageError
 from lib.core import environment
 
 PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
 GRID_PROFILES = ("laptop", "paper", "rehearsal")
 USAGE = """./run_all.sh [quick|full|laptop|paper|rehearsal] [options]   run the notebooks, then build the report
        ./run_all.sh lab [JupyterLab's options]    open JupyterLab on notebooks/ in the same environment
+       ./run_all.sh sinks COMMAND [options]       prune, quantize, trace, evaluate, ... a model of your own (sinks --help)
        ./run_all.sh --environment                 make the environment, print its variables for eval in a shell"""
 EPILOG = """A notebook whose inputs are unchanged and whose outputs are whole is skipped. Executed copies go to runs/PROFILE/,
 figures to figures/PROFILE/, tables and the report (report.html) to results/PROFILE/. Exit code: 0 done, 1 a notebook failed,
 2 bad input."""
-
-
-class UsageError(ValueError):
-    """A word on the command line cannot be used: the message says the rule, what was got, and the remedy."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises its complaints instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: ./run_all.sh --help lists what is known")
 
 
 def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argparse.Namespace:
@@ -48,7 +40,7 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
     Raises:
         UsageError: a word that cannot be used.
     """
-    parser = _Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
+    parser = Parser(prog="./run_all.sh", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)}; see configs/")
     parser.add_argument("--notebooks", metavar="01,04", help="only these, without the grid; default: all that exist")
     parser.add_argument("--seed", metavar="N", help="seed of every random stream; default: the profile's")
@@ -66,6 +58,8 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
         raise UsageError(
             f"profile must be one of {', '.join(PROFILES)}, got {chosen.profile!r}: {_nearest(chosen.profile, PROFILES)}"
         )
+    if chosen.list and chosen.plan:
+        raise UsageError("--list and --plan must not go together, got both: --list shows notebooks, --plan the grid")
     _check_grid(chosen)
     known = {path.name[:2]: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
     chosen.notebooks_named = chosen.notebooks is not None
@@ -127,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 a notebook failed, 2 bad input, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    terminal.use_utf8()
     try:
+        if words[:1] == ["sinks"]:
+            return _sinks(words)
         if words == ["--environment"]:
             return environment.main()
         if words[:1] == ["lab"]:
@@ -142,7 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, environment.NoEnvironmentError) as error:
         return _complain(error, 2)
     except KeyboardInterrupt:
-        return _complain("interrupted: what was finished stays, run again to go on", 130)
+        return terminal.interrupted("what was finished stays, run again to go on")
+    except BrokenPipeError:
+        return terminal.reader_gone()
+    except Exception as error:
+        if not terminal.is_disk_full(error):
+            raise
+        return _complain(f"the disk must have room for what is written, got {error}: free some and run again", 1)
 
 
 def _carry_out(chosen: argparse.Namespace) -> int:
@@ -152,6 +155,7 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     from lib.launch.execution import NotebookError
 
     try:
+        _go_to_own_folder(chosen)
         if chosen.profile == "rehearsal":
             _make_rehearsal()
         if chosen.plan or _computes_grid(chosen):
@@ -169,6 +173,31 @@ def _carry_out(chosen: argparse.Namespace) -> int:
     except NotebookError as error:
         return _complain(error, 2 if error.is_input else 1)
     return 0
+
+
+def _go_to_own_folder(chosen: argparse.Namespace) -> None:
+    """Let a run with settings of its own write below runs/, unless SINKS_OUTPUT says where; the grid's cells stay shared."""
+    from lib.core import config
+
+    settings = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
+    own = None if os.environ.get("SINKS_OUTPUT") else config.custom_root(settings, overrides=chosen.overrides)
+    if own is not None:
+        os.environ |= {"SINKS_OUTPUT": str(own), "SINKS_CELLS": str(environment.ROOT)}
+    if config.output_root() != environment.ROOT and not chosen.plan:
+        _say(f"writes below {config.output_root()}")
+
+
+def _sinks(words: Sequence[str]) -> int:
+    """Run a command of `sinks`; a wrong word is answered before the environment is made."""
+    from lib.commands import command
+
+    try:
+        command.parse(words[1:])
+    except UsageError as error:
+        return _complain(error, 2)
+    _enter(words)
+    os.environ["SINKS_ENTERED"] = str(os.getpid())
+    return command.main(words[1:])
 
 
 def _make_rehearsal() -> None:
@@ -224,7 +253,7 @@ def _enter(words: Sequence[str]) -> None:
         return
     python = str(environment.ensure())
     # The process keeps its number through exec: that tells the second pass that it is the second.
-    os.environ |= {"SINKS_PYTHON": python, "SINKS_ENTERED": str(os.getpid())}
+    os.environ |= {"SINKS_PYTHON": python, "SINKS_ENTERED": str(os.getpid()), "PYTHONUTF8": "1"}
     os.chdir(environment.ROOT)
     os.execv(python, [python, "-m", "lib.launch.command", *words])
 
@@ -271,12 +300,11 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    terminal.say(line)
 
 
 def _complain(problem: object, code: int) -> int:
-    print(f"error: {problem}", file=sys.stderr, flush=True)
-    return code
+    return terminal.complain(problem, code)
 
 
 if __name__ == "__main__":

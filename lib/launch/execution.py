@@ -17,6 +17,7 @@ from lib.core import outputs, provenance
 
 INJECTED = "injected-parameters"
 MARKER = "papermill-error-cell-tag"
+START_SECONDS = 900  # of a kernel: a cold network disk takes minutes to import the first package
 REFUSALS = ("InputError", "UnavailableError")
 
 
@@ -237,6 +238,7 @@ def _execute_here(order: Mapping[str, Any]) -> str:
             _literal(copy),
             parameters=order["parameters"],
             cwd=str(notebook.parent),
+            start_timeout=START_SECONDS,
             # Else every start warns about unencrypted loopback, and some failures tell of an interrupt; errors are in the outputs
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             progress_bar=_bar(notebook.stem, order["line"]) if sys.stderr.isatty() else False,

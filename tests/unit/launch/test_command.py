@@ -157,6 +157,7 @@ def test_ray_is_needed_only_where_cells_are_computed(project: Path, words: Seque
         (["--seed"], "argument --seed: expected one argument"),
         (["--set", "prompts"], "--set must be KEY=VALUE, got 'prompts'"),
         (["--set", "seed=3"], "use ./run_all.sh PROFILE --seed N"),
+        (["--plan", "--list"], "--list and --plan must not go together, got both"),
         (["--plan"], "--plan must go with a profile that has a grid, got quick: use one of laptop, paper, rehearsal"),
         (["full", "--gpus-per-cell", "1"], "--gpus-per-cell must go with a profile that has a grid, got full"),
         (["paper", "--limit", "0"], "--limit must be a whole number from 1, got '0'"),

@@ -52,8 +52,8 @@ def test_fidelity_is_the_distance_to_a_full_pass(model: LanguageModel) -> None:
             same.append(float(p.argmax() == q.argmax()))
             far.append(float((p * (p / q).log()).sum()))
     got = fidelity.measure(model, prompt, plan, new_tokens=NEW, block=BLOCK)
-    assert float(got.top1[0]) == pytest.approx(sum(same) / len(same)) and float(got.top1[0]) < 1
-    assert float(got.divergence[0]) == pytest.approx(sum(far) / len(far), rel=1e-6)
+    assert float(got.top1[0]) == pytest.approx(sum(same) / len(same))
+    assert float(got.divergence[0]) == pytest.approx(sum(far) / len(far), rel=1e-6) and float(got.divergence[0]) > 1e-4
     thirds = got.by_ratio[0]
     assert thirds.isfinite().all() and float(thirds[2, 1]) <= float(thirds[0, 1])  # the first pass is exact
 
@@ -144,7 +144,7 @@ def test_answers_are_paired_by_document(model: LanguageModel, monkeypatch: pytes
     reader: Any = lambda _, __, plan, **___: marks[plan if plan == PLAIN else plan.commit.threshold]  # noqa: E731
     monkeypatch.setattr(systems, "answers", reader)
     listed = published.published(threshold=0.5, fixed=commit.Quota(2))
-    task: Any = None
+    task = tasks.load("tiny_topic_written")
     rows = systems.accuracy_rows(model, task, listed, settings=EvaluationSettings(), limit=4, names=["threshold"])
     assert set(rows) == {PLAIN, "threshold"}
     assert (rows["threshold"]["accuracy"], rows["threshold"]["accuracy difference"]) == (0.75, 0.25)

@@ -72,12 +72,8 @@ class SinkTraces(Section):
 
     def __post_init__(self) -> None:
         new_tokens = self.positions - self.prompt_tokens
-        require(
-            new_tokens >= self.steps,
-            "steps must be at most positions - prompt_tokens",
-            f"{self.steps} steps for {new_tokens} new tokens",
-            "lower steps or raise positions",
-        )
+        got, remedy = f"{self.steps} steps for {new_tokens} new tokens", "lower steps or raise positions"
+        require(new_tokens >= self.steps, "steps must be at most positions - prompt_tokens", got, remedy)
         block = self.block_length or new_tokens
         require(
             new_tokens % block == 0 and self.steps % (new_tokens // block) == 0,
@@ -126,12 +122,8 @@ class VarianceAnalysis(Section):
             _divides("tokens_per_step (for every block length)", length, self.tokens_per_step)
         for prompt in self.other_prompt_tokens:
             _divides("tokens_per_step (for every prompt length)", self.positions - prompt, self.tokens_per_step)
-        require(
-            self.temperature > 0 or self.seeds == 1,
-            "seeds must be 1 at temperature 0",
-            str(self.seeds),
-            "greedy generations with different seeds are equal",
-        )
+        remedy = "greedy generations with different seeds are equal"
+        require(self.temperature > 0 or self.seeds == 1, "seeds must be 1 at temperature 0", str(self.seeds), remedy)
         require(self.top_k < self.prompt_tokens, "top_k must be below prompt_tokens", str(self.top_k), "lower it")
         self._at_most("prompts", "factor_prompts")
 
@@ -267,23 +259,30 @@ class Timing(Section):
     coreset_prompts: Annotated[StrictInt, between(2, 4096)]
     task_name: str
     task_documents: Annotated[StrictInt, between(2, 100000)]
+    system_prompts: Annotated[StrictInt, between(2, 4096)]
+    system_tokens: Annotated[StrictInt, between(2, 8192)]
+    system_blocks: tuple[Annotated[StrictInt, between(2, 8192)], ...]
+    system_threshold: Annotated[StrictFloat, between(0.0, 1.0)]
+    system_tokens_a_step: Annotated[StrictInt, between(1, 8192)]
+    system_repeats: Annotated[StrictInt, between(1, 1000)]
+    answering_systems: tuple[str, ...]
+    curve_rules: tuple[str, ...]
+    curve_thresholds: tuple[Annotated[StrictFloat, between(0.0, 1.0)], ...]
+    curve_documents: Annotated[StrictInt, between(2, 100000)]
+    retrieved_texts: Annotated[StrictInt, between(1, 100000)]
     extra_models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _divides("block_length", self.new_tokens, self.block_length, of="new_tokens")
+        _divides("system_blocks", self.system_tokens, *self.system_blocks, of="system_tokens")
+        for length in self.system_blocks:
+            _divides("system_tokens_a_step", length, self.system_tokens_a_step, of="tokens of a block")
         late = int(self.late_share * self.block_length + 1e-9)
-        require(
-            1 <= late < self.block_length,
-            f"late_share must leave 1 to {self.block_length - 1} tokens of a block of {self.block_length}",
-            f"{self.late_share:g}",
-            f"use {1 / self.block_length:.3g} for one of them",
-        )
-        require(
-            self.timed_prompts <= self.prompts,
-            f"timed_prompts must be at most the {self.prompts} prompts",
-            str(self.timed_prompts),
-            "lower it",
-        )
+        rule = f"late_share must leave 1 to {self.block_length - 1} tokens of a block of {self.block_length}"
+        remedy = f"use {1 / self.block_length:.3g} for one of them"
+        require(1 <= late < self.block_length, rule, f"{self.late_share:g}", remedy)
+        rule = f"timed_prompts must be at most the {self.prompts} prompts"
+        require(self.timed_prompts <= self.prompts, rule, str(self.timed_prompts), "lower it")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lib.decoding.late_steps import Predictor
 from lib.decoding.recompute import Adaptive, Blockwise, Recompute
 from lib.decoding.speculation import Speculation
 from lib.decoding.visible import Visible
+from lib.models.language_model import LanguageModel
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
 
@@ -113,12 +114,21 @@ def commits_by(threshold: float) -> dict[str, commit.Commit]:
     }
 
 
-def ranked(control: Control, fixed: commit.Commit) -> dict[str, DecodingPlan]:
+def delimiters_of(model: LanguageModel) -> tuple[int, ...]:
+    """Return the tokens of a full stop, a comma and a newline, where each is one token; none without a tokenizer."""
+    if model.tokenizer is None:
+        return ()
+    encoded = [model.tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in (".", ",", "\n")]
+    return tuple(ids[0] for ids in encoded if len(ids) == 1)
+
+
+def ranked(control: Control, fixed: commit.Commit, *, threshold: float = 0.5) -> dict[str, DecodingPlan]:
     """Return the systems that rank by attention, under a control.
 
     Args:
         control: see there.
         fixed: the commit rule of those that are not about committing.
+        threshold: probability that a token needs where dependence chooses.
     """
     dual = Blockwise()
     focus = Evict(keep=0.5, score="attention", pool=1, span=4, delay=0, prompt_only=True, control=control)
@@ -128,7 +138,7 @@ def ranked(control: Control, fixed: commit.Commit) -> dict[str, DecodingPlan]:
         "Elastic-Cache": DecodingPlan(fixed, recompute=Elastic(control=control)),
         "Sparse-dLLM": DecodingPlan(fixed, recompute=dual, visible=Evict(keep=0.5, control=control)),
         "Focus-dLLM": DecodingPlan(fixed, recompute=dual, visible=focus),
-        "DAPD": DecodingPlan(Independent(control=control)),
+        "DAPD": DecodingPlan(Independent(threshold, control=control)),
     }
 
 

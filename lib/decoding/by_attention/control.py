@@ -1,6 +1,7 @@
 """The control: what a rule that ranks places by attention does when sinks are forced in or out, or attention is not asked at all.
 
-A rule says how many places it takes; the control only changes which. So all of its settings cost the same.
+A rule says how many places it takes; the control only changes which. What follows from the choice, such as filled gaps or
+the passes that the text then needs, may still differ.
 """
 
 from collections.abc import Iterator

@@ -162,3 +162,23 @@ def composition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     looks += [panels.legend_key(name, Style("#555555", "osDvPX<^>"[at])) for at, name in enumerate(names)]
     panels.legend_beside(ax, looks)
     return figure, table
+
+
+def parallelism(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw accuracy against tokens a forward pass, one line a commit rule, with the area under each.
+
+    Args:
+        table: of `systems.curve`.
+    """
+    figure, ax = figures.subplots(height=4.6)
+    first = table.iloc[0]
+    for name, style in zip(panels.unique(table, "rule"), cycle(SERIES), strict=False):
+        own = panels.select(table, rule=name).sort_values("parallelism")
+        x, y = panels.numbers(own, "parallelism")[:, 0].tolist(), panels.numbers(own, "accuracy")[:, 0].tolist()
+        low, high = (panels.numbers(own, f"accuracy {end}")[:, 0].tolist() for end in ("low", "high"))
+        label = f"{name} ({float(own['area'].iloc[0]):.0f})"
+        figures.errorbar_points(ax, x, y, low, high, style=style, label=label)
+        ax.plot([first["parallelism"], *x], [first["accuracy"], *y], color=style.color, linewidth=1.0, alpha=0.6)
+    ax.set(xlabel="tokens a forward pass", ylabel="share of right answers")
+    panels.legend_beside(ax)
+    return figure, table

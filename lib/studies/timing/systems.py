@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lib.core.errors import require
@@ -43,6 +43,7 @@ def compare(
     repeats: int,
     seed: int,
     judge: LanguageModel | None = None,
+    answered: Mapping[str, dict[str, float]] | None = None,
 ) -> pd.DataFrame:
     """Let every system continue the same prompts, one at a time.
 
@@ -55,6 +56,7 @@ def compare(
         repeats: timed rounds.
         seed: of the bootstrap over prompts.
         judge: an autoregressive model with the same tokens.
+        answered: of `accuracy_rows`, for the systems that answered a task.
 
     Returns:
         One row a system: its four choices, `rival` and `control`; `forwards`, `rows` (query positions computed) and `seconds`
@@ -81,7 +83,7 @@ def compare(
             "block": block, "forwards": sum(part.forwards for part in run.decoded),
             "rows": sum(part.computed_tokens for part in run.decoded), "seconds": float(seconds[each.name].median()),
             "top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same),
-            **_against(nats[each.name], nats[each.rival], seed=seed),
+            **_against(nats[each.name], nats[each.rival], seed=seed), **((answered or {}).get(each.name, {})),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -271,20 +273,3 @@ def accuracy_rows(
         keys = ("accuracy", "difference", "difference low", "difference high")
         rows[name] = {key.replace("difference", "accuracy difference"): float(str(point[key])) for key in keys}
     return rows
-
-
-def chosen(names: Sequence[str], listed: Sequence[System]) -> Sequence[System]:
-    """Return the systems of given names, all where none is given.
-
-    Raises:
-        InputError: a name that is none.
-    """
-    known = [each.name for each in listed]
-    for name in names:
-        require(name in known, f"systems must be among {', '.join(known)}", repr(name), "choose one")
-    return [each for each in listed if not names or each.name in names]
-
-
-def mean_by_ratio(run: Fidelity) -> Float[Tensor, "third two"]:
-    """Return top-1 and KL in each third of mask ratios, means over the prompts that have one."""
-    return run.by_ratio.nanmean(0)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lib.core.errors import InputError
-from lib.decoding import retrieval
+from lib.decoding.analytical import retrieval
+from lib.decoding.analytical.retrieval import retrieved
 from lib.decoding.late_steps import RADIUS
-from lib.decoding.retrieval import retrieved
 
 MASK, VOCAB = 9, 10
 

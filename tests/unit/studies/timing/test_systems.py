@@ -1,0 +1,156 @@
+"""The table of published decoders: fidelity against passes by hand, the control's differences, and areas worked by hand."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+from lib.core.errors import InputError
+from lib.decoding import commit, decoder
+from lib.decoding import systems as published
+from lib.decoding.by_attention.control import SETTINGS, Control
+from lib.decoding.decoder import DecodingPlan
+from lib.decoding.recompute import Blockwise, Vicinity
+from lib.decoding.speculation import Speculation
+from lib.decoding.view import View
+from lib.evaluation.scoring import EvaluationSettings
+from lib.models import language_model
+from lib.models.language_model import LanguageModel
+from lib.studies.timing import fidelity, figures, systems, tasks
+from lib.studies.timing.runs import PLAIN
+from tests import tiny
+
+PROMPT, NEW, BLOCK = 5, 8, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """Three layers, so that FOCUS has one that it narrows."""
+    return tiny.model(tmp_path_factory.mktemp("dlm"), causal=False, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return tiny.model(tmp_path_factory.mktemp("ar"), seed=1)
+
+
+def test_fidelity_is_the_distance_to_a_full_pass(model: LanguageModel) -> None:
+    """Pass by pass: logits of the decoder's view against those of its whole text."""
+    prompt, seen = tiny.ids(1, PROMPT), []
+    plan = DecodingPlan(recompute=Blockwise())
+    keep: Any = lambda view: seen.append(replace(view))  # noqa: E731
+    decoder.decode(model, prompt, new_tokens=NEW, block_length=BLOCK, plan=plan, on_pass=keep)
+    same, far = [], []
+    for view in seen:
+        assert isinstance(view, View) and view.guess is not None
+        exact = language_model.logits_at(model, view.ids, view.guess.where).double().softmax(-1)
+        own = view.guess.logits.double().softmax(-1)
+        for p, q in zip(exact, own, strict=True):
+            same.append(float(p.argmax() == q.argmax()))
+            far.append(float((p * (p / q).log()).sum()))
+    got = fidelity.measure(model, prompt, plan, new_tokens=NEW, block=BLOCK)
+    assert float(got.top1[0]) == pytest.approx(sum(same) / len(same))
+    assert float(got.divergence[0]) == pytest.approx(sum(far) / len(far), rel=1e-6) and float(got.divergence[0]) > 1e-4
+    thirds = got.by_ratio[0]
+    assert thirds.isfinite().all() and float(thirds[2, 1]) <= float(thirds[0, 1])  # the first pass is exact
+
+
+@pytest.mark.parametrize("recompute", [Vicinity(radius=99, warm_up=0), Blockwise(refresh_every=1)])
+def test_exact_passes_have_fidelity_one(model: LanguageModel, recompute: Any) -> None:
+    got = fidelity.measure(model, tiny.ids(2, PROMPT), DecodingPlan(recompute=recompute), new_tokens=NEW, block=BLOCK)
+    assert got.top1.tolist() == [1.0, 1.0] and float(got.divergence.abs().max()) < 1e-5
+
+
+def test_what_is_exact_is_known_without_a_pass(model: LanguageModel) -> None:
+    """What `is_exact` says is measured, too."""
+    for each in published.published(threshold=0.5, fixed=commit.Quota(2), delimiters=(3, 4)):
+        if not fidelity.is_exact(each.plan) or isinstance(each.plan, Speculation):
+            continue
+        got = fidelity.measure(model, tiny.ids(1, PROMPT), each.plan, new_tokens=NEW, block=BLOCK)
+        assert float(got.divergence.abs().max()) < 1e-5 and float(got.top1.min()) == 1.0, each.name
+    assert fidelity.is_exact(PLAIN) and not fidelity.is_exact(DecodingPlan(commit.Credit()))
+
+
+def test_every_system_has_a_row_and_a_rival_in_the_table(model: LanguageModel, judge: LanguageModel) -> None:
+    listed = published.published(threshold=0.5, fixed=commit.Quota(2), delimiters=(3, 4))
+    answered = {"dual": {"accuracy": 0.5}}
+    options: dict[str, Any] = {"new_tokens": NEW, "block": BLOCK, "repeats": 1, "seed": 0, "judge": judge, "answered": answered}
+    table = systems.compare(model, tiny.ids(2, PROMPT), listed, **options).set_index("system")
+    assert table.index.tolist() == [PLAIN, *(each.name for each in listed)] and table.index.is_unique
+    assert set(table["rival"]) <= set(table.index)
+    assert table.loc[PLAIN, "forwards"] == 2 * NEW and table.loc[PLAIN, "agreement"] == 1.0
+    assert table.loc["FreeDave, 4 drafts", "agreement"] == 1.0
+    assert table.loc["FreeDave, 4 drafts", "forwards"] <= 2 * NEW < table.loc["FreeDave, 4 drafts", "rows"]
+    assert table.loc["dual", "KL"] > 0 and table.loc["all, fixed", "KL"] == 0.0
+    assert table.loc["dual", "accuracy"] == 0.5 and math.isnan(float(str(table.loc["prefix", "accuracy"])))
+    assert set(table[table["control"] == "sinks"].index) == set(published.ranked(Control(), commit.Quota()))
+    gap = float(str(table.loc["MAGE", "nats"])) - float(str(table.loc["Sparse-dLLM", "nats"]))
+    assert float(str(table.loc["MAGE", "nats difference"])) == pytest.approx(gap, abs=1e-6)
+
+
+def test_the_control_has_a_row_a_system_and_setting(model: LanguageModel) -> None:
+    options: dict[str, Any] = {"fixed": commit.Quota(2), "new_tokens": NEW, "block": BLOCK, "seed": 0}
+    table = systems.control(model, tiny.ids(3, PROMPT), **options)
+    assert len(table) == 6 * len(SETTINGS)
+    for name, part in table.groupby("system"):
+        rows = part.set_index("control")
+        assert float(str(rows.loc["as they fall", "difference"])) == 0.0
+        assert set(rows["measure"]) == {"other tokens" if name == "DAPD" else "KL"}
+        gap = float(str(rows.loc["random", "value"])) - float(str(rows.loc["as they fall", "value"]))
+        assert float(str(rows.loc["random", "difference"])) == pytest.approx(gap, abs=1e-9)
+    tested = table[table["control"] != "as they fall"]
+    assert (tested["p Holm"] >= tested["p"]).all() and table[table["control"] == "as they fall"]["p Holm"].isna().all()
+
+
+def test_an_area_penalises_what_is_lost() -> None:
+    """r 1, 2, 4 with 60, 57, 30: the last lies more than five points below and does not count."""
+    weight = math.exp(-3 * (1 - 57 / 60))
+    wanted = 60 + (2 - 1) * (57 * weight + 60) / 2
+    assert systems.area([(1.0, 60.0), (2.0, 57.0), (4.0, 30.0)]) == pytest.approx(wanted)
+    assert systems.area([(1.0, 60.0), (4.0, 30.0), (2.0, 57.0)]) == pytest.approx(wanted)
+    assert systems.area([(1.0, 0.0), (2.0, 0.0)]) == 0.0
+    with pytest.raises(InputError, match="a curve must have points"):
+        systems.area([])
+
+
+def test_a_curve_counts_tokens_a_pass(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Passes and answers are planted: 3 documents of 8 tokens in 2 passes each at the loose setting, 8 at the strict one."""
+
+    def answers(_: Any, __: Any, plan: Any, *, settings: Any, limit: int, tally: Any = None) -> tuple[bool, ...]:
+        assert settings.batch_size == 1
+        if tally is None:
+            return (True, True, False)
+        strict = plan.commit.threshold == 1.0
+        tally.extend([(8, 8 if strict else 2)] * limit)
+        return (True, strict, False)
+
+    monkeypatch.setattr(systems, "answers", answers)
+    task: Any = tasks.load("tiny_topic_written")
+    table = systems.curve(model, task, [0.5, 1.0], ["threshold"], settings=EvaluationSettings(), limit=3)
+    assert table["parallelism"].tolist() == [1.0, 4.0, 1.0]
+    assert table["accuracy"].tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3])
+    assert table["area"].tolist() == pytest.approx([200 / 3] * 3)  # the loose point lies below the first by more than five
+    figure, drawn = figures.parallelism(table)
+    figure.savefig(tmp_path / "curve.png")
+    plt.close(figure)
+    assert len(drawn) == 3
+
+
+def test_answers_are_paired_by_document(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = {PLAIN: (True, False, True, False), 0.5: (True, True, True, False)}
+    reader: Any = lambda _, __, plan, **___: marks[plan if plan == PLAIN else plan.commit.threshold]  # noqa: E731
+    monkeypatch.setattr(systems, "answers", reader)
+    listed = published.published(threshold=0.5, fixed=commit.Quota(2))
+    task = tasks.load("tiny_topic_written")
+    rows = systems.accuracy_rows(model, task, listed, settings=EvaluationSettings(), limit=4, names=["threshold"])
+    assert set(rows) == {PLAIN, "threshold"}
+    assert (rows["threshold"]["accuracy"], rows["threshold"]["accuracy difference"]) == (0.75, 0.25)
+
+
+def test_attention_by_blocks_has_no_fidelity(model: LanguageModel) -> None:
+    blocks = replace(model, attention="block-causal", block_length=4)
+    with pytest.raises(InputError, match="fidelity must be of a model whose attention is not by blocks, got block-causal"):
+        fidelity.measure(blocks, tiny.ids(1, PROMPT), DecodingPlan(), new_tokens=NEW, block=BLOCK)

@@ -126,12 +126,8 @@ class VarianceAnalysis(Section):
             _divides("tokens_per_step (for every block length)", length, self.tokens_per_step)
         for prompt in self.other_prompt_tokens:
             _divides("tokens_per_step (for every prompt length)", self.positions - prompt, self.tokens_per_step)
-        require(
-            self.temperature > 0 or self.seeds == 1,
-            "seeds must be 1 at temperature 0",
-            str(self.seeds),
-            "greedy generations with different seeds are equal",
-        )
+        rule, remedy = "seeds must be 1 at temperature 0", "greedy generations with different seeds are equal"
+        require(self.temperature > 0 or self.seeds == 1, rule, str(self.seeds), remedy)
         require(self.top_k < self.prompt_tokens, "top_k must be below prompt_tokens", str(self.top_k), "lower it")
         self._at_most("prompts", "factor_prompts")
 
@@ -150,6 +146,7 @@ class Compression(Section):
     task_names: tuple[str, ...]
     task_documents: Annotated[StrictInt, between(2, 100000)]
     task_draws: Annotated[StrictInt, between(1, 4096)]
+    stronger_models: tuple[str, ...]
     extra_models: tuple[str, ...] = ()
 
 
@@ -157,6 +154,8 @@ class Compression(Section):
 class PruningBaselines(Compression):
     """Settings of notebook 03."""
 
+    stronger: tuple[str, ...]
+    generations: Annotated[StrictInt, between(1, 1000)]
     structured_sparsities: tuple[Annotated[StrictFloat, between(0.01, 0.99)], ...]
     patterns: tuple[str, ...]
     task_seeds: Annotated[StrictInt, between(1, 64)]
@@ -185,6 +184,8 @@ class SinkAwarePruning(Compression):
     """Settings of notebook 04."""
 
     sparsity: Annotated[StrictFloat, between(0.01, 0.99)]
+    swaps: Annotated[StrictInt, between(1, 10000)]
+    alps: StrictBool
     levels: Annotated[StrictInt, between(2, 1000)]
     control_seeds: Annotated[StrictInt, between(1, 64)]
     dose_seeds: Annotated[StrictInt, between(1, 64)]
@@ -221,6 +222,11 @@ class JointQuantization(Compression):
     rounding_bits: tuple[Annotated[StrictInt, between(2, 8)], ...]
     families: tuple[str, ...]
     ways: tuple[str, ...]
+    further: tuple[str, ...]
+    rewritings: tuple[str, ...]
+    baselines: tuple[str, ...]
+    joint_bits: tuple[Annotated[StrictInt, between(2, 4)], ...]
+    annealing: Annotated[StrictInt, between(0, 100000)]
     levels: Annotated[StrictInt, between(1, 1000)]
     mask_ratios: tuple[Annotated[StrictFloat, between(0.01, 1.0)], ...]
     unit_windows: Annotated[StrictInt, between(2, 4096)]
@@ -278,12 +284,8 @@ class Timing(Section):
             f"{self.late_share:g}",
             f"use {1 / self.block_length:.3g} for one of them",
         )
-        require(
-            self.timed_prompts <= self.prompts,
-            f"timed_prompts must be at most the {self.prompts} prompts",
-            str(self.timed_prompts),
-            "lower it",
-        )
+        rule = f"timed_prompts must be at most the {self.prompts} prompts"
+        require(self.timed_prompts <= self.prompts, rule, str(self.timed_prompts), "lower it")
 
 
 @dataclass(frozen=True)

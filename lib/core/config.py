@@ -81,8 +81,11 @@ class Config(Section):
         named = {
             "variance_analysis.answering_models": self.variance_analysis.answering_models,
             "pruning_baselines.models": self.pruning_baselines.models,
+            "pruning_baselines.stronger_models": self.pruning_baselines.stronger_models,
             "sink_aware_pruning.models": self.sink_aware_pruning.models,
+            "sink_aware_pruning.stronger_models": self.sink_aware_pruning.stronger_models,
             "joint_quantization.models": self.joint_quantization.models,
+            "joint_quantization.stronger_models": self.joint_quantization.stronger_models,
             "timing.models": self.timing.models,
         }
         for name, chosen in named.items():

@@ -142,6 +142,7 @@ class Compression(Section):
     task_names: tuple[str, ...]
     task_documents: Annotated[StrictInt, between(2, 100000)]
     task_draws: Annotated[StrictInt, between(1, 4096)]
+    stronger_models: tuple[str, ...]
     extra_models: tuple[str, ...] = ()
 
 
@@ -149,6 +150,8 @@ class Compression(Section):
 class PruningBaselines(Compression):
     """Settings of notebook 03."""
 
+    stronger: tuple[str, ...]
+    generations: Annotated[StrictInt, between(1, 1000)]
     structured_sparsities: tuple[Annotated[StrictFloat, between(0.01, 0.99)], ...]
     patterns: tuple[str, ...]
     task_seeds: Annotated[StrictInt, between(1, 64)]
@@ -177,6 +180,8 @@ class SinkAwarePruning(Compression):
     """Settings of notebook 04."""
 
     sparsity: Annotated[StrictFloat, between(0.01, 0.99)]
+    swaps: Annotated[StrictInt, between(1, 10000)]
+    alps: StrictBool
     levels: Annotated[StrictInt, between(2, 1000)]
     control_seeds: Annotated[StrictInt, between(1, 64)]
     dose_seeds: Annotated[StrictInt, between(1, 64)]
@@ -213,6 +218,11 @@ class JointQuantization(Compression):
     rounding_bits: tuple[Annotated[StrictInt, between(2, 8)], ...]
     families: tuple[str, ...]
     ways: tuple[str, ...]
+    further: tuple[str, ...]
+    rewritings: tuple[str, ...]
+    baselines: tuple[str, ...]
+    joint_bits: tuple[Annotated[StrictInt, between(2, 4)], ...]
+    annealing: Annotated[StrictInt, between(0, 100000)]
     levels: Annotated[StrictInt, between(1, 1000)]
     mask_ratios: tuple[Annotated[StrictFloat, between(0.01, 1.0)], ...]
     unit_windows: Annotated[StrictInt, between(2, 4096)]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attention import masses, sinks
-from lib.core.errors import InputError, require
+from lib.core.errors import require
 from lib.diffusion import block_sampler, commits, sampler
 from lib.diffusion.block_reader import viewers_of
 from lib.diffusion.commits import DenoisingStep, Remasking

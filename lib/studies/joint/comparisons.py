@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
 
-from lib.calibration.sets import NOISED
+from lib.calibration.sets import NOISED, Inputs
 from lib.core.errors import require
 from lib.pruning.importances import UNSTRUCTURED
-from lib.pruning.methods import METHODS, SINKS, Method, Target, without_noise
+from lib.pruning.methods import METHODS, SINKS, STRONGER, Method, Target, without_noise
 from lib.quantization.rounding import DENSE_BITS, Grid
 from lib.studies.joint.runs import PLAIN, Order, Recipe, Rounding
 
@@ -53,6 +53,14 @@ WAYS: Mapping[str, tuple[Rounding, str, bool]] = MappingProxyType({
     "GPTQ, search": ("gptq", "search", False),
     "GPTQ, weighted search": ("gptq", "search", True),
 })  # fmt: skip
+
+# What prunes before GPTQ rounds the weights that stay; with a refit or ALPS these stay larger.
+BASELINES: Mapping[str, Method] = MappingProxyType({
+    **{name: METHODS[name] for name in ("SparseGPT", "Wanda")},
+    **{name: STRONGER[name] for name in ("Wanda, refit", "ALPS")},
+})  # fmt: skip
+HALF = Target(0.5)
+CLEAN_SHARE = 0.25  # of Quant-dLLM's masked text
 
 
 def _known(table: Mapping[str, object], names: Iterable[str], setting: str) -> list[str]:
@@ -143,3 +151,59 @@ def hessians(bits: Iterable[int], *, group_size: int | None, levels: int, causal
         own = own if own.inputs.kind == "clean" else replace(own, inputs=replace(own.inputs, levels=levels))
         found.append((name, Recipe(Grid(width, group_size, "search"), method=own)))
     return found
+
+
+def baselines(names: Iterable[str], bits: Iterable[int], *, group_size: int | None, causal: bool) -> list[tuple[str, Recipe]]:
+    """List what prunes half of the weights before GPTQ rounds the others.
+
+    Args:
+        names: of `BASELINES`.
+        bits: of a weight.
+        group_size: neighbours that share a scale.
+        causal: whether the model is autoregressive.
+
+    Raises:
+        InputError: a baseline that there is not.
+    """
+    found = []
+    for width, name in product(bits, _known(BASELINES, names, "baselines")):
+        method = without_noise(BASELINES[name]) if causal else BASELINES[name]
+        recipe = Recipe(Grid(width, group_size, "search"), HALF, method, "prune, quantize")
+        found.append((baseline_name(name, width), recipe))
+    return found
+
+
+def baseline_name(name: str, bits: int) -> str:
+    """Name a baseline at a width.
+
+    >>> baseline_name("ALPS", 4)
+    'ALPS + GPTQ, 4 bits'
+    """
+    return f"{name} + GPTQ, {bits} bits"
+
+
+def shifts(*, group_size: int | None) -> list[tuple[str, Recipe]]:
+    """List GPTQ and SparseGPT with the target of the dense matrix and with that of the dense model (shifted)."""
+    three = Recipe(Grid(3, group_size, "search"))
+    half = Recipe(target=HALF)
+    found = [("GPTQ, 3 bits", three), ("SparseGPT, 50 %", half)]
+    return [*found, *((f"{name}, shifted", replace(recipe, shifted=True)) for name, recipe in found)]
+
+
+def two_bits(*, group_size: int | None, levels: int, causal: bool) -> list[tuple[str, Recipe]]:
+    """List GPTQ in 2 bits and two planes of signs, on clean text and on text masked as Quant-dLLM's (arXiv 2510.03274)."""
+    masked = Method("sparsegpt", Inputs("noised", times="uniform", levels=levels, clean_share=CLEAN_SHARE))
+    texts = {"clean text": PLAIN} if causal else {"clean text": PLAIN, "masked text": masked}
+    found = []
+    for text, method in texts.items():
+        found.append((f"GPTQ, 2 bits, {text}", Recipe(Grid(2, group_size, "search"), method=method)))
+        found.append((f"planes, 2 bits, {text}", Recipe(Grid(2), method=method, rounding="planes")))
+    return found
+
+
+def rewritten(*, group_size: int | None) -> dict[str, Recipe]:
+    """List what is done to rewritten models: rounding to the nearest point, whose errors scales and rotations change; Wanda."""
+    return {
+        "nearest, 3 bits": Recipe(Grid(3, group_size, "search"), rounding="nearest"),
+        "Wanda, 50 %": Recipe(target=HALF, method=METHODS["Wanda"]),
+    }

@@ -17,11 +17,11 @@ from lib.calibration import statistics as calibration
 from lib.calibration.reads import ready, statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import require
-from lib.models.language_model import LanguageModel, LinearLayer, Role
+from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
-from lib.pruning.methods import Method, Target
-from lib.quantization.rounding import Grid, stored_bytes
+from lib.pruning.methods import Importance, Method, Target
+from lib.quantization.rounding import Grid
 from lib.studies.joint import runs
 from lib.studies.joint.runs import Recipe
 from lib.studies.joint.search import Unit
@@ -32,6 +32,7 @@ Modules = dict[tuple[str, str], torch.nn.Module]
 DENSE = "dense"
 ONE_SHOT = Method("sparsegpt", sequential=False)
 LARGEST_GROUP, SMALLEST_GROUP = 64, 8  # below 8, scales of 16 bits take more than 2 bits a weight
+PRUNERS: tuple[tuple[str, Importance], ...] = (("Wanda", "wanda"), ("SparseGPT", "sparsegpt"), ("ALPS", "alps"))
 PARTS: dict[str, tuple[Role, ...]] = {"attention": ("q", "k", "v", "o"), "MLP": ("gate", "up", "down")}
 SCALE_BYTES = 4  # of the one float32 scale that a dynamically quantized matrix has
 
@@ -48,6 +49,7 @@ class Format:
         bits: of packed weights.
         sparsity: share of packed weights, of key-value groups, or of MLP channels that goes.
         pattern: of packed weights.
+        importance: what prunes packed weights; SparseGPT prunes and rounds in one sweep, others prune first.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Format:
     bits: int = 16
     sparsity: float = 0.0
     pattern: str = UNSTRUCTURED
+    importance: Importance = "sparsegpt"
 
     @property
     def whole_unit(self) -> bool:
@@ -76,7 +79,9 @@ class Format:
         rule = f"a group of {SMALLEST_GROUP} to {LARGEST_GROUP} columns" + (f" in multiples of {unit}" if unit > 1 else "")
         got = f"{width} in {name}"
         require(bool(sizes), f"{rule} must divide the input features", got, f"leave out {self.name} for this model")
-        return Recipe(Grid(self.bits, sizes[-1], "search"), Target(self.sparsity, self.pattern), method)
+        own = replace(method, importance=self.importance)
+        order = "joint" if self.importance == "sparsegpt" else "prune, quantize"
+        return Recipe(Grid(self.bits, sizes[-1], "search"), Target(self.sparsity, self.pattern), own, order)
 
 
 FORMATS = {
@@ -87,6 +92,10 @@ FORMATS = {
         Format("int4", "GPTQ in 4 bits, computed dense", bits=4),
         Format("int3", "GPTQ in 3 bits, computed dense", bits=3),
         Format("2:4 + int4", "pruned and rounded in one sweep, computed dense", bits=4, sparsity=0.5, pattern="2:4"),
+        *(
+            Format(f"50 % by {name} + int4", "pruned, then rounded by GPTQ; computed dense", bits=4, sparsity=0.5, importance=own)
+            for name, own in PRUNERS
+        ),
         Format("structured 30 %", "30 % of key-value groups, or of MLP channels, cut out", "structured", sparsity=0.3),
         Format("structured 50 %", "half of the key-value groups, or of the MLP channels, cut out", "structured", sparsity=0.5),
     )
@@ -314,17 +323,3 @@ def _check(prepared: Prepared, formats: Mapping[str, str]) -> None:
 
 def _put_(model: LanguageModel, name: str, module: torch.nn.Module) -> None:
     model.network.set_submodule(name.removesuffix(".weight"), module)
-
-
-def weight_bytes(prepared: Prepared, layer: LinearLayer, form: str) -> int:
-    """Count the bytes of a layer as stored: packed codes and scales, or int8 and a scale, or bfloat16; biases in bfloat16."""
-    kind, module = prepared.formats[form].kind, prepared.modules[layer.name, form]
-    shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-    bias = 0 if layer.module.bias is None else 2 * shape[0]
-    if kind == "dynamic":
-        return bias + shape[0] * shape[1] + SCALE_BYTES
-    if kind != "packed":
-        return bias + stored_bytes(shape, grid=runs.DENSE)
-    recipe = prepared.formats[form].recipe(shape[1], prepared.method, name=layer.name)
-    target = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern}
-    return bias + stored_bytes(shape, grid=recipe.grid, **target)

@@ -24,7 +24,7 @@ SERIES = tuple(Style(color, marker) for color, marker in zip(
 ))  # fmt: skip
 ALLOCATIONS: Mapping[str, Style] = MappingProxyType({
     "optimum": Style("#D55E00", "*"), "greedy": Style("#0072B2", "s"), "uniform": Style("#000000", "o"),
-    "random": Style("#BBBBBB", "x"),
+    "random": Style("#BBBBBB", "x"), "annealed": Style("#CC79A7", "P"), "by measured loss": Style("#009E73", "D"),
 })  # fmt: skip
 SIZE = "size of the model as stored (MB)"
 
@@ -175,7 +175,8 @@ def allocations(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     budgets = panels.unique(table, "budget")
     kinds = table["strategy"].str.replace(r" \d+$", "", regex=True)
     figure, axes = figures.subplots(1, 2, height=0.6 * len(budgets) + 2.0, sharey=True, sharex=True)
-    for shift, (name, style) in zip((-0.27, -0.09, 0.09, 0.27), ALLOCATIONS.items(), strict=True):
+    shifts = np.linspace(-0.3, 0.3, len(ALLOCATIONS)).tolist()
+    for shift, (name, style) in zip(shifts, ALLOCATIONS.items(), strict=True):
         rows = table.take(np.flatnonzero(kinds == name).tolist())
         places = [budgets.index(str(value)) + shift for value in rows["budget"]]
         axes[0].plot(rows["predicted"], places, style.marker, color=style.color, markersize=panels.marker_size(style))

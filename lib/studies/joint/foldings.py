@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+import pandas as pd
 from tqdm import tqdm
 
+from lib.attention import masses
 from lib.calibration.reads import statistics_of
 from lib.calibration.sets import CLEAN, Inputs
 from lib.calibration.token_weights import Weighting
@@ -84,3 +86,29 @@ def compare(
         measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
         for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)
     ]
+
+
+def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFrame:
+    """Tabulate outliers before and after the rotations: of channels, which they spread, and of tokens, which they cannot.
+
+    Args:
+        found: calibrations of a model.
+        inputs: what is read.
+
+    Returns:
+        `largest channel / median`: of the mean sizes that `q`, `k`, `v` and `gate`, `up` read, mean over blocks; `largest sink
+        mass`: of a token of each window, mean over windows and layers, in units of the mean mass.
+    """
+    rows, read = [], found.set_of(Method("wanda", inputs))
+    for name in (NONE, ROTATED):
+        with folding.folded(found.bench.model) as model:
+            if name == ROTATED:
+                folding.rotate_(model, generator=generator(found.seed, "rotation"))
+            sizes = folding.mean_sizes(model, read, batch_size=found.bench.batch_size)
+            channels = [float(size.max() / size.median()) for (_, role), size in sizes.items() if role in ("q", "gate")]
+            mass = masses.sink_mass(model, read.input_ids.to(model.device)).mean(2).amax(-1)
+        rows.append({
+            "model": model.name, "rewriting": name, "largest channel / median": sum(channels) / len(channels),
+            "largest sink mass": float(mass.mean()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -133,11 +133,11 @@ def compare_allocations(
         limits = budget.limits(dense)
         stream = generator(seed, "random allocations", index)
         rows += [(budget, *found) for found in _searched(floored, limits, draws=draws, stream=stream)]
-    fitting = {_chosen(found): found for _, _, found, _ in rows if found}
+    fitting = {changed(found): found for _, _, found, _ in rows if found}
     listed = tqdm(fitting.items(), desc=f"{prepared.model.name}, allocations", leave=False, disable=None)
     losses = {key: loss_in(prepared, found.formats) for key, found in listed}
     untimed = {f"random {draw + 1}" for draw in range(timed_draws, draws)}
-    timed = {_chosen(found): found for _, name, found, _ in rows if found and name not in untimed}
+    timed = {changed(found): found for _, name, found, _ in rows if found and name not in untimed}
     ids = prepared.found.bench.windows[:TIMED_WINDOWS] if input_ids is None else input_ids
     passes = forward_seconds(prepared, list(timed.values()), ids, repeats=repeats) if repeats else {}
     base, results = runs.loss(prepared.found.bench), []
@@ -145,8 +145,8 @@ def compare_allocations(
         total, increase, forward = math.nan, None, None
         if found is not None:
             total = math.fsum(raw[each.layers, each.format] for each in found.chosen)
-            increase = paired.paired_difference(losses[_chosen(found)], base, seed=seed)
-            forward = None if name in untimed else passes.get(_chosen(found))
+            increase = paired.paired_difference(losses[changed(found)], base, seed=seed)
+            forward = None if name in untimed else passes.get(changed(found))
         results.append(Tried(prepared.model.name, budget, name, found, reason, total, increase, forward, dense, passes.get(())))
     return results
 
@@ -166,7 +166,7 @@ def forward_seconds(
         Seconds by sorted (layer, format); dense under ().
     """
     models: dict[Chosen, LanguageModel] = {(): prepared.model}
-    models |= {_chosen(found): configurations.variant(prepared, found.formats) for found in allocations}
+    models |= {changed(found): configurations.variant(prepared, found.formats) for found in allocations}
     ids = input_ids.to(prepared.model.device)
     calls = {str(key): partial(model.network, input_ids=ids, use_cache=False) for key, model in models.items()}
     seconds = clock.interleaved(calls, repeats=repeats, device=prepared.model.device)
@@ -197,5 +197,6 @@ def _searched(
             yield "random", None, str(error)
 
 
-def _chosen(found: Allocation) -> Chosen:
+def changed(found: Allocation) -> Chosen:
+    """Return the layers that are not dense, with their formats: what makes two allocations the same model."""
     return tuple(sorted((layer, form) for layer, form in found.formats.items() if form != DENSE))

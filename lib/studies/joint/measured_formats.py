@@ -17,15 +17,19 @@ from tqdm import tqdm
 from lib.core.errors import require
 from lib.core.runtime import generator
 from lib.models import experts, prefix
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, LinearLayer
+from lib.quantization.rounding import stored_bytes
 from lib.studies.joint import configurations
 from lib.studies.joint.configurations import DENSE, Prepared
+from lib.studies.joint.runs import DENSE as DENSE_GRID
 from lib.studies.joint.search import Choice, Unit
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench
 from lib.timing import clock
 
 Offer = tuple[Unit, str]
+BIT_JOULES = 640e-12 / 32  # of a bit from or to external memory
+INT8_JOULES, FLOAT_JOULES = 0.23e-12, 4.6e-12  # of a multiplication with its addition: of int8, of float32
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,45 @@ def _run(modules: Sequence[torch.nn.Module], inputs: Tensor) -> None:
 def sizes(prepared: Prepared) -> dict[Offer, int]:
     """Return the stored bytes of every unit in every format."""
     by_name = {layer.name: layer for layer in prepared.model.layers}
-    count = configurations.weight_bytes
-    return {(unit, form): sum(count(prepared, by_name[name], form) for name in unit) for unit, form in prepared.offers()}
+    return {(unit, form): sum(weight_bytes(prepared, by_name[name], form) for name in unit) for unit, form in prepared.offers()}
+
+
+def weight_bytes(prepared: Prepared, layer: LinearLayer, form: str) -> int:
+    """Count the bytes of a layer as stored: packed codes and scales, or int8 and a scale, or bfloat16; biases in bfloat16."""
+    kind, module = prepared.formats[form].kind, prepared.modules[layer.name, form]
+    shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    bias = 0 if layer.module.bias is None else 2 * shape[0]
+    if kind == "dynamic":
+        return bias + shape[0] * shape[1] + configurations.SCALE_BYTES
+    if kind != "packed":
+        return bias + stored_bytes(shape, grid=DENSE_GRID)
+    recipe = prepared.formats[form].recipe(shape[1], prepared.method, name=layer.name)
+    target = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern}
+    return bias + stored_bytes(shape, grid=recipe.grid, **target)
+
+
+def energy(prepared: Prepared, formats: Mapping[str, str], *, rows: int) -> float:
+    """Estimate the joules that the linear layers take for some rows: bits moved and multiplications, by fixed constants.
+
+    A proxy and no measurement: weights are read once from memory as stored, activations written and read once in 32 bits, and
+    products are those of the numbers that are multiplied: of int8 in a dynamic format, else of float32, zeros included.
+
+    Args:
+        prepared: a model's layers in all formats.
+        formats: name of the format by layer name; layers without one are dense.
+        rows: tokens.
+
+    Source: per-operation energies of a 45 nm process (Horowitz, ISSCC 2014), as accelerator models use them.
+    """
+    total = 0.0
+    for layer in prepared.model.layers:
+        form = formats.get(layer.name, DENSE)
+        module = prepared.modules[layer.name, form]
+        inside, outside = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+        bits = 8 * weight_bytes(prepared, layer, form) + 32 * rows * (inside + outside)
+        product = INT8_JOULES if prepared.formats[form].kind == "dynamic" else FLOAT_JOULES
+        total += bits * BIT_JOULES + rows * inside * outside * product
+    return total
 
 
 def choices(sensitivities: Sequence[Sensitivity], seconds: Mapping[Offer, float], sizes: Mapping[Offer, int]) -> list[Choice]:

@@ -21,14 +21,14 @@ from lib.diffusion.noise import process_of
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
 from lib.pruning import importances, matrices, pruner
 from lib.pruning.methods import Method, Target
-from lib.quantization import joint
+from lib.quantization import joint, planes
 from lib.quantization.joint import Compressed
 from lib.quantization.rounding import DENSE_BITS, Grid, round_to_nearest, stored_bytes
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Calibrations
 
 Order = Literal["prune, quantize", "quantize, prune", "joint"]
-Rounding = Literal["gptq", "nearest"]
+Rounding = Literal["gptq", "nearest", "planes"]
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 PLAIN = Method("sparsegpt")
@@ -44,7 +44,7 @@ class Recipe:
         target: what is removed; a sparsity of 0 prunes nothing.
         method: what prunes, and what the calibration of both steps reads and how it weighs tokens.
         order: of pruning and rounding; `"joint"` is one sweep that does both and needs SparseGPT and GPTQ.
-        rounding: GPTQ, or to the nearest point.
+        rounding: GPTQ, to the nearest point, or planes of signs (see `planes`), which keep no zeros, so nothing is pruned.
         weighted: whether the search for scales weighs errors with the Hessian's diagonal.
         shifted: aim at the outputs of the dense model instead of those of the dense matrix, see `joint.shifted`.
     """
@@ -64,6 +64,8 @@ class Recipe:
             raise InputError(f"one joint sweep must be of SparseGPT and GPTQ, got {got}: choose another order")
         if self.order == "joint" and both and (self.method.repairs or self.method.columns != "given"):
             raise InputError("one joint sweep must be without repair and in the given order, got others: choose another order")
+        if self.prunes and self.rounding == "planes":
+            raise InputError(f"planes of signs must be of all weights, got sparsity {self.target.sparsity:g}: drop it")
         if self.target.removed is not None:
             raise InputError("a recipe must name a sparsity, got numbers by layer: give a Target without removed")
         if self.shifted and not self.method.sequential:
@@ -79,7 +81,7 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         """Whether outer products of the inputs are collected."""
-        return self.shifted or (self.grid.rounds and self.rounding == "gptq") or (self.prunes and self.method.needs_hessian)
+        return self.shifted or (self.grid.rounds and self.rounding != "nearest") or (self.prunes and self.method.needs_hessian)
 
     @property
     def needs_calibration(self) -> bool:
@@ -157,10 +159,12 @@ def _rounded(weight: Tensor, kept: Tensor, recipe: Recipe, statistics: InputStat
     """Round what is kept."""
     if not recipe.grid.rounds:
         return Compressed(weight, kept, None)
-    if recipe.rounding == "gptq":
+    if recipe.rounding != "nearest":
         assert statistics is not None
-        options = {"damping": recipe.method.damping, "weighted": recipe.weighted, "name": name}
-        return joint.gptq(weight, statistics.hessian(), grid=recipe.grid, kept=kept, **options)
+        hessian, given = statistics.hessian(), {"damping": recipe.method.damping, "name": name}
+        if recipe.rounding == "planes":
+            return Compressed(planes.planed(weight, hessian, planes=recipe.grid.bits, **given)[0], kept, None)
+        return joint.gptq(weight, hessian, grid=recipe.grid, kept=kept, weighted=recipe.weighted, **given)
     importance = statistics.hessian().diagonal() if recipe.weighted and statistics is not None else None
     found = round_to_nearest(weight, recipe.grid, importance=importance, name=name)
     return Compressed(found.dequantize(dtype=weight.dtype), kept, found)
@@ -215,8 +219,8 @@ def compress_(
             if own is None:
                 continue
             of_layer = None if statistics is None else statistics_of(statistics, layer.role, layer.expert)
-            if statistics is not None and fallen is not None and fell_back(statistics, layer):
-                fallen.append(layer.name)
+            if statistics is not None and fallen is not None:
+                fallen.extend([layer.name] * fell_back(statistics, layer))
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
             options = {"random": stream, "seed": found.seed, "name": layer.name}
@@ -247,8 +251,7 @@ def model_bytes(model: LanguageModel, compressed: Mapping[str, Compressed], reci
         compressed: matrices by layer name; others are dense.
         recipes: of the same layers.
     """
-    matrices = sum(layer.module.weight.numel() for layer in model.layers)
-    total = 2 * (model.num_parameters - matrices)
+    total = 2 * (model.num_parameters - sum(layer.module.weight.numel() for layer in model.layers))
     for layer in model.layers:
         shape = (layer.module.out_features, layer.module.in_features)
         found = compressed.get(layer.name)
@@ -256,8 +259,9 @@ def model_bytes(model: LanguageModel, compressed: Mapping[str, Compressed], reci
             total += stored_bytes(shape, grid=DENSE)
             continue
         recipe = recipes[layer.name]
-        options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern}
-        total += stored_bytes(shape, grid=recipe.grid, kept=int(found.kept.sum()), **options)
+        options = {"sparsity": recipe.target.sparsity, "pattern": recipe.target.pattern, "kept": int(found.kept.sum())}
+        own = stored_bytes(shape, grid=recipe.grid, **options)
+        total += planes.stored_bytes(shape, planes=recipe.grid.bits) if recipe.rounding == "planes" else own
     return total
 
 

@@ -12,12 +12,17 @@ from torch import Tensor
 from lib.evaluation import paired
 from lib.evaluation.paired import PairedDifference
 from lib.evaluation.recovered import Recovered
+from lib.pruning.importances import UNSTRUCTURED
 from lib.report import claims
 from lib.report.results import NO_EFFECT
 from lib.studies.pruning.runs import Outcome
 from lib.studies.pruning.tables import Results, dense_loss, losses
 
 ALPHA = 0.05
+COMPARISON_COLUMNS = (
+    "comparison", "model", "sparsity", "gain", "low", "high", "p", "p (Holm)", "effect size", "smallest effect", "windows",
+    "seeds",
+)  # fmt: skip
 GAIN_COLUMNS = ("gain", "low", "high", "p", "smallest effect", "seeds", "p (Holm)")
 MCNEMAR_COLUMNS = (
     "model", "task", "comparison", "difference, points", "low", "high", "only first", "only second", "p", "p (Holm)",
@@ -75,7 +80,32 @@ def comparison_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
             "smallest effect": found.result.smallest_effect, "windows": found.result.n, "seeds": found.seeds,
         }
         for index, found in enumerate(listed)
-    ])  # fmt: skip
+    ], columns=None if listed else pd.Index(COMPARISON_COLUMNS))  # fmt: skip
+
+
+def compared(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, seed: int) -> list[Comparison]:
+    """Compare pairs of methods in every model and at every target that both were measured at.
+
+    Args:
+        outcomes: of any models and targets.
+        pairs: names of the method and of what it is compared with.
+        seed: of the bootstrap.
+    """
+    results, cells = [], dict[tuple[str, float, str], dict[str, list[Tensor]]]()
+    for found in outcomes:
+        cells.setdefault((found.model, found.sparsity, found.pattern), {}).setdefault(found.method, []).append(found.loss)
+    for (model, sparsity, pattern), there in cells.items():
+        for first, second in pairs:
+            if {first, second} <= there.keys():
+                where = "" if pattern == UNSTRUCTURED else f", {pattern}"
+                given = {"name": f"{first} - {second}{where}", "model": model, "sparsity": sparsity, "seed": seed}
+                results.append(gain(torch.stack(there[first]), torch.stack(there[second]), **given))
+    return results
+
+
+def pairs_table(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, seed: int) -> pd.DataFrame:
+    """Tabulate the gains of `compared`, with p-values adjusted over all rows; empty where nothing was measured."""
+    return comparison_table(compared(outcomes, pairs, seed=seed))
 
 
 def mcnemar_table(results: Results, pairs: Sequence[tuple[Condition, Condition]], *, seed: int) -> pd.DataFrame:

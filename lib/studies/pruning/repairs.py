@@ -6,7 +6,6 @@ from itertools import product
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,17 +14,19 @@ from lib.calibration.sets import CLEAN, NOISED, Inputs
 from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
+from lib.evaluation.paired import PairedDifference
 from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, matrices, pruner
 from lib.pruning import repairs as ways
 from lib.pruning.methods import REPAIRS, SINKS, Method, Target, without_noise
 from lib.studies.pruning import gain_tables, runs
-from lib.studies.pruning.gain_tables import Comparison
 from lib.studies.pruning.runs import Bench, Calibrations, Outcome
-from lib.studies.pruning.tables import loss_columns, losses
+from lib.studies.pruning.tables import loss_columns
 
 ALONE = "mask alone"
 SINK, RIVAL, CONTROL, WANDA = "sink-weighted Wanda", "noised Wanda", "random-position-weighted Wanda", "Wanda"
+ALPS = "ALPS"  # finds mask and weights together: one row without a repair
+ITS_OWN = "its own"
 Statistics = Sequence[Mapping[Role, InputStatistics]]
 
 
@@ -164,12 +165,12 @@ def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
     """
     rows = []
     for model, mask, repair, sparsity, pattern in _cells(outcomes):
-        condition = (model, name_of(mask, repair), pattern, sparsity)
+        condition = (model, mask if mask == ALPS else name_of(mask, repair), pattern, sparsity)
         rows.append({
             "model": model, "sparsity": sparsity, "pattern": pattern, "mask": mask, "repair": repair,
             **loss_columns(outcomes, condition, seed=seed),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else pd.Index(["model", "mask", "repair"]))
 
 
 def gain_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
@@ -187,38 +188,38 @@ def gain_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
         interval, and p-values adjusted over all rows.
     """
     pairs = [(SINK, other, repair) for repair in REPAIRS for other in (RIVAL, CONTROL, WANDA)]
-    return gain_tables.comparison_table(
-        _compared(outcomes, [(name_of(a, repair), name_of(b, repair)) for a, b, repair in pairs], seed)
-    )
+    return gain_tables.pairs_table(outcomes, [(name_of(a, repair), name_of(b, repair)) for a, b, repair in pairs], seed=seed)
 
 
 def repair_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
-    """Tabulate by how much every repair lowers the loss of each mask, over the mask alone."""
+    """Tabulate by how much every repair lowers the loss of each mask, over the mask alone; and ALPS, over all of both repairs."""
     names = (WANDA, RIVAL, SINK, CONTROL)
     pairs = [(name_of(mask, repair), mask) for mask in names for repair in REPAIRS if repair != ALONE]
-    return gain_tables.comparison_table(_compared(outcomes, pairs, seed))
+    pairs += [(ALPS, name_of(mask, "swaps, refit")) for mask in names]
+    return gain_tables.pairs_table(outcomes, pairs, seed=seed)
+
+
+def weaker_gain(outcomes: Sequence[Outcome], *, model: str, repair: str, seed: int) -> PairedDifference:
+    """Return the weaker of the two gains of sink weights behind a repair: over no weights, and over random positions.
+
+    Both must be positive for sinks to say which weights matter, so the larger of both p-values is the p-value.
+
+    Args:
+        outcomes: from `measure`, of one target.
+        model: its name.
+        repair: of `methods.REPAIRS`.
+        seed: of the bootstrap.
+    """
+    own = [found for found in outcomes if found.model == model]
+    pairs = [(name_of(SINK, repair), name_of(other, repair)) for other in (RIVAL, CONTROL)]
+    both = [found.result for found in gain_tables.compared(own, pairs, seed=seed)]
+    weaker = min(both, key=lambda result: result.interval[0])
+    return replace(weaker, p_value=max(result.p_value for result in both))
 
 
 def _cells(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, float, str]]:
     """List (model, mask, repair, sparsity, pattern) of what was measured, once each."""
     named = {name_of(mask, repair): (mask, repair) for mask in (WANDA, RIVAL, SINK, CONTROL) for repair in REPAIRS}
+    named[ALPS] = (ALPS, ITS_OWN)
     measured = [found for found in outcomes if found.method in named]
     return list(dict.fromkeys((found.model, *named[found.method], found.sparsity, found.pattern) for found in measured))
-
-
-def _compared(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], seed: int) -> list[Comparison]:
-    """Compare pairs of methods in every model and at every target that both were measured in."""
-
-    def of(name: str, model: str, sparsity: float, pattern: str) -> Float[Tensor, "seed window"]:
-        return losses(outcomes, model=model, method=name, sparsity=sparsity, pattern=pattern)
-
-    results = []
-    for model, sparsity, pattern in dict.fromkeys((found.model, found.sparsity, found.pattern) for found in outcomes):
-        there = {found.method for found in outcomes if (found.model, found.sparsity, found.pattern) == (model, sparsity, pattern)}
-        for first, second in pairs:
-            if {first, second} <= there:
-                where = "" if pattern == importances.UNSTRUCTURED else f", {pattern}"
-                both = [of(name, model, sparsity, pattern) for name in (first, second)]
-                name = f"{first} - {second}{where}"
-                results.append(gain_tables.gain(*both, name=name, model=model, sparsity=sparsity, seed=seed))
-    return results

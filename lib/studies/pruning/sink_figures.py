@@ -16,6 +16,7 @@ from lib.models.language_model import ROLES
 from lib.report import figures, panels
 from lib.report.figures import METHODS, OTHER_MARKERS, Style
 from lib.studies.pruning import figures as pf
+from lib.studies.pruning.repairs import ALPS, CONTROL, RIVAL, SINK, WANDA
 
 GAIN = "decrease of the loss (nats per token)"
 SINK_COLOR = METHODS["sink-aware"].color
@@ -33,6 +34,10 @@ GREYS = zip(("random positions", "largest norms", "mask tokens", "first position
 CONTROLS: Mapping[str, Style] = MappingProxyType({
     "sinks down": METHODS["sink-aware"], **{name: Style(METHODS["magnitude"].color, marker) for name, marker in GREYS},
     "sinks kept": METHODS["ar-sink-preserve"],
+})  # fmt: skip
+REPAIRED: Mapping[str, Style] = MappingProxyType({
+    WANDA: METHODS["wanda"], RIVAL: Style("#000000", "v"), SINK: METHODS["sink-aware"],
+    CONTROL: Style(METHODS["magnitude"].color, "D"), ALPS: Style("#CC79A7", "P"),
 })  # fmt: skip
 ROLE_ORDER: list[str] = list(ROLES)
 PLAIN = Style("#000000", "o")
@@ -156,6 +161,28 @@ def controls(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             panels.points(ax, rows, [place] * len(rows), value="gain", style=CONTROLS.get(name) or pf.style_of(name, order))
         panels.name_rows(ax, order, size=9)
         ax.set(title=model)
+    return figure, table
+
+
+def repairs(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw what every mask loses behind every repair, a panel a model.
+
+    Args:
+        table: columns model, mask, repair, increase, low and high (of the loss over the dense model, nats per token).
+    """
+    models, names, masks = (panels.unique(table, column) for column in ("model", "repair", "mask"))
+    size = {"width": min(figures.WIDTH, 3.6 * len(models) + 1.8), "height": 0.7 * len(names) + 1.6}
+    label = "increase of the loss (nats per token)"
+    figure, axes = panels.side_by_side(len(models), x_label=label, y_label="repair", **size, sharex=True)
+    for ax, model in zip(axes, models, strict=True):
+        for place, mask in enumerate(masks):
+            rows = panels.select(table, model=model, mask=mask)
+            shift = 0.16 * (place - (len(masks) - 1) / 2)
+            places = [names.index(repair) + shift for repair in rows["repair"]]
+            panels.points(ax, rows, places, value="increase", style=REPAIRED[mask])
+        panels.name_rows(ax, names, size=9)
+        ax.set(title=model)
+    figure.legend(handles=[panels.legend_key(mask, REPAIRED[mask]) for mask in masks], loc="outside upper right", ncols=2)
     return figure, table
 
 

@@ -63,7 +63,7 @@ def make_project(root: Path) -> Path:
     settings = yaml.safe_load((ROOT / "configs" / "quick.yaml").read_text())
     settings["variance_analysis"]["answering_models"] = []
     for section in ("pruning_baselines", "sink_aware_pruning", "joint_quantization"):
-        settings[section]["models"] = []
+        settings[section] |= {"models": [], "stronger_models": []}
     settings["timing"] |= {"models": [], "judge": ""}
     (root / "configs" / "quick.yaml").write_text(yaml.safe_dump(settings | {"models": {}}))
     write_notebook(root / "notebooks" / "01_toy.ipynb", WRITES)

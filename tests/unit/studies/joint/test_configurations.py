@@ -14,11 +14,11 @@ from lib.calibration.reads import statistics_of
 from lib.core.errors import InputError
 from lib.models import language_model, loading
 from lib.models.language_model import LanguageModel
-from lib.pruning import shrink
+from lib.pruning import matrices, shrink
 from lib.pruning.methods import Method
 from lib.quantization import joint
 from lib.quantization.rounding import Grid
-from lib.studies.joint import configurations
+from lib.studies.joint import configurations, measured_formats
 from lib.studies.joint.configurations import FORMATS, ONE_SHOT, Format, Prepared
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations
@@ -197,8 +197,10 @@ def test_variants_live_beside_each_other_and_share_their_tensors(prepared: Prepa
 def test_offers_are_of_layers_or_of_whole_units(prepared: Prepared) -> None:
     """Of two groups 30 % is none, so that attention has no such format, and the reason says so."""
     offers = prepared.offers()
-    assert len(set(offers)) == len(offers) == 14 * 5 + 2 * 3
-    assert {form for layers, form in offers if len(layers) == 1} == {"dense", "int8 dynamic", "int4", "int3", "2:4 + int4"}
+    assert len(set(offers)) == len(offers) == 14 * 8 + 2 * 3
+    by_method = {f"50 % by {name} + int4" for name in ("Wanda", "SparseGPT", "ALPS")}
+    single = {form for layers, form in offers if len(layers) == 1}
+    assert single == {"dense", "int8 dynamic", "int4", "int3", "2:4 + int4"} | by_method
     whole = [(tuple(layer.split(".")[-2][0] for layer in layers), form) for layers, form in offers if len(layers) > 1]
     assert sorted(whole[:3]) == [
         (("g", "u", "d"), "structured 30 %"), (("g", "u", "d"), "structured 50 %"), (("q", "k", "v", "o"), "structured 50 %"),
@@ -211,7 +213,7 @@ def test_bytes_by_hand(prepared: Prepared) -> None:
     biased = by_role["q"].module.bias is not None
 
     def size(role: str, form: str) -> int:
-        return configurations.weight_bytes(prepared, by_role[role], form)
+        return measured_formats.weight_bytes(prepared, by_role[role], form)
 
     assert [size("down", form) for form in ("dense", "int8 dynamic", "int4", "int3", "2:4 + int4")] == [
         2 * 32 * 40, 32 * 40 + 4, 32 * 40 // 2 + 64, 32 * 40 * 3 // 8 + 64, 32 * 40 // 4 + 32 * 40 // 8 + 64,
@@ -292,3 +294,42 @@ def test_only_a_one_shot_calibration_serves_all_formats(tmp_path: Path) -> None:
             configurations.prepare(found, method=method)
     with pytest.raises(InputError, match="formats must have distinct names"):
         configurations.prepare(found, [FORMATS["int4"], Format("int4", "again", bits=8)])
+
+
+def test_formats_by_method_prune_by_it_and_round_what_stays(prepared: Prepared) -> None:
+    """Each against its own steps on the same Hessian; the method is one more choice of a layer, at equal bytes."""
+    found, layer = prepared.found, prepared.model.layers[0]
+    own = statistics_of(found.statistics_for(ONE_SHOT)[layer.block], layer.role)  # type: ignore[index]
+    weights, sizes = [], set()
+    for name, importance in configurations.PRUNERS:
+        form = f"50 % by {name} + int4"
+        recipe = FORMATS[form].recipe(layer.module.in_features)
+        assert recipe.method.importance == importance and recipe.order == ("joint" if name == "SparseGPT" else "prune, quantize")
+        got = prepared.modules[layer.name, form].weight
+        assert isinstance(got, Tensor)
+        pruned, kept = matrices.pruned(layer.module.weight.detach(), recipe.method, recipe.target, own, name=layer.name)
+        if name != "SparseGPT":
+            torch.testing.assert_close(got, joint.gptq(pruned, own.hessian(), grid=recipe.grid, kept=kept).weight)
+        assert float((got == 0).double().mean()) >= 0.5
+        weights.append(got)
+        sizes.add(measured_formats.weight_bytes(prepared, layer, form))
+    assert len(sizes) == 1 and not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_energy_by_hand(prepared: Prepared) -> None:
+    """Bits of weights and activations, and products by their kind; packed formats move fewer bits, int8 multiplies cheaper."""
+    model, rows = prepared.model, 5
+    shapes = {layer.name: (layer.module.in_features, layer.module.out_features) for layer in model.layers}
+    biases = sum(2 * layer.module.out_features for layer in model.layers if layer.module.bias is not None)
+
+    def expected(weight_bytes: float, product: float) -> float:
+        bits = 8 * weight_bytes + 32 * rows * sum(sum(pair) for pair in shapes.values())
+        return bits * 20e-12 + product * rows * sum(inside * outside for inside, outside in shapes.values())
+
+    weights = sum(inside * outside for inside, outside in shapes.values())
+    assert measured_formats.energy(prepared, {}, rows=rows) == pytest.approx(expected(2 * weights + biases, 4.6e-12))
+    dynamic = dict.fromkeys(shapes, "int8 dynamic")
+    got = measured_formats.energy(prepared, dynamic, rows=rows)
+    assert got == pytest.approx(expected(weights + 4 * len(shapes) + biases, 0.23e-12))
+    packed = measured_formats.energy(prepared, dict.fromkeys(shapes, "int4"), rows=rows)
+    assert got < packed < expected(2 * weights + biases, 4.6e-12)

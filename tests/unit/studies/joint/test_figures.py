@@ -82,13 +82,15 @@ def test_allocations_show_every_strategy_predicted_and_measured() -> None:
     rows = [
         {"budget": budget, "strategy": name, "predicted": 0.1 * i, "measured": 0.1 * i + 1, "low": 0.0, "high": 2.0}
         for budget in ("bytes <= 30 %", "seconds <= 70 %")
-        for i, name in enumerate(("optimum", "greedy", "uniform", "random 1", "random 2"))
+        for i, name in enumerate(("optimum", "greedy", "uniform", "random 1", "random 2", "annealed", "by measured loss"))
     ]
     figure, _ = figures.allocations(pd.DataFrame(rows))
     predicted, measured = (drawn(ax) for ax in figure.axes)
-    assert {round(x, 6) for x, _ in predicted} == {0.0, 0.1, 0.2, 0.3, 0.4}
+    assert {round(x, 6) for x, _ in predicted} == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6}
     assert {(round(x + 1, 6), y) for x, y in predicted} <= measured
-    assert {y for x, y in predicted if x in (0.3, 0.4)} == {0.27, 1.27}
+    rows_of = [{round(y, 6) for x, y in predicted if round(x, 6) == 0.1 * i} for i in (3, 4)]
+    assert rows_of[0] == rows_of[1] == {0.06, 1.06}  # random draws share a line of their own
+    assert len({round(y, 6) for _, y in predicted}) == 2 * 6
 
 
 def test_an_empty_table_is_refused() -> None:

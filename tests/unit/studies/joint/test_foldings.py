@@ -72,3 +72,13 @@ def test_all_pairs_are_measured_and_others_refused(found: Calibrations) -> None:
     assert [each.name for each in got] == ["RTN", "RTN, rotated", "GPTQ", "GPTQ, rotated"]
     with pytest.raises(InputError, match="a rewriting must be of as it is, AWQ"):
         foldings.measured(found, "RTN", recipes["RTN"], rewriting="turned")
+
+
+def test_rotations_spread_outliers_of_channels_and_not_of_tokens(found: Calibrations) -> None:
+    model = found.bench.model
+    with folding.folded(model):
+        model.network.get_input_embeddings().weight.data[:, 3] *= 40.0  # one channel of the residual stream, in every token
+        table = foldings.outlier_table(found).set_index("rewriting")
+    before, after = (table.loc[name] for name in (foldings.NONE, foldings.ROTATED))
+    assert after["largest channel / median"] < 0.5 * before["largest channel / median"]
+    assert after["largest sink mass"] == pytest.approx(before["largest sink mass"], rel=1e-3)

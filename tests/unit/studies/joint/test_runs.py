@@ -14,7 +14,7 @@ from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, LinearLayer
 from lib.pruning import importances, matrices, sparsegpt
 from lib.pruning.methods import Method, Target, pattern_target
-from lib.quantization import joint
+from lib.quantization import joint, planes
 from lib.quantization.rounding import Grid, round_to_nearest
 from lib.studies.joint import runs
 from lib.studies.joint.runs import Recipe
@@ -37,6 +37,7 @@ EVERY = {
     "quantize, prune": Recipe(INT3, HALF, Method("sparsegpt"), "quantize, prune"),
     "random": Recipe(INT3, HALF, Method("random"), "quantize, prune", "nearest"),
     "magnitude": NEAREST,
+    "planes": Recipe(Grid(2), rounding="planes"),
 }
 
 
@@ -273,3 +274,16 @@ def test_masked_gptq_rounds_what_a_stronger_pruner_leaves(statistics: InputStati
     assert not bool(got.weight[~kept].any())
     with pytest.raises(InputError, match="one joint sweep must be"):
         Recipe(INT3, HALF, Method("sparsegpt", repair="refit"))
+
+
+def test_planes_are_those_of_the_hessian_and_store_their_own_scales(found: Calibrations, statistics: InputStatistics) -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(Grid(2), rounding="planes")
+    got = runs.compress_matrix(weight, recipe, statistics)
+    assert torch.equal(got.weight, planes.planed(weight, statistics.hessian(), planes=2)[0]) and bool(got.kept.all())
+    model = found.bench.model
+    linear = [(layer.module.out_features, layer.module.in_features) for layer in model.layers]
+    rest = 2 * (model.num_parameters - sum(rows * width for rows, width in linear))
+    assert runs.measured(found, "planes", recipe).bytes == rest + sum(planes.stored_bytes(shape, planes=2) for shape in linear)
+    with pytest.raises(InputError, match="planes of signs must be of all weights, got sparsity"):
+        Recipe(Grid(2), HALF, Method("wanda"), "prune, quantize", "planes")

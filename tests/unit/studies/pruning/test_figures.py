@@ -322,6 +322,18 @@ def test_controls(models: list[str], bounded: bool) -> None:
             assert (color == SINK_COLOR) == (row["weighting"] == "sinks down")
 
 
+def test_repairs_are_rows_and_masks_their_marks() -> None:
+    cells = [*product(("Wanda", "sink-weighted Wanda"), ("mask alone", "refit")), ("ALPS", "its own")]
+    table: Any = pd.DataFrame([
+        {"model": "dlm", "mask": mask, "repair": repair} | interval("increase", 0.1 * place, width=0.01, bounded=True)
+        for place, (mask, repair) in enumerate(cells)
+    ])  # fmt: skip
+    figure, data = sink_figures.repairs(table)
+    (ax,) = drawn(figure)
+    assert data is table and row_names(ax) == ["mask alone", "refit", "its own"]
+    assert len(marks(ax)) == len(table)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5], ids=["one factor", "two", "all"])
 @pytest.mark.parametrize("bounded", [True, False], ids=["intervals", "one window"])
 def test_dose(count: int, bounded: bool) -> None:

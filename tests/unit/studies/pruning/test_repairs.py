@@ -88,8 +88,21 @@ def test_tables_name_what_they_compare(bench: Bench, outcomes: list[Outcome]) ->
     row = gains[gains["comparison"] == f"{repairs.SINK} + refit - {repairs.CONTROL} + refit"].iloc[0]
     assert row["gain"] == pytest.approx(float((torch.stack(second) - torch.stack(first)).mean()))
     assert row["low"] <= row["gain"] <= row["high"]
+    weaker = repairs.weaker_gain(outcomes, model=bench.model.name, repair="refit", seed=0)
+    both = gains[gains["comparison"].str.startswith(f"{repairs.SINK} + refit - ")].iloc[:2]
+    assert weaker.interval[0] == pytest.approx(both["low"].min()) and weaker.p_value == pytest.approx(both["p"].max())
     effects = repairs.repair_table(outcomes, seed=0)
     assert len(effects) == 12 and f"{repairs.SINK} + swaps - {repairs.SINK}" in set(effects["comparison"])
+
+
+def test_alps_stands_beside_the_repairs_with_a_row_of_its_own(outcomes: list[Outcome]) -> None:
+    alps = [replace(found, method=repairs.ALPS, loss=found.loss - 1.0) for found in outcomes if found.method == repairs.WANDA]
+    table = repairs.loss_table([*outcomes, *alps], seed=0)
+    row = table[table["mask"] == repairs.ALPS].iloc[0]
+    own = table[(table["mask"] == repairs.WANDA) & (table["repair"] == repairs.ALONE)].iloc[0]
+    assert len(table) == 17 and row["repair"] == "its own" and row["increase"] == pytest.approx(own["increase"] - 1.0)
+    assert len(repairs.repair_table([*outcomes, *alps], seed=0)) == 16
+    assert not len(repairs.loss_table([], seed=0)) and not len(repairs.gain_table([], seed=0))
 
 
 def test_some_repairs_alone_give_their_rows_alone(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from lib.calibration import measured_weights, sets
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.decoding import decoder, late_steps
+from lib.decoding import decoder, late_steps, systems
 from lib.diffusion import drawn_likelihood, likelihood, noise, sampler, traces
 from lib.evaluation import pseudo_perplexity, sums
 from lib.evaluation.harness import BatchedHarness, HarnessModel
@@ -167,9 +167,8 @@ def test_the_loss_by_noise_is_that_of_the_tokens_drawn_anew(model: LanguageModel
 
 
 def decoded(model: LanguageModel) -> object:
-    return decoder.decode(
-        model, windows()[:, :4], new_tokens=8, block_length=4, plan=decoder.DecodingPlan(cache="prefix", threshold=0.9)
-    )
+    plan = systems.fast_plan("prefix", threshold=0.9)
+    return decoder.decode(model, windows()[:, :4], new_tokens=8, block_length=4, plan=plan)
 
 
 def counted_as_released(model: LanguageModel) -> object:

@@ -165,7 +165,7 @@ def test_passes_are_timed_and_decoders_where_there_are_any(model: LanguageModel)
     table = latency.measure_models(linear_formats.convert_all(model, formats), batch=2, length=LENGTH, repeats=3)
     ran = table[table["not_run"] == ""]["model"].tolist()
     assert ran == ["dense", "masked 50 %", *([] if model.has_experts else ["structured 50 %"])]
-    sizes = {"new_tokens": 8, "block_length": 8, "batch_size": 2}
+    sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 8, "batch_size": 2}
     if model.goes_by_blocks:
         with pytest.raises(InputError, match="block_length must be that of"):
             timing_runs.run_decoder(model, tiny.ids(2, 4), timing_runs.PLAIN, **sizes)

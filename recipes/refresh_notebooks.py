@@ -1,4 +1,4 @@
-"""Execute the notebooks in place with their defaults, strip what changes from run to run, update the README's verdicts.
+"""Execute the notebooks in place with their defaults, strip what changes from run to run, update the pages' verdicts.
 
 Each notebook's metadata say what its outputs were computed from, so that a test notices stale ones.
 
@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 
 from lib.core import config, provenance, variables
 from lib.launch import lanes
-from lib.report import readme, results
+from lib.report import markdown, results
 
 KEPT_METADATA = ("tags",)
 LANGUAGE = {"name": "python"}
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         return refresh_each(chosen)
     changed = refresh(known[chosen[0]])
     sys.stdout.write(f"{known[chosen[0]].name}: {'changed' if changed else 'unchanged'}\n")
-    if readme.update_readme(config.ROOT / "README.md"):
-        sys.stdout.write("README.md: verdicts changed\n")
+    for page in markdown.update(config.ROOT):
+        sys.stdout.write(f"{page}: changed\n")
     return 0
 
 

@@ -122,7 +122,7 @@ every_program = pytest.mark.parametrize("path", PROGRAMS, ids=named)
 def test_imports_go_one_way(path: Path) -> None:
     own = room(dotted(path))
     others = {room(name) for name in local_imports(TREES[path])} - {own, ""}
-    assert not own or own in FLOOR, f"{own} is no room: put it into FLOORS of this test and into README"
+    assert not own or own in FLOOR, f"{own} is no room: put it into FLOORS of this test and into docs/layout.md"
     beside = {other for other in others if not own or FLOOR[other] >= FLOOR[own]}
     assert not beside, f"{own or 'lib'} imports from rooms that are not below it: {beside}"
     above = {name.split(".")[0] for name in imports(TREES[path])} & {"recipes", "benchmarks", "tests"}

@@ -3,7 +3,7 @@
 All layers' sums lie on the device of the first layer's, whatever devices a model is spread over.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 
-QUERY_CHUNK = 64  # fastest of 32..256 on the CPU at 2048 positions, as fast as any at 512
+QUERY_CHUNK = 128  # fastest of 64, 128 and 256 on the CPU at 2048 positions, by head
+SHARE = 2**18  # probabilities of a chunk on the CPU: 1 MiB stays in the processor's cache until they are read again
+ALL = slice(None)
 Extra = Literal["map", "argmax", "value_norm"]
 
 
@@ -78,47 +80,105 @@ class MassRecorder:
         marks = self.marks or (total,)
         if any(mark > total for mark in marks) or list(marks) != sorted(set(marks)):
             raise InputError(f"marks must rise and end at most at the number of queries ({total}), got {marks}: change marks")
-        running = query.new_zeros((query.shape[0], query.shape[1], key.shape[2]), dtype=torch.float32)
-        favourite = torch.zeros_like(running[:, 0])
-        kept, favourites, maps, start = [], [], [], 0
-        outputs: list[Tensor] = []
-        for mark in marks if value is None or marks[-1] == total else (*marks, total):
+        sums = query.new_zeros((*query.shape[:2], len(marks), key.shape[2]), dtype=torch.float32)
+        output = None if value is None else query.new_empty((*query.shape[:3], value.shape[3]))
+        key, value = key.contiguous(), None if value is None else value.contiguous()  # each chunk reads all of them
+        whole = query.device.type != "cpu" or not {"map", "argmax"}.isdisjoint(self.keep)  # these are means over all heads
+        for rows, heads, kv_heads in [(ALL, ALL, ALL)] if whole else _shares(query, key, chunk=self.query_chunk):
+            self._add_share(
+                _Scores(query[rows, heads], key[rows, kv_heads], _share_of(mask, rows, heads), scaling, is_causal),
+                marks,
+                real=None if self.query_is_real is None else self.query_is_real[rows],
+                value=None if value is None else value[rows, kv_heads],
+                sums=sums[rows, heads],
+                output=None if output is None else output[rows, heads],
+            )
+        _append(self._sums, sums)
+        return output
+
+    def _add_share(
+        self,
+        scores: "_Scores",
+        marks: tuple[int, ...],
+        *,
+        real: Tensor | None,
+        value: Tensor | None,
+        sums: Tensor,
+        output: Tensor | None,
+    ) -> None:
+        """Write the sums, and with values the output, of some rows and heads of a layer, a chunk of queries at a time."""
+        favourite = torch.zeros_like(sums[:, 0, 0])
+        favourites, maps, start = [], [], 0
+        total = scores.query.shape[2]
+        for index, mark in enumerate(marks if value is None or marks[-1] == total else (*marks, total)):
+            counted = index < len(marks)  # of the queries after the last mark only the output is wanted
+            if counted and index:
+                sums[:, :, index] = sums[:, :, index - 1]
             while start < mark:
                 stop = min(start + self.query_chunk, mark)
-                probs = probabilities(query, key, mask, rows=(start, stop), scaling=scaling, is_causal=is_causal)
-                if value is not None:
-                    outputs.append(attended(probs, value).to(query.dtype))
-                if start >= marks[-1]:  # of these only the output is wanted
-                    start = stop
-                    continue
-                real = None if self.query_is_real is None else self.query_is_real[:, start:stop]
-                if real is not None:
-                    # where, not a product: a padding query may see no key at all, and its row is then NaN
-                    probs = torch.where(real[:, None, :, None], probs, 0.0)
-                # a product with ones sums the columns a third faster than sum(2) does
-                running[..., : probs.shape[-1]] += (probs.new_ones((*probs.shape[:2], 1, stop - start)) @ probs)[:, :, 0]
-                if "argmax" in self.keep:
-                    votes = probs.new_ones(probs.shape[0], stop - start) if real is None else real.to(probs.dtype)
-                    favourite.scatter_add_(1, probs.mean(1).argmax(-1), votes)
-                if "map" in self.keep:
-                    maps.append(torch.nn.functional.pad(probs.mean(1), (0, key.shape[2] - probs.shape[-1])))
+                probs = scores.probabilities(start, stop)
+                if value is not None and output is not None:
+                    output[:, :, start:stop] = attended(probs, value)
+                if counted:
+                    seen = None if real is None else real[:, start:stop]
+                    if seen is not None:
+                        # where, not a product: a padding query may see no key at all, and its row is then NaN
+                        probs = torch.where(seen[:, None, :, None], probs, 0.0)
+                    # a product with ones sums the columns a third faster than sum(2) does
+                    sums[:, :, index, : probs.shape[-1]] += (probs.new_ones((*probs.shape[:2], 1, stop - start)) @ probs)[:, :, 0]
+                    if "argmax" in self.keep:
+                        votes = probs.new_ones(probs.shape[0], stop - start) if seen is None else seen.to(probs.dtype)
+                        favourite.scatter_add_(1, probs.mean(1).argmax(-1), votes)
+                    if "map" in self.keep:
+                        maps.append(torch.nn.functional.pad(probs.mean(1), (0, sums.shape[3] - probs.shape[-1])))
                 start = stop
-            if mark not in marks:
-                continue
-            kept.append(running.clone())
-            if "argmax" in self.keep:
+            if counted and "argmax" in self.keep:
                 favourites.append(favourite > 0)
-        _append(self._sums, torch.stack(kept, dim=2))
-        if "argmax" in self.keep:
+        if favourites:
             _append(self._favourites, torch.stack(favourites, dim=1))
-        if "map" in self.keep:
+        if maps:
             _append(self._maps, torch.cat(maps, dim=1))
-        return torch.cat(outputs, 2) if outputs else None
 
     def add_values(self, value: Float[Tensor, "batch kv_head key dim"]) -> None:
         """Keep the norms of one layer's value vectors, when they are wanted."""
         if "value_norm" in self.keep:
             _append(self._value_norms, value.float().norm(dim=-1))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What the attention of some rows and heads of a layer is computed from."""
+
+    query: Float[Tensor, "batch head query dim"]
+    key: Float[Tensor, "batch kv_head key dim"]
+    mask: Tensor | None
+    scaling: float
+    is_causal: bool
+
+    def probabilities(self, start: int, stop: int) -> Float[Tensor, "batch head chunk seen"]:
+        """Return the attention of the queries from `start` to `stop`."""
+        rows = (start, stop)
+        return probabilities(self.query, self.key, self.mask, rows=rows, scaling=self.scaling, is_causal=self.is_causal)
+
+
+def _shares(query: Tensor, key: Tensor, *, chunk: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a layer into rows, heads and kv heads whose probabilities of one chunk of queries fit into the cache."""
+    rows, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
+    group = heads // kv_heads
+    one = min(chunk, query.shape[2]) * key.shape[2] * group
+    kv_step = min(max(1, SHARE // one), kv_heads)
+    row_step = max(1, SHARE // (one * kv_step))
+    for row in range(0, rows, row_step):
+        for kv in range(0, kv_heads, kv_step):
+            kv_end = min(kv + kv_step, kv_heads)
+            yield slice(row, row + row_step), slice(kv * group, kv_end * group), slice(kv, kv_end)
+
+
+def _share_of(mask: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
+    """Return a mask's part for some rows and heads; a dimension of size 1 stands for all of them."""
+    if mask is None:
+        return None
+    return mask[rows if mask.shape[0] > 1 else ALL, heads if mask.shape[1] > 1 else ALL]
 
 
 def _append(parts: list[Tensor], value: Tensor) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from lib.core.errors import InputError
-from lib.report.results import VERDICTS, interval_text
+from lib.report.results import DECIDED, NOT_BEYOND, VERDICTS, interval_text
 from lib.report.tables import Table, display_table
 
 Interval = tuple[float, float]
@@ -67,23 +67,27 @@ def check_claim(claim: Claim) -> Claim:
     return claim
 
 
-def verdict(interval: Sequence[float], *, threshold: float, direction: Direction) -> str:
+def verdict(interval: Sequence[float], *, threshold: float, direction: Direction, mask_alone: float | None = None) -> str:
     """Decide a claim of the form "the quantity is above (below) the threshold" from its interval.
 
     Args:
         interval: low and high end, in the unit of `threshold`.
         threshold: the border that the claim names.
         direction: the side that the claim says the quantity is on.
+        mask_alone: what attention without any preference gives under the same masks, where masks differ or favour a position.
 
     Returns:
         `reproduced` when the whole interval lies on the claimed side, `not reproduced` when it lies on the other side, else
-        `inconclusive`; an interval that touches the threshold is inconclusive.
+        `inconclusive`; an interval that touches the threshold is inconclusive. What would be reproduced, but does not lie on the
+        claimed side of what the mask alone gives, is `reproduced, not beyond the mask`.
 
     Raises:
         InputError: the interval is not an ordered pair of numbers, or the direction is unknown.
 
     >>> verdict((0.2, 0.4), threshold=0.1, direction="above"), verdict((0.2, 0.4), threshold=0.3, direction="above")
     ('reproduced', 'inconclusive')
+    >>> verdict((0.2, 0.4), threshold=0.1, direction="above", mask_alone=0.3)
+    'reproduced, not beyond the mask'
     """
     low, high = _ordered(interval, "the interval of a verdict")
     if direction not in ("above", "below"):
@@ -91,7 +95,10 @@ def verdict(interval: Sequence[float], *, threshold: float, direction: Direction
     if not math.isfinite(threshold):
         raise InputError(f"threshold must be a finite number, got {threshold}: give the border that the claim names")
     if low > threshold or high < threshold:
-        return "reproduced" if (low > threshold) == (direction == "above") else "not reproduced"
+        if (low > threshold) != (direction == "above"):
+            return "not reproduced"
+        beyond = mask_alone is None or (low > mask_alone if direction == "above" else high < mask_alone)
+        return "reproduced" if beyond else NOT_BEYOND
     return "inconclusive"
 
 
@@ -129,7 +136,12 @@ def bootstrap_mean(
 
 
 def mean_verdict(
-    values: Iterable[float], *, threshold: float, direction: Direction, generator: torch.Generator
+    values: Iterable[float],
+    *,
+    threshold: float,
+    direction: Direction,
+    generator: torch.Generator,
+    mask_alone: float | None = None,
 ) -> dict[str, Any]:
     """Estimate a mean and judge it: the parts of `Run.claim` that follow from numbers.
 
@@ -138,6 +150,7 @@ def mean_verdict(
         threshold: border that the claim names.
         direction: which side the claim is on, as in `verdict`.
         generator: CPU generator of the bootstrap stream.
+        mask_alone: as in `verdict`.
 
     Returns:
         `estimate`, `interval`, `n` and `verdict`; without any value the claim is inconclusive.
@@ -146,8 +159,19 @@ def mean_verdict(
     if not kept:
         return {"estimate": None, "interval": None, "n": 0, "verdict": "inconclusive"}
     estimate, low, high = bootstrap_mean(kept, generator=generator)
-    judged = verdict((low, high), threshold=threshold, direction=direction)
+    judged = verdict((low, high), threshold=threshold, direction=direction, mask_alone=mask_alone)
     return {"estimate": estimate, "interval": (low, high), "n": len(kept), "verdict": judged}
+
+
+def beyond_mask(estimate: float, interval: Sequence[float], *, mask_alone: float) -> str:
+    """Say in a claim's note what its statistic is beyond the mask: less what attention without any preference gives.
+
+    >>> beyond_mask(-0.0874, (-0.0896, -0.0854), mask_alone=-0.123)
+    'the mask alone gives -0.123; beyond it 0.0356 [0.0334, 0.0376]'
+    """
+    low, high = interval
+    rest = interval_text(estimate - mask_alone, (low - mask_alone, high - mask_alone))
+    return f"the mask alone gives {mask_alone:.3g}; beyond it {rest}"
 
 
 def claims_table(claims: Iterable[Claim]) -> Table:
@@ -170,10 +194,10 @@ def _ordered(interval: Sequence[float], what: str) -> Interval:
 
 
 def _check_numbers(claim: Claim, where: str) -> None:
-    if claim.n < 0 or (claim.n == 0 and claim.verdict in ("reproduced", "not reproduced")):
+    if claim.n < 0 or (claim.n == 0 and claim.verdict in DECIDED):
         raise InputError(f"n of {where} must count the values behind its verdict, got {claim.n}: give their number")
     if claim.estimate is None:
-        if claim.interval is not None or claim.verdict in ("reproduced", "not reproduced"):
+        if claim.interval is not None or claim.verdict in DECIDED:
             raise InputError(f"{where} must give an estimate with its interval and verdict, got None: give it or say not tested")
         return
     if claim.verdict == "not tested":

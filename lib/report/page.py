@@ -11,12 +11,11 @@ import jinja2
 
 from lib.core import config, provenance
 from lib.core.errors import InputError
-from lib.report.results import MODEL_FIELDS, count_verdicts, interval_text, load_results
+from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, interval_text, load_results
 from lib.report.tables import significant
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # A second channel beside the colour of a badge; the words follow it.
-SIGNS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?", "not tested": "–"}
 MEDIA = {".png": "image/png", ".gif": "image/gif"}
 MAX_ROWS = 60
 

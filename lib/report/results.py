@@ -11,7 +11,16 @@ from lib.core.errors import InputError
 from lib.report.tables import significant
 
 SCHEMA_VERSION = 1
-VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not tested")
+NOT_BEYOND = "reproduced, not beyond the mask"
+SIGNS = {
+    "reproduced": "✓",
+    NOT_BEYOND: "≈",
+    "not reproduced": "✗",
+    "inconclusive": "?",
+    "not tested": "–",
+}  # told apart without colour
+VERDICTS = tuple(SIGNS)
+DECIDED = ("reproduced", NOT_BEYOND, "not reproduced")  # these need numbers
 MODEL_FIELDS = ("name", "source", "revision", "fingerprint", "parameters", "dtype", "kind", "family", "attention", "notes")
 REQUIRED: dict[str, type] = {
     "notebook": str, "number": str, "title": str, "profile": str, "seed": int, "overrides": dict, "config": dict,

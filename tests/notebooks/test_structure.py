@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lib.core import config, provenance
-from lib.report import readme
+from lib.report import markdown
 
 ROOT = config.ROOT
 NOTEBOOKS = config.notebooks()
@@ -149,5 +149,5 @@ def test_committed_outputs_are_whole(path: Path) -> None:
         assert provenance.file_hash(ROOT / name) == digest, f"{name} is not the one that was computed"
 
 
-def test_readme_shows_the_present_verdicts() -> None:
-    assert readme.is_current(ROOT / "README.md"), "write it anew with lib.report.readme.update_readme"
+def test_pages_show_the_present_verdicts() -> None:
+    assert not markdown.stale(ROOT), "write them anew with lib.report.markdown.update"

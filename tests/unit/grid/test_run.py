@@ -341,20 +341,22 @@ def test_memory_and_files_of_a_cell_stand_beside_its_method() -> None:
     assert table.loc["sink-aware (Wanda), structured", "GB of its files"] == plan._gigabytes(cut)
 
 
-def test_the_readme_prices_the_whole_grid_as_the_plan_does() -> None:
+def test_the_page_prices_the_whole_grid_as_the_plan_does() -> None:
     said: list[str] = []
     run.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=said.append)
     count, hours = said[0].split()[0], said[1].split("; ")[1].split()[0]
-    assert f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "README.md").read_text()
+    assert (
+        f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "docs" / "paper.md").read_text()
+    )
 
 
-def test_the_readme_says_the_plans_memory() -> None:
+def test_the_page_says_the_plans_memory() -> None:
     whole, lean = (
         plan.by_memory(*priced(**{"grid.limit": None, "grid.states": states}), itemsize=2, gpus=1).set_index("model")
         for states in ("device", "cpu")
     )
     peaks = [round(float(str(table.loc["llada-8b", "GB on the device"]))) for table in (lean, whole)]
-    text = (config.ROOT / "README.md").read_text(encoding="utf-8")
+    text = (config.ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     assert "the dearest cell of LLaDA-8B in bfloat16 then takes {} GB of a GPU instead of {} |".format(*peaks) in text
 
 

@@ -176,6 +176,25 @@ def test_verdict_edges(interval: tuple[float, float], above: str, below: str) ->
     assert claims.verdict(interval, threshold=1, direction="below") == below
 
 
+@pytest.mark.parametrize(
+    ("interval", "direction", "alone", "expected"),
+    [
+        ((1.1, 2.0), "above", 1.05, "reproduced"),
+        ((1.1, 2.0), "above", 1.1, "reproduced, not beyond the mask"),  # touching is not beyond
+        ((1.1, 2.0), "above", 3.0, "reproduced, not beyond the mask"),
+        ((0.2, 0.5), "below", 0.6, "reproduced"),
+        ((0.2, 0.5), "below", 0.4, "reproduced, not beyond the mask"),
+        ((0.2, 0.5), "below", -1.0, "reproduced, not beyond the mask"),
+        ((0.2, 0.5), "above", -1.0, "not reproduced"),  # what is not reproduced stays so, whatever the mask gives
+        ((0.5, 1.5), "above", 3.0, "inconclusive"),
+    ],
+)
+def test_a_verdict_that_the_mask_alone_gives_says_so(
+    interval: tuple[float, float], direction: claims.Direction, alone: float, expected: str
+) -> None:
+    assert claims.verdict(interval, threshold=1.0, direction=direction, mask_alone=alone) == expected
+
+
 @pytest.mark.parametrize("interval", [(2.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
 def test_verdict_refuses_a_pair_without_order(interval: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="low <= high"):

@@ -1,10 +1,10 @@
-"""README's table of families is the registry's."""
+"""The table of families in docs/checkpoints.md is the registry's."""
 
 from pathlib import Path
 
 from lib.checkpoints.families import FAMILIES, Family
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "checkpoints.md"
 ATTENTION = {
     "full": "both ways",
     "block-causal": "by blocks of {length}, from {origin}",
@@ -24,6 +24,6 @@ def row(family: Family) -> str:
 
 
 def test_the_table_of_families_is_the_registrys() -> None:
-    table = README.read_text(encoding="utf-8").partition("<!-- families:begin -->\n")[2].partition("<!-- families:end -->")[0]
+    table = PAGE.read_text(encoding="utf-8").partition("<!-- families:begin -->\n")[2].partition("<!-- families:end -->")[0]
     expected = "\n".join(row(family) for family in FAMILIES.values())
-    assert table.splitlines()[2:] == expected.splitlines(), f"put these lines into README:\n{expected}"
+    assert table.splitlines()[2:] == expected.splitlines(), f"put these lines into {PAGE.name}:\n{expected}"

@@ -1,0 +1,181 @@
+"""The generated blocks of README.md and of docs/verdicts.md, written from the result files and the embedded models' recipes."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.core import config, provenance
+from lib.core.errors import InputError
+from lib.report.results import SIGNS, interval_text, load_results
+
+PROFILE = "full"  # the only profile with enough prompts, windows and calibrations for a verdict, and whose results git tracks
+README, VERDICT_PAGE = "README.md", "docs/verdicts.md"
+# What the first page shows of all claims: notebook, key, model.
+HEADLINES = (
+    ("01", "ar-sinks-stay-first", "smollm2"),
+    ("01", "dlm-sinks-move", "dlm"),
+    ("02", "blocking-dlm-sinks", "dlm"),
+    ("04", "sink-aware-beats-wanda", "dlm"),
+    ("04", "sinks-not-random", "dlm"),
+    ("04", "sink-aware-beats-sparsegpt", "dlm"),
+    ("05", "prune-first", "dlm"),
+    ("06", "cache", "dlm"),
+)
+HEADLINE_HEADER = ("claim", "verdict", "estimate [95 % interval]", "model", "notebook")
+HEADER = ("claim", "verdict", "estimate [95 % interval]", "n", "model", "source", "rule", "note")
+
+
+def headline_block(*, root: Path | None = None) -> str:
+    """Write the table of the few claims that the first page shows; one that was not run has no row.
+
+    Args:
+        root: folder that holds `results/`; the output folder when None.
+    """
+    found = {
+        (result["number"], claim["key"], claim["model"]): (claim, result)
+        for result in load_results(PROFILE, root=root)
+        for claim in result["claims"]
+    }
+    rows = [_headline_row(*found[key]) for key in HEADLINES if key in found]
+    return _markdown_table(HEADLINE_HEADER, rows) if rows else _nothing_yet()
+
+
+def verdict_block(*, root: Path | None = None) -> str:
+    """Write the table of all claims and one line a notebook, from the `full` results, with their commits.
+
+    Args:
+        root: folder that holds `results/`; the output folder when None.
+
+    Returns:
+        Markdown without the two marks; the same results give the same text.
+
+    Raises:
+        InputError: a result file is damaged.
+    """
+    results = load_results(PROFILE, root=root)
+    if not results:
+        return _nothing_yet()
+    rows = [_claim_row(claim) for result in results for claim in result["claims"]]
+    table = _markdown_table(HEADER, rows) if rows else "No claim has been tested yet."
+    return table + "\n\n" + "\n".join(_notebook_line(result) for result in results)
+
+
+def models_block(*, root: Path | None = None) -> str:
+    """Write what the embedded models are: their weights and the tokens that they were trained on.
+
+    Args:
+        root: folder that holds `models/`; the repository when None.
+    """
+    folder = (root or config.ROOT) / "models" / "reference"
+    lines = []
+    for path in sorted(folder.glob("*/recipe.json")):
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        stored = sum(each.stat().st_size for each in path.parent.glob("*.safetensors")) / 2  # bfloat16
+        lines.append(f"`{path.parent.name}` {stored / 1e6:.1f} M parameters, {recipe['tokens'] / 1e6:.0f} M training tokens")
+    return "The embedded models: " + "; ".join(lines) + "."
+
+
+BLOCKS: dict[tuple[str, str], Callable[..., str]] = {
+    (README, "models"): models_block,
+    (README, "headlines"): headline_block,
+    (VERDICT_PAGE, "verdicts"): verdict_block,
+}
+
+
+def update(folder: Path, *, root: Path | None = None) -> list[str]:
+    """Put the current blocks between their marks.
+
+    Args:
+        folder: folder that holds the pages.
+        root: folder that holds `results/` and `models/`; the output folder and the repository when None.
+
+    Returns:
+        The pages that changed, as paths below `folder`.
+
+    Raises:
+        InputError: a page lacks its marks, or a result file is damaged.
+    """
+    changed = []
+    for (page, name), block in BLOCKS.items():
+        path = folder / page
+        before, current, after = _parts(path, name)
+        text = f"\n{block(root=root)}\n"
+        if text != current:
+            provenance.write_text(path, before + _begin(name) + text + _end(name) + after)
+            changed.append(page)
+    return sorted(set(changed))
+
+
+def stale(folder: Path, *, root: Path | None = None) -> list[str]:
+    """Return the blocks that `update` would change, as `page: block`."""
+    return [
+        f"{page}: {name}" for (page, name), block in BLOCKS.items() if _parts(folder / page, name)[1] != f"\n{block(root=root)}\n"
+    ]
+
+
+def _begin(name: str) -> str:
+    return f"<!-- {name}:begin -->"
+
+
+def _end(name: str) -> str:
+    return f"<!-- {name}:end -->"
+
+
+def _nothing_yet() -> str:
+    return f"No results yet: `./run_all.sh {PROFILE}` makes them."
+
+
+def _parts(path: Path, name: str) -> tuple[str, str, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path.name} must be a readable file, got {error.strerror}: restore it") from error
+    begin, end = _begin(name), _end(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise InputError(f"{path.name} must hold {begin} and {end} once each in this order, got something else: put them in")
+    before, rest = text.split(begin)
+    block, after = rest.split(end)
+    return before, block, after
+
+
+def _headline_row(claim: dict[str, Any], result: dict[str, Any]) -> tuple[str, ...]:
+    link = f"[{result['number']}](notebooks/{result['notebook']}.ipynb)"
+    return claim["statement"], _verdict(claim), _estimate(claim), claim["model"], link
+
+
+def _claim_row(claim: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        claim["statement"],
+        _verdict(claim),
+        _estimate(claim),
+        str(claim["n"]),
+        claim["model"],
+        claim["source"],
+        claim["rule"],
+        claim["note"],
+    )
+
+
+def _verdict(claim: dict[str, Any]) -> str:
+    return f"{SIGNS[claim['verdict']]} **{claim['verdict']}**"
+
+
+def _estimate(claim: dict[str, Any]) -> str:
+    unit = f" {claim['unit']}" if claim["unit"] and claim["estimate"] is not None else ""
+    return interval_text(claim["estimate"], claim["interval"]) + unit
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _notebook_line(result: dict[str, Any]) -> str:
+    name = result["notebook"]
+    counts = ", ".join(
+        f"{len(result[kind])} {kind if len(result[kind]) != 1 else kind[:-1]}" for kind in ("tables", "figures", "claims")
+    )
+    links = f"[numbers](../results/{PROFILE}/{name}.json), [figures](../figures/{PROFILE})"
+    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}"
+    return f"- [Notebook {result['number']}](../notebooks/{name}.ipynb), {result['title']} ({made})"

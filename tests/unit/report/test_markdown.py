@@ -1,0 +1,127 @@
+"""The generated blocks of README.md and docs/verdicts.md."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib.core import config, provenance
+from lib.core.errors import InputError
+from lib.report import markdown
+from tests.reporting import CLAIM, begin, record_everything
+
+
+def page(*names: str) -> str:
+    return "# Title\n" + "".join(f"\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in names) + "\nThe end.\n"
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    record_everything(begin(monkeypatch, tmp_path, profile="full"))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(page("models", "headlines"))
+    (tmp_path / "docs" / "verdicts.md").write_text(page("verdicts"))
+    return tmp_path
+
+
+def test_block_lists_claims_and_notebooks(pages: Path) -> None:
+    assert markdown.verdict_block().splitlines() == [
+        "| claim | verdict | estimate [95 % interval] | n | model | source | rule | note |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 | dlm | paper, abstract | {CLAIM['rule']} |  |",
+        f"| Sinks move. | – **not tested** | - | 0 | smollm2 | paper, abstract | {CLAIM['rule']} | no file |",
+        "",
+        "- [Notebook 01](../notebooks/01_sink_traces.ipynb), Do sinks move? (full, commit "
+        f"{provenance.commit()}: 1 table, 2 figures, 2 claims; "
+        "[numbers](../results/full/01_sink_traces.json), [figures](../figures/full))",
+    ]
+
+
+def test_headlines_are_the_chosen_claims_that_were_run(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (("02", "none-such", "dlm"), ("01", "sinks-move", "dlm"))
+    monkeypatch.setattr(markdown, "HEADLINES", asked)
+    assert markdown.headline_block().splitlines()[2:] == [
+        "| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | dlm | [01](notebooks/01_sink_traces.ipynb) |"
+    ]
+
+
+def test_the_first_page_shows_at_most_eight_and_only_claims_that_exist() -> None:
+    assert len(markdown.HEADLINES) <= 8
+    results = {result["number"]: result for result in markdown.load_results(markdown.PROFILE, root=config.ROOT)}
+    known = {(number, claim["key"], claim["model"]) for number, result in results.items() for claim in result["claims"]}
+    assert set(markdown.HEADLINES) <= known
+
+
+def test_every_verdict_has_a_sign_of_its_own() -> None:
+    from lib.report.results import VERDICTS
+
+    assert set(markdown.SIGNS) == set(VERDICTS) and len(set(markdown.SIGNS.values())) == len(VERDICTS)
+
+
+def test_the_models_are_read_from_their_folders(tmp_path: Path) -> None:
+    for name, tokens, size in (("zeta", 3_400_000, 5_000_000), ("alpha", 12_000_000, 24_000_000)):
+        folder = tmp_path / "models" / "reference" / name
+        folder.mkdir(parents=True)
+        (folder / "recipe.json").write_text(json.dumps({"tokens": tokens}))
+        (folder / "model.safetensors").write_bytes(bytes(size))
+    assert markdown.models_block(root=tmp_path) == (
+        "The embedded models: `alpha` 12.0 M parameters, 12 M training tokens; `zeta` 2.5 M parameters, 3 M training tokens."
+    )
+
+
+def test_update_replaces_only_the_blocks_and_notices_staleness(pages: Path) -> None:
+    assert markdown.stale(pages) == ["README.md: models", "README.md: headlines", "docs/verdicts.md: verdicts"]
+    assert markdown.update(pages) == ["README.md", "docs/verdicts.md"]
+    text = (pages / "docs" / "verdicts.md").read_text()
+    assert text.startswith("# Title\n\n<!-- verdicts:begin -->\n| claim |")
+    assert text.endswith("\n<!-- verdicts:end -->\n\nThe end.\n")
+    assert "old" not in text and "old" not in (pages / "README.md").read_text()
+    assert markdown.stale(pages) == [] == markdown.update(pages)
+    assert (pages / "docs" / "verdicts.md").read_text() == text
+    (pages / "docs" / "verdicts.md").write_text(text.replace("**reproduced**", "**not reproduced**"))
+    assert markdown.stale(pages) == ["docs/verdicts.md: verdicts"]
+
+
+def test_results_may_lie_in_another_folder(pages: Path) -> None:
+    assert markdown.verdict_block(root=pages) == markdown.verdict_block()
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_results_of_other_profiles_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch, pages: Path, profile: str) -> None:
+    before = markdown.verdict_block()
+    run = begin(monkeypatch, pages, profile=profile)
+    run.claim("sinks-move", **CLAIM)
+    run.finish()
+    assert markdown.verdict_block() == before
+
+
+def test_without_results_the_blocks_say_so(tmp_path: Path) -> None:
+    nothing = "No results yet: `./run_all.sh full` makes them."
+    assert markdown.verdict_block(root=tmp_path) == nothing == markdown.headline_block(root=tmp_path)
+
+
+def test_a_run_without_claims_still_has_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begin(monkeypatch, tmp_path, profile="full").finish()
+    assert markdown.verdict_block().startswith("No claim has been tested yet.\n\n- [Notebook 01]")
+
+
+def test_bars_and_line_ends_cannot_break_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path, profile="full")
+    run.claim("sinks-move", **{**CLAIM, "statement": "P(a|b)\nis large."})
+    run.finish()
+    assert "| P(a\\|b) is large. |" in markdown.verdict_block()
+
+
+BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END + BEGIN, page("models") + page("models")])
+def test_a_page_without_its_marks_is_refused(pages: Path, text: str) -> None:
+    (pages / "README.md").write_text(text)
+    with pytest.raises(InputError, match=r"README.md must hold <!-- models:begin -->"):
+        markdown.update(pages)
+
+
+def test_a_missing_page_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"README.md must be a readable file"):
+        markdown.stale(tmp_path)

@@ -40,7 +40,7 @@ def source_of(text: str) -> ModelSource:
         for profile in (name for name in config.PROFILES if name != "rehearsal"):
             settings = config.load(profile)
             named = {**settings.models, **(settings.grid.models if settings.grid is not None else {})}
-            known = {**named, **known}
+            known |= {name: source for name, source in named.items() if name not in known}
         if text in known:
             return known[text]
         rule = f"a model must be a folder, HUB/ID@REVISION, or one of {', '.join(known)}"

@@ -5,7 +5,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from lib.commands.words import MODEL, UsageError, add_common, share, whole
+from lib.commands.words import MODEL, UsageError, add_common, pattern, share, whole
 
 if TYPE_CHECKING:
     from lib.models.language_model import LanguageModel
@@ -30,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Add how many weights go."""
     parser.add_argument("--sparsity", type=share(), metavar="S", help="share of every matrix, in [0, 1) (default 0.5)")
-    parser.add_argument("--pattern", metavar="N:M", help="keep N of every M neighbours, such as 2:4, instead of a share")
+    parser.add_argument(
+        "--pattern", type=pattern, metavar="N:M", help="keep N of every M neighbours, such as 2:4, instead of a share"
+    )
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -35,12 +35,16 @@ def source_of(text: str) -> ModelSource:
     Raises:
         InputError: none of these.
     """
+    known: dict[str, ModelSource] = {}
     if not text.startswith(lookup.WHEEL_PREFIX) and not files.exists(files.local_path(text)):
-        for profile in config.PROFILES:
+        for profile in (name for name in config.PROFILES if name != "rehearsal"):
             settings = config.load(profile)
             named = {**settings.models, **(settings.grid.models if settings.grid is not None else {})}
-            if text in named and profile != "rehearsal":
-                return named[text]
+            known |= {name: source for name, source in named.items() if name not in known}
+        if text in known:
+            return known[text]
+        rule = f"a model must be a folder, HUB/ID@REVISION, or one of {', '.join(known)}"
+        require("/" in text, rule, f"{text!r} and no such folder", "check the path")
     return lookup.parse(text)
 
 

@@ -40,6 +40,7 @@ def run(chosen: argparse.Namespace) -> None:
     """Trace, draw, tabulate."""
     from lib.commands import session
     from lib.core import config, provenance
+    from lib.core.errors import require
     from lib.core.runtime import generator
     from lib.diffusion import traces
     from lib.report import animation, canvas, tables
@@ -50,6 +51,9 @@ def run(chosen: argparse.Namespace) -> None:
     default = config.output_root() / "runs" / f"sinks-trace-{model.name}"
     folder = default if chosen.output is None else session.typed(chosen.output)
     prompts = _prompts(model, chosen)
+    longest = int(getattr(model.network.config, "max_position_embeddings", prompts.shape[1] + chosen.tokens)) - prompts.shape[1]
+    rule = f"--tokens must be at most {longest} for {model.name} and this prompt"
+    require(chosen.tokens <= longest, rule, str(chosen.tokens), "lower it, or shorten the prompt")
     steps = chosen.steps or max(1, chosen.tokens // 2)
     with session.blocks_counted(model, "tracing", passes=chosen.tokens + steps if model.is_causal else steps):
         positions, random = prompts.shape[1] + chosen.tokens, generator(chosen.seed, "sampling")

@@ -53,6 +53,14 @@ class whole:
         return int(text)
 
 
+def pattern(text: str) -> str:
+    """Read N of M, as argparse's `type`."""
+    kept, _, of = text.partition(":")
+    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
+        raise argparse.ArgumentTypeError(f"it must be N:M with 0 < N < M, got {text!r}, such as 2:4")
+    return text
+
+
 class share:
     """A fraction in [0, 1), as argparse's `type`: a per cent is a common mistake and is named."""
 

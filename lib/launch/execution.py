@@ -302,11 +302,14 @@ def main(arguments: list[str]) -> int:
         arguments: the order as JSON.
 
     Returns:
-        Exit code: 0, or 1 after a failure.
+        Exit code: 0, 1 after a failure, 130 after an interrupt.
     """
     order = json.loads(arguments[0])
     threading.Thread(target=_follow_parent, args=(order["parent"],), daemon=True).start()
-    problem = _execute_here(order)
+    try:
+        problem = _execute_here(order)
+    except KeyboardInterrupt:  # Ctrl-C reaches every process of the terminal; the launcher says it in one line
+        return 130
     sys.stdout.write(f"{problem}\n")
     return 1 if problem else 0
 

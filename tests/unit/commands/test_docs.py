@@ -1,4 +1,4 @@
-"""The Python of docs/library.md runs as it stands there, on a tiny checkpoint in the place of the embedded model."""
+"""The Python of the docs runs as it stands there, on a tiny checkpoint in the place of the embedded model."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,11 @@ from lib.commands import command
 from lib.core.environment import ROOT
 from recipes import rehearsal_models
 
-PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-CALLS = re.findall(r"^sinks (\w+)", PAGE, re.MULTILINE)
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8") for page in ("docs/library.md", "docs/checkpoints.md", "docs/commands.md")
+}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+CALLS = re.findall(r"^sinks (\w+)", PAGES["docs/commands.md"], re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:40] for block in BLOCKS])
@@ -21,7 +23,7 @@ def test_a_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rehearsal_models.write(tmp_path / "tiny", "llada", seed=0)
     code = block.replace("models/reference/dlm", "tiny").replace("Grid(4, 64", "Grid(4, 32")
     assert "tiny" in code
-    exec(compile(code, "library.md", "exec"), {})
+    exec(compile(code, "docs", "exec"), {})
     for folder in (path for path in tmp_path.iterdir() if path.name != "tiny"):
         assert (folder / "tokenizer.json").exists(), "a checkpoint without its tokenizer is half a checkpoint"
 

@@ -60,7 +60,8 @@ def compare(
 
     Returns:
         One row a system: its four choices, `rival` and `control`; `forwards`, `rows` (query positions computed) and `seconds`
-        (median of the rounds) of all prompts; `top1` and `KL` against exact passes; `agreement`, the share of the plain sampler's
+        (median of the rounds) of all prompts; `top1` and `KL` against exact passes, in all and with at most a third (`late`), two
+        thirds (`middle`) and more of the text masked (`early`); `agreement`, the share of the plain sampler's
         tokens; `nats` per token under the judge, with the paired `difference` to the rival's and its 95 % interval.
     """
     every = [PLAIN_SYSTEM, *listed]
@@ -82,7 +83,7 @@ def compare(
             "control": "sinks" if each.name in published_systems.ranked(Control(), DecodingPlan().commit) else "",
             "block": block, "forwards": sum(part.forwards for part in run.decoded),
             "rows": sum(part.computed_tokens for part in run.decoded), "seconds": float(seconds[each.name].median()),
-            "top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same),
+            "top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same), **_by_ratio(run),
             **_against(nats[each.name], nats[each.rival], seed=seed), **((answered or {}).get(each.name, {})),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -97,6 +98,13 @@ def _measured(model: LanguageModel, prompts: Tensor, plan: Plan, *, new_tokens: 
     ones = torch.ones(len(prompts), dtype=torch.float64)
     both = torch.stack([ones, 0 * ones], 1)[:, None].expand(-1, len(fidelity.EDGES) - 1, -1)
     return Fidelity(texts, ones, 0 * ones, both)
+
+
+def _by_ratio(run: Fidelity) -> dict[str, float]:
+    """Return top-1 and KL at each third of mask ratios, means over the prompts that have one."""
+    found = run.by_ratio.nanmean(0).T.tolist()
+    names = [f"{what} {third}" for what in ("top1", "KL") for third in ("late", "middle", "early")]
+    return dict(zip(names, [*found[0], *found[1]], strict=True))
 
 
 def _against(values: Tensor | None, rival: Tensor | None, *, seed: int) -> dict[str, float]:

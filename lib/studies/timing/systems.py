@@ -179,6 +179,7 @@ def curve(
         One row a rule and threshold: `parallelism`, tokens a forward pass; `accuracy` with its 95 % interval, and `difference` to
         one token a step with its own; `area`, of the rule's curve, see `area`.
     """
+    _known("curve_rules", names, list(published_systems.commits_by(0.5)))
     settings = replace(settings, batch_size=1)  # so that passes are of one text
     plain = answers(model, task, PLAIN, settings=settings, limit=limit)
     rows = [_point("plain sampler", 1.0, 1.0, plain, plain)]
@@ -196,6 +197,12 @@ def curve(
         points = [first, *zip(own["parallelism"].tolist(), (100 * own["accuracy"]).tolist(), strict=True)]
         areas[name] = area(points)
     return table.assign(area=[areas[str(name)] for name in table["rule"]])
+
+
+def _known(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names of nothing."""
+    for name in names:
+        require(name in known, f"{setting} must be among {', '.join(known)}", repr(name), "choose one")
 
 
 def _parallelism(tally: Sequence[tuple[int, int]]) -> float:
@@ -270,6 +277,7 @@ def accuracy_rows(
     Returns:
         By name `accuracy`, `accuracy difference` to the plain sampler and the ends of its interval.
     """
+    _known("answering_systems", names, [each.name for each in listed])
     plain = answers(model, task, PLAIN, settings=settings, limit=limit)
     found = {PLAIN: plain}
     for each in listed:

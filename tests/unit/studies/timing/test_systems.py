@@ -154,12 +154,13 @@ def test_answers_are_paired_by_document(model: LanguageModel, monkeypatch: pytes
 
 
 def test_unknown_names_are_refused_before_any_answer(model: LanguageModel) -> None:
-    task, options = tasks.load("tiny_topic_written"), {"settings": EvaluationSettings(), "limit": 2}
-    with pytest.raises(InputError, match="answering_systems must be among threshold, factor.*, got 'threshhold'"):
+    task = tasks.load("tiny_topic_written")
+    options: dict[str, Any] = {"settings": EvaluationSettings(), "limit": 2}
+    with pytest.raises(InputError, match=r"answering_systems must be among threshold, factor.*, got 'threshhold'"):
         listed = published.published(threshold=0.5, fixed=commit.Quota(2))
-        systems.accuracy_rows(model, task, listed, names=["threshhold"], **options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="curve_rules must be among threshold, factor.*, got 'DAPD'"):
-        systems.curve(model, task, [0.5], ["DAPD"], **options)  # type: ignore[arg-type]
+        systems.accuracy_rows(model, task, listed, names=["threshhold"], **options)
+    with pytest.raises(InputError, match=r"curve_rules must be among threshold, factor.*, got 'DAPD'"):
+        systems.curve(model, task, [0.5], ["DAPD"], **options)
 
 
 def test_attention_by_blocks_has_no_fidelity(model: LanguageModel) -> None:

@@ -75,7 +75,7 @@ class Workload:
     timed_prompts: int | None = None
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """What `run_decoder` takes of it."""
         return {"new_tokens": self.new_tokens, "block_length": self.block_length, "batch_size": self.batch_size}
 

@@ -60,7 +60,8 @@ def compare(
 
     Returns:
         One row a system: its four choices, `rival` and `control`; `forwards`, `rows` (query positions computed) and `seconds`
-        (median of the rounds) of all prompts; `top1` and `KL` against exact passes; `agreement`, the share of the plain sampler's
+        (median of the rounds) of all prompts; `top1` and `KL` against exact passes, in all and with at most a third (`late`), two
+        thirds (`middle`) and more of the text masked (`early`); `agreement`, the share of the plain sampler's
         tokens; `nats` per token under the judge, with the paired `difference` to the rival's and its 95 % interval.
     """
     every = [PLAIN_SYSTEM, *listed]
@@ -82,7 +83,7 @@ def compare(
             "control": "sinks" if each.name in published_systems.ranked(Control(), DecodingPlan().commit) else "",
             "block": block, "forwards": sum(part.forwards for part in run.decoded),
             "rows": sum(part.computed_tokens for part in run.decoded), "seconds": float(seconds[each.name].median()),
-            "top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same),
+            "top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same), **_by_ratio(run),
             **_against(nats[each.name], nats[each.rival], seed=seed), **((answered or {}).get(each.name, {})),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -97,6 +98,13 @@ def _measured(model: LanguageModel, prompts: Tensor, plan: Plan, *, new_tokens: 
     ones = torch.ones(len(prompts), dtype=torch.float64)
     both = torch.stack([ones, 0 * ones], 1)[:, None].expand(-1, len(fidelity.EDGES) - 1, -1)
     return Fidelity(texts, ones, 0 * ones, both)
+
+
+def _by_ratio(run: Fidelity) -> dict[str, float]:
+    """Return top-1 and KL at each third of mask ratios, means over the prompts that have one."""
+    found = run.by_ratio.nanmean(0).T.tolist()
+    names = [f"{what} {third}" for what in ("top1", "KL") for third in ("late", "middle", "early")]
+    return dict(zip(names, [*found[0], *found[1]], strict=True))
 
 
 def _against(values: Tensor | None, rival: Tensor | None, *, seed: int) -> dict[str, float]:
@@ -171,6 +179,7 @@ def curve(
         One row a rule and threshold: `parallelism`, tokens a forward pass; `accuracy` with its 95 % interval, and `difference` to
         one token a step with its own; `area`, of the rule's curve, see `area`.
     """
+    _known("curve_rules", names, list(published_systems.commits_by(0.5)))
     settings = replace(settings, batch_size=1)  # so that passes are of one text
     plain = answers(model, task, PLAIN, settings=settings, limit=limit)
     rows = [_point("plain sampler", 1.0, 1.0, plain, plain)]
@@ -188,6 +197,12 @@ def curve(
         points = [first, *zip(own["parallelism"].tolist(), (100 * own["accuracy"]).tolist(), strict=True)]
         areas[name] = area(points)
     return table.assign(area=[areas[str(name)] for name in table["rule"]])
+
+
+def _known(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names of nothing."""
+    for name in names:
+        require(name in known, f"{setting} must be among {', '.join(known)}", repr(name), "choose one")
 
 
 def _parallelism(tally: Sequence[tuple[int, int]]) -> float:
@@ -262,6 +277,7 @@ def accuracy_rows(
     Returns:
         By name `accuracy`, `accuracy difference` to the plain sampler and the ends of its interval.
     """
+    _known("answering_systems", names, [each.name for each in listed])
     plain = answers(model, task, PLAIN, settings=settings, limit=limit)
     found = {PLAIN: plain}
     for each in listed:

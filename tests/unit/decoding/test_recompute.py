@@ -72,7 +72,7 @@ DUAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", DUAL)
 def test_what_adds_nothing_is_a_dual_cache(model: LanguageModel, name: str) -> None:
     """FOCUS leaves frozen tokens out, so with it texts may differ where one is frozen early: one token is written a pass."""
-    commits = {"commit": commit.Quota(2)}
+    commits: dict[str, Any] = {"commit": commit.Quota(2)}
     got = run(model, DecodingPlan(**commits, **DUAL[name]))
     dual = run(model, DecodingPlan(**commits, recompute=Blockwise()))
     if "FOCUS" not in name:

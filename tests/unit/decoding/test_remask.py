@@ -1,6 +1,6 @@
 """Revision: each rule against its formula on planted probabilities, shadows against passes without a token, ends of blocks."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -169,6 +169,7 @@ ACTIVE = {
 def test_revision_changes_the_text_and_ends(model: LanguageModel, name: str) -> None:
     """Blocks end, rows are independent, the prompt stays."""
     plan = ACTIVE[name]
+    assert plan.remask is not None
     got = run(model, plan)
     without = run(model, DecodingPlan(plan.commit))
     assert not torch.equal(got.ids, without.ids)
@@ -225,7 +226,7 @@ def test_blocks_of_chosen_ends_fill_the_text(model: LanguageModel) -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    for options in ({"remask": remask.NarrowOut()}, {"recompute": remask.Shadows()}):
+    for options in cast(list[dict[str, Any]], [{"remask": remask.NarrowOut()}, {"recompute": remask.Shadows()}]):
         with pytest.raises(InputError, match="NarrowOut must go with Shadows"):
             DecodingPlan(**options)
     with pytest.raises(InputError, match="tokens that are written late must stay"):

@@ -9,7 +9,9 @@ from torch import Tensor
 from lib.core.errors import InputError
 from lib.decoding.analytical import retrieval
 from lib.decoding.analytical.retrieval import retrieved
-from lib.decoding.late_steps import RADIUS
+from lib.decoding.decoder import DecodingPlan, decode
+from lib.decoding.late_steps import RADIUS, windows_at
+from tests import tiny
 
 MASK, VOCAB = 9, 10
 
@@ -69,3 +71,22 @@ def test_a_subset_has_a_window() -> None:
     with pytest.raises(InputError, match="least must be at least 1 window, got 0"):
         retrieved(texts(), vocab=VOCAB, least=0)
     assert retrieval.QUERIES_AT_ONCE > 0
+
+
+def test_decoding_writes_late_tokens_by_retrieval() -> None:
+    """Two of four tokens come from passes; the rest are what windows of the text with masks there say, not the network's 1."""
+
+    def ramp(ids: Tensor) -> Tensor:
+        logits = torch.zeros((*ids.shape, VOCAB))
+        logits[..., 1] = 5.0 - torch.arange(ids.shape[1])
+        return logits
+
+    stub = tiny.stub(ramp, vocab=VOCAB, mask_token_id=MASK)
+    step = retrieved(torch.tensor([[1, 1, 1, 6, 7] * 8]), vocab=VOCAB)
+    plan = DecodingPlan(late_share=0.5, late_step=step)
+    prompt = torch.tensor([[1]])
+    got = decode(stub, prompt, new_tokens=4, block_length=4, plan=plan)
+    text = torch.tensor([[1, 1, 1, MASK, MASK]])
+    windows = windows_at(text, text == MASK)
+    assert got.ids[0, 3:].tolist() == step.probabilities(windows, mask_id=MASK).argmax(-1).tolist() == [6, 7]
+    assert got.forwards == 2

@@ -1,5 +1,7 @@
 """Self-speculation: the same text in fewer passes."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ PROMPT, NEW = 5, 12
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """In float64: in float32 a pass over several rows may break a tie otherwise than one over one."""
-    shift = {"qwen2": {"logit_shift": 1}}.get(request.param, {})
+    shift: dict[str, Any] = {"qwen2": {"logit_shift": 1}}.get(request.param, {})
     folder = tiny.folder(tmp_path_factory.mktemp(request.param), causal=False, family=request.param, **shift)
     return loading.load(folder, dtype=torch.float64)
 

@@ -15,8 +15,10 @@ from lib.calibration.reads import statistics_of
 from lib.calibration.sets import Inputs
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
-from lib.decoding import late_steps, refresh
+from lib.decoding import commit, late_steps, refresh
+from lib.decoding.by_attention.commit import Independent
 from lib.decoding.decoder import DecodingPlan, decode
+from lib.decoding.remask import Edit, WhereFutureAgrees
 from lib.decoding.systems import fast_plan
 from lib.diffusion import block_sampler, sampler
 from lib.diffusion.block_rules import BlockRule
@@ -192,8 +194,37 @@ def test_a_decoder_goes_through_the_block_sampler(model: LanguageModel, name: st
 
 
 @pytest.mark.parametrize(
+    ("rule", "same"),
+    [
+        (commit.LocalLeap(0.3, 1.0, 0), commit.Threshold(0.3)),
+        (commit.Hierarchy(0.3, 1.0), commit.Threshold(0.3)),
+        (commit.AdaptiveThreshold(0.3, 0.0), commit.Threshold(0.3)),
+        (commit.EntropyBound(0.0), commit.Quota()),
+        (commit.Factor(0.0), commit.Quota()),
+        (commit.Klass(1.0), commit.Quota()),
+    ],
+)
+def test_commit_rules_choose_in_the_block_sampler(model: LanguageModel, rule: commit.Commit, same: commit.Commit) -> None:
+    prompt = tiny.ids(2, 6)
+    sizes: dict[str, Any] = {"new_tokens": 10, "block_length": 4}
+    got, wanted = (decode(model, prompt, plan=DecodingPlan(each), **sizes) for each in (rule, same))
+    assert (got.ids.tolist(), got.forwards) == (wanted.ids.tolist(), wanted.forwards)
+
+
+def test_still_predictions_are_written_together_by_blocks(model: LanguageModel) -> None:
+    """Confident at once and still from the second pass on: fewer passes than one token a step, more than one a block."""
+    plan = DecodingPlan(commit.Klass(0.0, 99.0, 1))
+    got = decode(model, tiny.ids(1, 8), new_tokens=8, block_length=4, plan=plan)
+    assert got.forwards == 4  # the best token of a block, then the rest
+
+
+@pytest.mark.parametrize(
     ("plan", "message"),
     [
+        (DecodingPlan(commit.Credit()), "commit=Credit"),
+        (DecodingPlan(Independent()), "commit=Independent"),
+        (DecodingPlan(remask=Edit()), "remask=Edit"),
+        (DecodingPlan(ends=WhereFutureAgrees()), "ends=WhereFutureAgrees"),
         (fast_plan(threshold=0.5, cache="dual"), "recompute=Blockwise\\(refresh_every=None, kind='dual'\\)"),
         (fast_plan(threshold=0.5, cache="adaptive", refresh_ratio=0.5), "recompute=Adaptive"),
         (fast_plan(threshold=0.5, cache="prefix", refresh_every=2), "recompute=Blockwise\\(refresh_every=2"),

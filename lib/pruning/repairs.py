@@ -4,7 +4,6 @@ Both lower the squared error of the layer's outputs, (w - v)^T H (w - v) added u
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +168,9 @@ def swap(
     """
     groups = parse_pattern(pattern, width=weight.shape[1])
     work, results = weight.to(hessian.dtype), []
-    search = partial(_of_groups, size=groups[1]) if groups else _of_all if exhaustive else _of_two
+    search = _of_all if exhaustive else _of_two
+    if groups:
+        search = _inside(groups[1])
     for rows, own in zip(work.split(_at_once(work)), kept.split(_at_once(work)), strict=True):
         results.append(_swapped(rows, own, hessian, swaps, search))
     return torch.cat(results)
@@ -241,12 +242,17 @@ def _of_all(weight: Tensor, cost: Tensor, gone: Tensor, hessian: Tensor) -> tupl
     return change, remove, restore
 
 
-def _of_groups(weight: Tensor, cost: Tensor, gone: Tensor, hessian: Tensor, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inside(size: int) -> Search:
     """Look at all pairs inside groups of `size` columns."""
-    inside = torch.stack([hessian[start : start + size, start : start + size] for start in range(0, len(hessian), size)])
-    values, cost, gone = (each.unflatten(1, (-1, size)) for each in (weight, cost, gone))
-    to_remove, to_restore = cost.masked_fill(gone, torch.inf), cost.masked_fill(~gone, torch.inf)
-    table = to_remove[..., None] + to_restore[..., None, :] - 2 * values[..., None] * values[..., None, :] * inside
-    best = table.flatten(1).min(1)
-    group, place = best.indices // size**2, best.indices % size**2
-    return best.values, group * size + place // size, group * size + place % size
+
+    def search(weight: Tensor, cost: Tensor, gone: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best pair of every row."""
+        inside = torch.stack([hessian[start : start + size, start : start + size] for start in range(0, len(hessian), size)])
+        values, costs, out = (each.unflatten(1, (-1, size)) for each in (weight, cost, gone))
+        to_remove, to_restore = costs.masked_fill(out, torch.inf), costs.masked_fill(~out, torch.inf)
+        table = to_remove[..., None] + to_restore[..., None, :] - 2 * values[..., None] * values[..., None, :] * inside
+        best = table.flatten(1).min(1)
+        group, place = best.indices // size**2, best.indices % size**2
+        return best.values, group * size + place // size, group * size + place % size
+
+    return search

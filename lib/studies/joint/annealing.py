@@ -23,8 +23,8 @@ WARMTH = 0.25  # share of the first loss by which a worse allocation is accepted
 MOST = 3  # choices that one step changes
 TRIES = 200  # proposals a step, until one fits
 COLUMNS = (
-    "model", "budget", "strategy", "layers changed", "predicted", "measured", "measured - predicted", "measured, other windows",
-    "energy, mJ", "share of energy",
+    "model", "budget", "strategy", "layers changed", "predicted", "measured", "measured - predicted", "measured to choose",
+    "measured elsewhere", "energy, mJ", "share of energy",
 )  # fmt: skip
 
 
@@ -121,7 +121,8 @@ def compare(
 ) -> tuple[list[Tried], pd.DataFrame]:
     """Walk from the solver's answer at each budget, and choose by measured loss among all that was found.
 
-    Choices are made on the windows that the sums come from, with the same masks, and judged on those of the bench.
+    What was chosen by sums on some windows seems better there than it is. So the walk and the choice go by the windows that the
+    calibration read, which the sums did not see, and are judged on those of the bench, as all are.
 
     Args:
         prepared: a model's layers in all formats.
@@ -135,19 +136,11 @@ def compare(
 
     Returns:
         Two more records a budget, untimed; and a table of what every allocation was predicted to lose, what it loses on the same
-        windows (the difference is what additivity costs), what it loses on others, and its energy.
+        windows (the difference is what additivity costs), on those that choose, and on the bench's, and its energy.
     """
-    bench, floored = prepared.found.bench, search.floor_at_zero(options)
-    choosing = replace(bench, windows=windows, seed=seed, draws=draws)
-    dense, base, known = float(runs.loss(choosing).mean()), runs.loss(bench), dict[object, float]()
-
-    def measure(found: Allocation) -> float:
-        """Measure the increase on the windows that choices are made on."""
-        key = changed(found)
-        if key not in known:
-            known[key] = float(measured_formats.loss_in(prepared, found.formats, bench=choosing).mean()) - dense
-        return known[key]
-
+    floored, base = search.floor_at_zero(options), runs.loss(prepared.found.bench)
+    same = _increase(prepared, windows, draws=draws, seed=seed)
+    choosing = _increase(prepared, prepared.found.windows, draws=draws, seed=seed)
     more, listed = [], []
     for budget in tqdm(dict.fromkeys(one.budget for one in tried), desc="annealing", leave=False, disable=None):
         own = {one.strategy: one for one in tried if one.budget == budget and one.allocation is not None}
@@ -158,8 +151,8 @@ def compare(
         start = first.allocation
         assert start is not None
         found = {name: one.allocation for name, one in own.items() if one.allocation is not None}
-        found[ANNEALED] = walk(start, floored, measure, limits=limits, steps=steps, stream=stream).best
-        found[CHOSEN] = min(found.values(), key=measure)
+        found[ANNEALED] = walk(start, floored, choosing, limits=limits, steps=steps, stream=stream).best
+        found[CHOSEN] = min(found.values(), key=choosing)
         for name in (ANNEALED, CHOSEN):
             loss = measured_formats.loss_in(prepared, found[name].formats)
             judged = paired.paired_difference(loss, base, seed=seed)
@@ -167,15 +160,36 @@ def compare(
                 replace(first, strategy=name, allocation=found[name], as_measured=math.nan, increase=judged, forward=None)
             )
         judged = {one.strategy: one.increase for one in (*own.values(), *more[-2:])}
-        listed += [_row(prepared, budget, name, each, measure(each), judged[name], rows=rows) for name, each in found.items()]
+        listed += [
+            _row(prepared, budget, name, each, (same(each), choosing(each)), judged[name], rows=rows)
+            for name, each in found.items()
+        ]
     return more, pd.DataFrame(listed, columns=pd.Index(COLUMNS))
 
 
+def _increase(
+    prepared: Prepared, windows: Int[Tensor, "window position"], *, draws: int, seed: int
+) -> Callable[[Allocation], float]:
+    """Return what measures the increase of the loss on some windows, of every allocation once."""
+    bench = replace(prepared.found.bench, windows=windows, seed=seed, draws=draws)
+    dense, known = float(runs.loss(bench).mean()), dict[object, float]()
+
+    def measure(found: Allocation) -> float:
+        """Measure, or remember."""
+        key = changed(found)
+        if key not in known:
+            known[key] = float(measured_formats.loss_in(prepared, found.formats, bench=bench).mean()) - dense
+        return known[key]
+
+    return measure
+
+
 def _row(
-    prepared: Prepared, budget: Budget, name: str, found: Allocation, measured: float, judged: object, *, rows: int
+    prepared: Prepared, budget: Budget, name: str, found: Allocation, measured: tuple[float, float], judged: object, *, rows: int
 ) -> tuple[object, ...]:
     """Return one row of the table."""
     joules, whole = (measured_formats.energy(prepared, formats, rows=rows) for formats in (found.formats, {}))
     elsewhere = getattr(judged, "estimate", math.nan)
-    numbers = (len(changed(found)), found.loss, measured, measured - found.loss, elsewhere, 1e3 * joules, joules / whole)
+    same, choosing = measured
+    numbers = (len(changed(found)), found.loss, same, same - found.loss, choosing, elsewhere, 1e3 * joules, joules / whole)
     return prepared.model.name, budget.name, name, *numbers

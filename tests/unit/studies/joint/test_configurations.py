@@ -331,5 +331,12 @@ def test_energy_by_hand(prepared: Prepared) -> None:
     dynamic = dict.fromkeys(shapes, "int8 dynamic")
     got = measured_formats.energy(prepared, dynamic, rows=rows)
     assert got == pytest.approx(expected(weights + 4 * len(shapes) + biases, 0.23e-12))
-    packed = measured_formats.energy(prepared, dict.fromkeys(shapes, "int4"), rows=rows)
-    assert got < packed < expected(2 * weights + biases, 4.6e-12)
+    few, many = (
+        {
+            form: measured_formats.energy(prepared, dict.fromkeys(shapes, form), rows=count)
+            for form in ("int4", "int8 dynamic", "dense")
+        }
+        for count in (5, 1000)
+    )
+    assert few["int4"] < few["int8 dynamic"] < few["dense"]  # memory decides
+    assert many["int8 dynamic"] < many["int4"] < many["dense"]  # products do

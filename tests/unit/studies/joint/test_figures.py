@@ -88,7 +88,7 @@ def test_allocations_show_every_strategy_predicted_and_measured() -> None:
     predicted, measured = (drawn(ax) for ax in figure.axes)
     assert {round(x, 6) for x, _ in predicted} == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6}
     assert {(round(x + 1, 6), y) for x, y in predicted} <= measured
-    rows_of = [{round(y, 6) for x, y in predicted if round(x, 6) == 0.1 * i} for i in (3, 4)]
+    rows_of = [{round(y, 6) for x, y in predicted if round(x, 6) == round(0.1 * i, 6)} for i in (3, 4)]
     assert rows_of[0] == rows_of[1] == {0.06, 1.06}  # random draws share a line of their own
     assert len({round(y, 6) for _, y in predicted}) == 2 * 6
 

@@ -1,6 +1,7 @@
 """Rewritings before rounding: the dense loss stays, the rounded one is that of the rewritten model, and sinks are left out."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_all_pairs_are_measured_and_others_refused(found: Calibrations) -> None:
 def test_rotations_spread_outliers_of_channels_and_not_of_tokens(found: Calibrations) -> None:
     model = found.bench.model
     with folding.folded(model):
-        model.network.get_input_embeddings().weight.data[:, 3] *= 40.0  # one channel of the residual stream, in every token
+        embeddings = cast(torch.Tensor, model.network.get_input_embeddings().weight)
+        embeddings.data[:, 3] *= 40.0  # one channel of the residual stream, in every token
         table = foldings.outlier_table(found).set_index("rewriting")
     before, after = (table.loc[name] for name in (foldings.NONE, foldings.ROTATED))
     assert after["largest channel / median"] < 0.5 * before["largest channel / median"]

@@ -128,7 +128,7 @@ def test_real_times_are_positive(prepared: Prepared) -> None:
 def test_tables_of_different_units_are_not_joined(
     prepared: Prepared, sensitivities: list[Sensitivity], seconds: dict[Offer, float]
 ) -> None:
-    with pytest.raises(InputError, match="must be of the same units and formats, got 75, 76 and 76 of them"):
+    with pytest.raises(InputError, match="must be of the same units and formats, got 117, 118 and 118 of them"):
         measured_formats.choices(sensitivities[1:], seconds, measured_formats.sizes(prepared))
 
 

@@ -75,12 +75,9 @@ class SinkTraces(Section):
         got, remedy = f"{self.steps} steps for {new_tokens} new tokens", "lower steps or raise positions"
         require(new_tokens >= self.steps, "steps must be at most positions - prompt_tokens", got, remedy)
         block = self.block_length or new_tokens
-        require(
-            new_tokens % block == 0 and self.steps % (new_tokens // block) == 0,
-            "block_length must divide positions - prompt_tokens, and the number of blocks must divide steps",
-            f"block_length {self.block_length}, {new_tokens} new tokens, {self.steps} steps",
-            "use null for one block",
-        )
+        rule = "block_length must divide positions - prompt_tokens, and the number of blocks must divide steps"
+        got = f"block_length {self.block_length}, {new_tokens} new tokens, {self.steps} steps"
+        require(new_tokens % block == 0 and self.steps % (new_tokens // block) == 0, rule, got, "use null for one block")
         require(self.top_k < self.positions, "top_k must be below positions", str(self.top_k), "lower it")
 
 
@@ -159,12 +156,8 @@ class PruningBaselines(Compression):
 
     def __post_init__(self) -> None:
         self._at_most("seeds", "task_seeds")
-        require(
-            {0.3, 0.5} <= set(self.sparsities),
-            "sparsities must hold 0.3 and 0.5",
-            str(list(self.sparsities)),
-            "the digest's and the paper's tables need them",
-        )
+        got, remedy = str(list(self.sparsities)), "the digest's and the paper's tables need them"
+        require({0.3, 0.5} <= set(self.sparsities), "sparsities must hold 0.3 and 0.5", got, remedy)
         for pattern in self.patterns:
             kept, _, group = pattern.partition(":")
             require(

@@ -302,15 +302,12 @@ def while_compressed(
 def loss_by_noise(
     model: LanguageModel, windows: Int[Tensor, "window position"], *, ratios: Sequence[float], seed: int, batch_size: int = 32
 ) -> Float[Tensor, "ratio window"]:
-    """Return the cross-entropy of masked tokens at some mask ratios, in nats per masked token.
-
-    Under other noise they are drawn anew: what is seen of them says nothing of what they were, so the cross-entropy of x_theta
-    is least at the same posterior, that of the token given the other positions.
+    """Return the cross-entropy of masked tokens (of tokens drawn anew under other noise) at mask ratios, in nats per such token.
 
     Args:
         model: a diffusion model.
         windows: clean held-out windows.
-        ratios: shares of the positions that are masked, in (0, 1]; at least one position is.
+        ratios: shares of the positions that are masked or drawn anew, in (0, 1]; at least one position is.
         seed: of the masks, which are those of every other model with this seed.
         batch_size: windows at one time.
 

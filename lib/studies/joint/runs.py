@@ -31,8 +31,7 @@ Order = Literal["prune, quantize", "quantize, prune", "joint"]
 Rounding = Literal["gptq", "nearest", "planes"]
 Name = TypeVar("Name")
 Result = TypeVar("Result")
-PLAIN = Method("sparsegpt")
-DENSE = Grid(DENSE_BITS)
+PLAIN, DENSE = Method("sparsegpt"), Grid(DENSE_BITS)
 
 
 @dataclass(frozen=True)

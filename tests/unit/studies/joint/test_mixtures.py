@@ -110,11 +110,12 @@ def test_masks_and_repairs_use_the_statistics_of_experts(found: Calibrations) ->
     mask, ways = repairs.masks(bench.model, noised=few)[repairs.RIVAL], ("mask alone", "refit", "swaps")
     outcomes = {each.method: each for each in repairs.measure(bench, target, seeds=[1], noised=few, repairs=ways)}
     ranked, errors_of = found.statistics_of(mask), found.hessians_of(few)
-    weights = repairs.repaired(bench.model, mask, target, ranked, errors_of, repairs=ways)
+    (weights,) = repairs.repaired(bench.model, [mask], target, [ranked], errors_of, repairs=ways)
     for way in ways:
         with pruner.restored(bench.model) as model:
             fallen = pruner.prune_with_(model, repaired(mask, way), target, ranked, errors_of=errors_of)
-            assert all(torch.equal(layer.module.weight, own) for layer, own in zip(model.layers, weights[way], strict=True))
+            for layer, own in zip(model.layers, weights[way], strict=True):  # refits are solved together: equal but for rounding
+                torch.testing.assert_close(layer.module.weight.detach(), own, atol=1e-5, rtol=1e-4)
         assert outcomes[repairs.name_of(repairs.RIVAL, way)].fallbacks == len(fallen)
         assert bool(fallen) or way == "mask alone"
 

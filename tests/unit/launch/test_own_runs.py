@@ -114,13 +114,13 @@ def test_a_link_to_the_script_starts_the_project(project: Path, tmp_path: Path) 
 def test_a_foreign_lib_on_the_path_is_not_ours(project: Path, tmp_path: Path) -> None:
     for name in ("lib", "sinks"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise SystemExit('foreign')\n")
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('of another project')\n")
     done = scripted(project, "--list", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["01", "toy"])
     command = [sys.executable, "-c", "import sink_aware_pruning_command as s; raise SystemExit(s.main())", "compare", "a", "b"]
     place = environ_of(ROOT) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"got {tmp_path / 'a'}" in done.stderr and "foreign" not in done.stderr
+    assert done.returncode == 2 and f"got {tmp_path / 'a'}" in done.stderr and "of another project" not in done.stderr
 
 
 def test_a_reader_that_leaves_is_no_failure_with_a_traceback(project: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_foreign_kernel_does_not_come_first() -> None:
 def test_texts_are_utf8_whatever_the_locale_says(project: Path) -> None:
     assert variables.settings({})["PYTHONUTF8"] == "1"
     odd = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-    code = "from lib.commands import terminal; terminal.use_utf8(); terminal.say('Ω → ␣')"
+    code = "from lib.commands import terminal; terminal.use_utf8(); terminal.say('\\u03a9 \\u2192 \\u2423')"
     done = subprocess.run([sys.executable, "-c", code], env=environ_of(ROOT) | odd, capture_output=True, check=True)
     assert done.stdout.decode("utf-8") == "Ω → ␣\n"
     for profile in config.PROFILES:

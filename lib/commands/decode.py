@@ -69,7 +69,7 @@ def plan_of(text: str) -> "DecodingPlan":
         UsageError: an unknown word, or a number that is none.
         InputError: choices that do not go together.
     """
-    from lib.decoding import DecodingPlan
+    from lib.decoding import fast_plan
 
     options: dict[str, Any] = {}
     for word in text.split("+"):
@@ -90,7 +90,7 @@ def plan_of(text: str) -> "DecodingPlan":
             raise UsageError(f"--decoder must be words of {known} joined by +, got {word!r}: write it like dual+threshold=.9")
     if "steps_per_block" not in options:
         options.setdefault("threshold", DEFAULTS["threshold"])
-    return DecodingPlan(**options)
+    return fast_plan(**options)
 
 
 def _number(word: str, value: str, default: float | None) -> float:

@@ -105,8 +105,8 @@ def measure(
 @torch.inference_mode()
 def weights(masses: Masses, weighting: Weighting, *, seed: int = 0) -> Tensor:
     """Return the weight of each token, as `measure` does, from masses that other weightings share."""
-    if weighting.kind == "mask" or weighting.kind in DECODING:
-        rule, got = f"weights of kind {weighting.kind!r} must have mask tokens to tell apart", f"none with {masses.model.name}"
+    if weighting.kind == "mask":
+        rule, got = "the control 'mask' must have mask tokens to weigh down", f"none with {masses.model.name}"
         require(masses.model.mask_token_id is not None, rule, got, "use random or first")
     if weighting.kind in INSTABILITY:
         raise InputError(f"instability must be measured over noise levels, got {weighting.kind}: use measure_over_levels")

@@ -159,6 +159,8 @@ def _carry_out(chosen: argparse.Namespace) -> int:
         if chosen.profile == "rehearsal":
             _make_rehearsal()
         if chosen.plan or _computes_grid(chosen):
+            if not chosen.plan:
+                _say_where()
             _run_grid(chosen)
             if chosen.plan or chosen.grid_only:
                 return 0
@@ -166,6 +168,8 @@ def _carry_out(chosen: argparse.Namespace) -> int:
         if chosen.list:
             batch.show(jobs, say=_say)
         else:
+            if not _computes_grid(chosen):
+                _say_where()
             at_once = None if chosen.profile in GRID_PROFILES else chosen.jobs  # there it counts models
             batch.run(jobs, say=_say, fresh=chosen.fresh, at_once=at_once)
     except InputError as error:
@@ -183,7 +187,13 @@ def _go_to_own_folder(chosen: argparse.Namespace) -> None:
     own = None if os.environ.get("SINKS_OUTPUT") else config.custom_root(settings, overrides=chosen.overrides)
     if own is not None:
         os.environ |= {"SINKS_OUTPUT": str(own), "SINKS_CELLS": str(environment.ROOT)}
-    if config.output_root() != environment.ROOT and not chosen.plan:
+
+
+def _say_where() -> None:
+    """Say where files go, when it is not the project."""
+    from lib.core import config
+
+    if config.output_root() != environment.ROOT:
         _say(f"writes below {config.output_root()}")
 
 

@@ -145,7 +145,7 @@ def test_drawn_controls_depend_on_the_seed_alone(diffusion: LanguageModel, contr
 
 
 def test_a_control_of_mask_tokens_needs_a_model_that_has_them(tmp_path: Any) -> None:
-    with pytest.raises(InputError, match="weights of kind 'mask' must have mask tokens to tell apart, got none with"):
+    with pytest.raises(InputError, match="the control 'mask' must have mask tokens to weigh down, got none with"):
         measure(tiny.model(tmp_path), windows(), Weighting("mask", margin=0.5))
 
 

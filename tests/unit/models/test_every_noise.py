@@ -233,7 +233,7 @@ def test_what_needs_masks_is_refused_before_any_work(name: str, model: LanguageM
 def test_the_control_of_mask_tokens_needs_masks(tmp_path: Path) -> None:
     weighting = Weighting("mask", margin=0.5)
     with pytest.raises(
-        InputError, match="weights of kind 'mask' must have mask tokens to tell apart, got none with uniform: use rand"
+        InputError, match="the control 'mask' must have mask tokens to weigh down, got none with uniform: use rand"
     ):
         measured_weights.measure(tiny.of_noise(tmp_path / "uniform", "uniform"), windows(), weighting)
     mixed = tiny.of_noise(tmp_path / "mixed", "mixed")

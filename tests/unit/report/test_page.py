@@ -80,7 +80,7 @@ def test_page_tells_everything(page: Page) -> None:
     assert TITLE in page.text
     for words in (
         "✓ reproduced", "– not tested", "Note: no file", "2.00 [1.50, 2.50]", "positions", "paper, abstract",
-        "reproduced if the interval lies above 1", "Strongest sinks", "0.333", "NaN", "3.14", "<b>&", "9,000,000 parameters",
+        "reproduced if the interval lies above 1", "Strongest sinks", "0.333", "–", "3.14", "<b>&", "9,000,000 parameters",
         "Fingerprint", "torch", "models/reference/dlm", "sink_traces",
     ):  # fmt: skip
         assert words in page.text, words
@@ -92,6 +92,17 @@ def test_tables_scroll_and_numbers_stand_right(page: Page) -> None:
     assert sum(attributes.get("class") == "scroll" for attributes in page.of("div")) == len(page.of("table")) == 3
     header = [attributes.get("class") for attributes in page.of("th")][-3:]
     assert header == [None, "number", "number"]  # words, whole numbers, fractions
+
+
+def test_a_missing_number_is_a_dash_and_its_column_one_of_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    run.table(
+        "gaps", pd.DataFrame({"word": ["NaN", "a"], "value": [0.25, float("nan")], "count": [1.0, float("nan")]}), caption="G."
+    )
+    run.finish()
+    page = Page(html_report.build("quick").read_text(encoding="utf-8"))
+    assert [attributes.get("class") for attributes in page.of("th")][-3:] == [None, "number", "number"]
+    assert "0.25" in page.text and "–" in page.text and page.text.count("NaN") == 1  # the word stays
 
 
 def test_same_results_give_the_same_page(page: Page, tmp_path: Path) -> None:

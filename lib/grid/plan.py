@@ -20,14 +20,17 @@ from lib.texts import corpora
 HOUR = 3600.0
 GIGABYTE = 1e9
 RELEASED_ITEMSIZE = 2  # checkpoints on the hub are in bfloat16
+GPU_TERAFLOPS = 300.0  # assumed where models want a GPU and there is none: about a third of an H100's peak in bfloat16
+WANTS_GPU = 1e9  # weights
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second (10^12), and where the number comes from."""
+    """Operations a second (10^12), where the number comes from, and bytes of a weight there."""
 
     teraflops: float
     origin: str
+    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -250,13 +253,19 @@ def _seconds(plan: Plan, variant: Variant, cost: Cost) -> float:
 
 
 def _speed(config: Config, grid: Grid, shapes: Mapping[str, Shape]) -> Speed:
-    """Take the stated speed, or measure one block of the first model here."""
-    if grid.teraflops is not None or not shapes:
-        return Speed(grid.teraflops or 1.0, "as grid.teraflops says" if grid.teraflops else "assumed: no model is known")
-    name, shape = next(iter(shapes.items()))
+    """Take the stated speed, measure one block of the first model here, or assume a GPU where one is wanted and none is there."""
     device = runtime.choose_device(config)
+    large = device.device.type == "cpu" and any(shape.weights >= WANTS_GPU for shape in shapes.values())
+    itemsize = RELEASED_ITEMSIZE if large else device.dtype.itemsize
+    if grid.teraflops is not None or not shapes:
+        origin = "as grid.teraflops says" if grid.teraflops else "assumed: no model is known"
+        return Speed(grid.teraflops or 1.0, origin, itemsize)
+    if large:
+        origin = "assumed for a GPU of 80 GB, as this machine has none (--set grid.teraflops=... says another)"
+        return Speed(GPU_TERAFLOPS, origin, itemsize)
+    name, shape = next(iter(shapes.items()))
     speed = costs.measured_teraflops(shape, device=device.device, dtype=device.dtype)
-    return Speed(speed, f"measured with a block of {name} on {runtime.describe_device(device)}")
+    return Speed(speed, f"measured with a block of {name} on {runtime.describe_device(device)}", itemsize)
 
 
 def _short(value: float) -> str:

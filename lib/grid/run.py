@@ -45,10 +45,10 @@ def show(config: Config, chosen: Engine | None = None, *, say: Say) -> None:
     Raises:
         InputError: no grid, or settings that cannot be used.
     """
-    grid, device = settings(config), runtime.choose_device(config)
+    grid = settings(config)
     made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
     gpus = gpus_per_cell(config, chosen or Engine())
-    for line in plan.lines(made, grid, itemsize=device.dtype.itemsize, gpus=gpus):
+    for line in plan.lines(made, grid, itemsize=made.speed.itemsize, gpus=gpus):
         say(line)
 
 

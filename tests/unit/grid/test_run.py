@@ -350,6 +350,23 @@ def test_the_page_prices_the_whole_grid_as_the_plan_does() -> None:
     )
 
 
+def test_a_machine_without_a_gpu_prices_large_models_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.costs, "measured_teraflops", lambda *_, **__: pytest.fail("a block of 8B on a CPU tells nothing"))
+    said: list[str] = []
+    run.show(config.load("paper"), say=said.append)
+    stated: list[str] = []
+    run.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=stated.append)
+    assert said[1].startswith("speed: 300 TFLOP/s, assumed for a GPU of 80 GB, as this machine has none")
+    assert said[2:] == stated[2:] and said[1].split("; ")[1] == stated[1].split("; ")[1]  # hours and memory of a GPU in bfloat16
+
+
+def test_a_machine_without_a_gpu_measures_small_models(monkeypatch: pytest.MonkeyPatch, files: Path) -> None:
+    monkeypatch.setattr(plan.costs, "measured_teraflops", lambda *_, **__: 0.25)
+    said: list[str] = []
+    run.show(tiny_grid(files, other_methods=("Wanda",)), say=said.append)
+    assert said[1].startswith("speed: 0.25 TFLOP/s, measured with a block of")
+
+
 def test_the_page_says_the_plans_memory() -> None:
     whole, lean = (
         plan.by_memory(*priced(**{"grid.limit": None, "grid.states": states}), itemsize=2, gpus=1).set_index("model")

@@ -14,6 +14,7 @@ from lib.core.errors import InputError
 from lib.launch import execution, lanes
 from lib.launch.execution import Job, NotebookError
 from lib.launch.lanes import Peak
+from lib.report import results
 
 Say = Callable[[str], None]
 SHOWS_GRID = config.ROOT / "lib" / "grid" / "tables.py"  # a notebook that reaches it shows the records of the grid
@@ -96,7 +97,18 @@ def show(jobs: Sequence[Job], *, say: Say) -> None:
     """
     for job in jobs:
         reason = execution.why_run(job)
-        say(f"{_title(job)}{f'would run    {reason}' if reason else _skipped(job)}")
+        say(f"{_title(job)}{f'would run    {reason}{_results_there(job)}' if reason else _skipped(job)}")
+
+
+def _results_there(job: Job) -> str:
+    """Say which results are there although a notebook would run: of earlier code, or come with the repository."""
+    path = job.output / "results" / job.profile / f"{job.notebook.stem}.json"
+    if not path.is_file():
+        return ""
+    try:
+        return f"; results of commit {results.read_result(path)['commit']} are there"
+    except InputError:
+        return "; damaged results are there"
 
 
 def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, object]) -> str:

@@ -345,6 +345,21 @@ def test_lab_opens_the_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_results_that_are_there_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "SINKS_PYTHON": sys.executable, "SINKS_OUTPUT": str(tmp_path)})
+    shutil.copytree(ROOT / "results" / "full", tmp_path / "results" / "full")
+    (tmp_path / "results" / "full" / "02_variance_analysis.json").write_text("{")
+    (tmp_path / "results" / "full" / "03_pruning_baselines.json").unlink()
+    assert launcher.main(["full", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commit = json.loads((ROOT / "results" / "full" / "01_sink_traces.json").read_text())["commit"]
+    assert lines[0].endswith(f"would run    not run yet; results of commit {commit} are there")
+    assert lines[1].endswith("would run    not run yet; damaged results are there")
+    assert lines[2].endswith("would run    not run yet")
+
+
 def test_report_is_built_of_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

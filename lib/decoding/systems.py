@@ -142,13 +142,19 @@ def ranked(control: Control, fixed: commit.Commit, *, threshold: float = 0.5) ->
     }
 
 
-def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, ...] = ()) -> list[System]:
+REFERENCE = {
+    "Focus-dLLM": "sinks in"
+}  # the setting of the control that a system has as it is published, where it is not the usual
+
+
+def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, ...] = (), logit_shift: int = 0) -> list[System]:
     """Return every system, one choice away from its rival.
 
     Args:
         threshold: of the commit rules that have one.
         fixed: the commit rule of systems that are about something else.
         delimiters: token ids at which blocks may end; without them AdaBlock is left out.
+        logit_shift: of the model; WINO's shadows stand where their token is predicted, so it is left out where there is a shift.
     """
     found = [System(name, DecodingPlan(rule), "threshold", "commit") for name, rule in commits_by(threshold).items()]
     found[0] = replace(found[0], rival="plain sampler")
@@ -157,7 +163,8 @@ def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, 
     revised: dict[str, remask.Remask] = {"token to mask": remask.TokenToMask(), "top over all": remask.TopOverAll()}
     revised["LLaDA 2.1 edits"] = remask.Edit()
     found += [System(name, DecodingPlan(fixed, rule), "all, fixed", "remask") for name, rule in revised.items()]
-    found += [System("WINO", DecodingPlan(remask.WideIn(), remask.NarrowOut(), remask.Shadows()), "threshold", "remask")]
+    if not logit_shift:
+        found += [System("WINO", DecodingPlan(remask.WideIn(), remask.NarrowOut(), remask.Shadows()), "threshold", "remask")]
     ends: dict[str, remask.BlockEnds] = {"When to Commit": remask.WhereFutureAgrees()}
     if delimiters:
         ends["AdaBlock"] = remask.AtDelimiter(delimiters)
@@ -172,10 +179,8 @@ def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, 
         "vicinity": lambda: recompute.Vicinity(warm_up=0),
     }
     found += [System(name, DecodingPlan(fixed, recompute=make()), "all, fixed", "recompute") for name, make in computed.items()]
-    usual = Control()
-    for name, plan in ranked(usual, fixed).items():
-        if name == "Focus-dLLM":  # which keeps its sinks on purpose
-            plan = ranked(Control("sinks in"), fixed)[name]
+    for name in ranked(Control(), fixed):
+        plan = ranked(Control(REFERENCE.get(name, "as they fall")), fixed)[name]  # type: ignore[arg-type]
         rival = "threshold" if name == "DAPD" else "dual"
         choice = {"DAPD": "commit", "Sparse-dLLM": "visible", "Focus-dLLM": "visible"}.get(name, "recompute")
         found.append(System(name, plan, rival, choice))

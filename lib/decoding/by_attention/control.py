@@ -85,6 +85,7 @@ def observed(model: LanguageModel, view: View) -> Iterator[None]:
             parts.clear()
         if query.shape[2] == view.ids.shape[1]:
             parts.append(attention_of(query, key).sum(1))
+        if len(parts) == model.network.config.num_hidden_layers:  # a pass that is widened on its way shows the deep layers alone
             view.memory["mass"] = sinks.mean_one(torch.stack(parts).mean(0))
 
     with watched(model, watcher):

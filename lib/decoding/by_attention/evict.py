@@ -81,10 +81,10 @@ class Evict(Visible):
 
     def after(self, model: LanguageModel, view: View) -> None:
         """Evict after the pass that counts."""
+        if self.control.setting == "confidence":  # the pass that counts may compute the block alone
+            note_confidence(model, view)
         if view.step != self.delay:
             return
-        if self.control.setting == "confidence":
-            note_confidence(model, view)
         store = cast(KeyValueStore, view.memory["store"])
         for layer, scores in view.memory["scores"].items():
             store.keep(layer, self.kept(model, view, scores, layer))

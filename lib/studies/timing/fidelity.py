@@ -112,19 +112,21 @@ def _by_ratio(passes: Sequence[tuple[float, int, float, float]]) -> Float[Tensor
 
 
 def control_rows(
-    by_setting: dict[str, Fidelity], plain: Int[Tensor, "prompt position"], *, start: int, exact: bool, seed: int
+    by_setting: dict[str, Fidelity], plain: Int[Tensor, "prompt position"], *, start: int, by_text: bool, seed: int, usual: str
 ) -> list[dict[str, object]]:
-    """Compare the settings of a control with the ranking as it is, prompt by prompt.
+    """Compare the settings of a control with the usual one, prompt by prompt.
 
     Args:
-        by_setting: one run a setting, `"as they fall"` among them.
+        by_setting: one run a setting, the usual one among them.
         plain: the plain sampler's texts.
         start: length of the prompts.
-        exact: the passes are full ones, so that the text is judged: the share of its tokens that are not the plain sampler's.
+        by_text: judge the share of tokens that are not the plain sampler's: where passes are exact, or predict only the places
+            that the ranking left.
         seed: of the bootstrap.
+        usual: the setting that the others are compared with.
 
     Returns:
-        One row a setting: `measure` (lower is better), its mean `value`, and the `difference` to `"as they fall"` with its 95 %
+        One row a setting: `measure` (lower is better), its mean `value`, and the `difference` to the usual setting with its 95 %
         interval, `low` to `high`, and p-value `p` of sign flips; `top1`, `KL`, `other tokens`, `forwards` and `rows`.
     """
 
@@ -132,13 +134,12 @@ def control_rows(
         return (run.ids[:, start:] != plain[:, start:]).double().mean(1).cpu()
 
     rows: list[dict[str, object]] = []
-    usual = by_setting["as they fall"]
     for setting, run in by_setting.items():
-        now, before = (other(each) if exact else each.divergence for each in (run, usual))
+        now, before = (other(each) if by_text else each.divergence for each in (run, by_setting[usual]))
         pair = paired_difference(now, before, seed=seed)
         rows.append({
             "control": setting,
-            "measure": "other tokens" if exact else "KL",
+            "measure": "other tokens" if by_text else "KL",
             "value": float(now.mean()),
             "difference": pair.estimate,
             "low": pair.interval[0],

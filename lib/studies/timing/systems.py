@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.core.errors import require
 from lib.decoding import systems as published_systems
 from lib.decoding.by_attention.control import SETTINGS, Control
+from lib.decoding.by_attention.recompute import D2Cache, Focus
 from lib.decoding.commit import Commit
 from lib.decoding.decoder import DecodingPlan
 from lib.decoding.systems import System
@@ -135,7 +136,7 @@ def control(
         new_tokens: tokens after every prompt.
         block: tokens of a block.
         seed: of the random control and of the bootstrap.
-        settings: of the control, `"as they fall"` among them.
+        settings: of the control, those that systems have as they are published among them.
 
     Returns:
         The rows of `fidelity.control_rows` with the `system`, p-values also adjusted by Holm over all of them (`p Holm`).
@@ -148,10 +149,12 @@ def control(
         for setting in settings:
             plan = published_systems.ranked(Control(setting, seed), fixed)[name]  # type: ignore[arg-type]
             runs[setting] = _measured(model, prompts, plan, **sizes)
-        exact = fidelity.is_exact(published_systems.ranked(Control(), fixed)[name])
-        own = fidelity.control_rows(runs, plain, start=prompts.shape[1], exact=exact, seed=seed)
-        rows += [{"system": name, "block": block, **row} for row in own]
-    tested = {index: float(str(row["p"])) for index, row in enumerate(rows) if row["control"] != "as they fall"}
+        plan, usual = published_systems.ranked(Control(), fixed)[name], published_systems.REFERENCE.get(name, "as they fall")
+        # FOCUS and d2Cache predict some open places alone, and which ones depends on the setting.
+        by_text = fidelity.is_exact(plan) or isinstance(plan.recompute, Focus | D2Cache)
+        own = fidelity.control_rows(runs, plain, start=prompts.shape[1], by_text=by_text, seed=seed, usual=usual)
+        rows += [{"system": name, "block": block, "usual": usual, **row} for row in own]
+    tested = {index: float(str(row["p"])) for index, row in enumerate(rows) if row["control"] != row["usual"]}
     adjusted = paired.holm(tested)
     return pd.DataFrame([{**row, "p Holm": adjusted.get(index, float("nan"))} for index, row in enumerate(rows)])
 
@@ -197,6 +200,13 @@ def curve(
         points = [first, *zip(own["parallelism"].tolist(), (100 * own["accuracy"]).tolist(), strict=True)]
         areas[name] = area(points)
     return table.assign(area=[areas[str(name)] for name in table["rule"]])
+
+
+def check_names(curve_rules: Sequence[str], answering: Sequence[str], *, fixed: Commit) -> None:
+    """Refuse names of rules and systems that there are none of, before anything is measured."""
+    _known("curve_rules", curve_rules, list(published_systems.commits_by(0.5)))
+    listed = published_systems.published(threshold=0.5, fixed=fixed, delimiters=(0,))
+    _known("answering_systems", answering, [each.name for each in listed])
 
 
 def _known(setting: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from lib.decoding.by_attention.control import Control
 from lib.decoding.by_attention.evict import Evict
 from lib.decoding.by_attention.watch import attention_of
 from lib.decoding.caches import Hidden
+from lib.decoding.commit import Quota
+from lib.decoding.decoder import DecodingPlan, decode
 from lib.decoding.recompute import Blockwise
 from lib.decoding.view import View, guess
 from lib.models import language_model, loading
@@ -233,6 +235,21 @@ def test_an_evicted_key_is_not_seen(model: LanguageModel, monkeypatch: pytest.Mo
                 hook.remove()
         plain, wanted = (states[:, first : BLOCK.stop] for states in found)
     assert torch.allclose(hidden.states, wanted, atol=1e-6) and not torch.allclose(hidden.states, plain, atol=1e-3)
+
+
+def test_confidence_is_that_of_all_passes_before_the_one_that_counts(model: LanguageModel) -> None:
+    """With a delay the pass that counts computes the block alone, and would know nothing of the candidates."""
+    seen: list[torch.Tensor] = []
+
+    class Spy(Evict):
+        def kept(self, model: Any, view: Any, scores: Any, layer: int) -> Any:
+            seen.append(control.seen_confidence(view)[0].clone())
+            return super().kept(model, view, scores, layer)
+
+    rule = Spy(keep=0.5, control=Control("confidence"))
+    plan = DecodingPlan(Quota(2), recompute=Blockwise(), visible=rule)
+    decode(model, text()[:, :PROMPT], new_tokens=SIZE - PROMPT, block_length=3, plan=plan)
+    assert bool((seen[0][model.logit_shift :] > 0).all()), "a place without a confidence is ranked by where it stands"
 
 
 def dependent(setting: Any, *, bound: float = 1.0) -> list[int]:

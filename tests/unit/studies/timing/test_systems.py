@@ -100,12 +100,23 @@ def test_the_control_has_a_row_a_system_and_setting(model: LanguageModel) -> Non
     assert len(table) == 6 * len(SETTINGS)
     for name, part in table.groupby("system"):
         rows = part.set_index("control")
-        assert float(str(rows.loc["as they fall", "difference"])) == 0.0
-        assert set(rows["measure"]) == {"other tokens" if name == "DAPD" else "KL"}
-        gap = float(str(rows.loc["random", "value"])) - float(str(rows.loc["as they fall", "value"]))
+        usual = "sinks in" if name == "Focus-dLLM" else "as they fall"  # it keeps its sinks as it is published
+        assert float(str(rows.loc[usual, "difference"])) == 0.0 and set(rows["usual"]) == {usual}
+        # The first ones make full passes, or predict only the places that their ranking left.
+        assert set(rows["measure"]) == {"other tokens" if name in ("DAPD", "FOCUS", "d2Cache") else "KL"}
+        gap = float(str(rows.loc["random", "value"])) - float(str(rows.loc[usual, "value"]))
         assert float(str(rows.loc["random", "difference"])) == pytest.approx(gap, abs=1e-9)
-    for setting, raw, adjusted in zip(table["control"].tolist(), table["p"].tolist(), table["p Holm"].tolist(), strict=True):
-        assert math.isnan(adjusted) if setting == "as they fall" else adjusted >= raw
+    for _, row in table.iterrows():
+        assert math.isnan(row["p Holm"]) if row["control"] == row["usual"] else row["p Holm"] >= row["p"]
+
+
+def test_names_of_nothing_are_refused_and_wino_needs_its_own_place() -> None:
+    systems.check_names(["threshold", "KLASS"], ["dual", "WINO", "AdaBlock"], fixed=commit.Quota())
+    for names in ((["treshold"], []), ([], ["duel"])):
+        with pytest.raises(InputError, match="must be among"):
+            systems.check_names(*names, fixed=commit.Quota())
+    found = [{each.name for each in published.published(threshold=0.5, fixed=commit.Quota(2), logit_shift=k)} for k in (0, 1)]
+    assert found[0] - found[1] == {"WINO"} and not found[1] - found[0]
 
 
 def test_an_area_penalises_what_is_lost() -> None:

@@ -141,6 +141,7 @@ def save_as(model: LanguageModel, folder: Path | str, *, layout: Layout) -> Path
     got = f"{config.model_type}, {model.attention} attention, logit shift {model.logit_shift}"
     fits = (config.model_type, model.attention, model.logit_shift) == (kind, "full", shift)
     require(fits, rule, got, remedy)
+    require(model.noise.is_masked, f"the layout of {layout} must hold a model of masked noise", f"{model.noise} noise", remedy)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     whole = head * config.num_attention_heads == config.hidden_size
     require(whole, f"heads of {layout} must make up the width", f"{config.num_attention_heads} of {head}", remedy)

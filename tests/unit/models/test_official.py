@@ -1,5 +1,6 @@
 """A changed model in its family's own layout: the same names, shapes, dtypes and settings, other weights where it was changed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lib.checkpoints import lookup
+from lib.checkpoints.facts import NoiseKind
 from lib.checkpoints.files import weight_files
 from lib.core.errors import InputError
 from lib.models import export, loading, official
@@ -116,6 +118,11 @@ def test_what_a_layout_cannot_express_is_refused(checkpoints: Path, tmp_path: Pa
         official.save_as(loading.load(checkpoints / "dream"), tmp_path / "x", layout="llada")
     with pytest.raises(InputError, match="must hold a llama diffusion model with logit shift 0, got llama, causal attention"):
         official.save_as(loading.load(checkpoints / "llama"), tmp_path / "x", layout="llada")
+    for noise in (NoiseKind("uniform", 1.0), NoiseKind("mixed", 0.2)):  # LLaDA's and Dream's code would read masks
+        for name in ("llada", "dream"):
+            model = dataclasses.replace(loading.load(checkpoints / name), noise=noise)
+            with pytest.raises(InputError, match=f"the layout of {name} must hold a model of masked noise, got {noise.kind}"):
+                official.save_as(model, tmp_path / "x", layout=name)
     assert not (tmp_path / "x").exists()
 
 

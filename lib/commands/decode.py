@@ -82,7 +82,7 @@ def plan_of(text: str) -> "DecodingPlan":
             options["threshold" if name == "threshold" else "late_share"] = _number(word, value, DEFAULTS.get(name))
         elif name in ("steps", "refresh", "suffix"):
             key = {"steps": "steps_per_block", "refresh": "refresh_every", "suffix": "suffix_blocks"}[name]
-            options[key] = int(_number(word, value, None))
+            options[key] = _whole(word, value)
         elif name == "stop":
             options["early_stop"] = True
         else:
@@ -91,6 +91,13 @@ def plan_of(text: str) -> "DecodingPlan":
     if "steps_per_block" not in options:
         options.setdefault("threshold", DEFAULTS["threshold"])
     return fast_plan(**options)
+
+
+def _whole(word: str, value: str) -> int:
+    """Read the whole number of a word such as `steps=2`."""
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise UsageError(f"--decoder must have a number in {word!r} from 1, got {value!r}: write it like steps=2")
+    return int(value)
 
 
 def _number(word: str, value: str, default: float | None) -> float:

@@ -38,6 +38,8 @@ def run(chosen: argparse.Namespace) -> None:
     names = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks must name a task, got none: write it like --tasks tiny_topic,tiny_sums")
+    if len(chosen.models) > 1 and chosen.limit == 1:
+        raise UsageError("--limit must be at least 2 where models are compared, got 1: one document tells nothing apart")
     sources = {text: session.source_of(text) for text in chosen.models}
     for source in sources.values():
         session.check(source)  # before minutes of the first one

@@ -1,6 +1,7 @@
 """What every command does first and last: find the model, choose the device, say where things went. Imports slowly on purpose."""
 
 import argparse
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,12 +87,15 @@ def new_folder(text: str) -> Path:
     """Return the folder that will be written, refusing one that exists before any work.
 
     Raises:
-        InputError: it exists.
+        InputError: it exists, or nothing can be written there.
     """
     folder = typed(text)
     require(
         not folder.exists(), "the output must be a new folder or file", f"{folder}, which exists", "name another or delete it"
     )
+    above = next(path for path in folder.parents if path.exists())
+    can = above.is_dir() and os.access(above, os.W_OK)
+    require(can, "the output must be where one can write", f"{folder} below {above}", "name another place")
     return folder
 
 
@@ -244,10 +248,11 @@ def reread(folder: Path, dense: LanguageModel) -> LanguageModel:
 def license_of(model: LanguageModel) -> str:
     """Return the licence that the base model's card says, which holds for its changed weights too; `other` when unknown."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     card = lookup.resolve(model.source) / "README.md"
     try:
         said: Any = ModelCard.load(card).data.to_dict() if card.is_file() else {}
         return str(said.get("license") or "other")
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return "other"

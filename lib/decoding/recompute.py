@@ -128,12 +128,7 @@ class Vicinity(Kept):
 
 
 def as_rows(model: LanguageModel, chosen: Bool[Tensor, "one place"]) -> Int[Tensor, "one query"]:
-    """Return the chosen places of a text and, for a logit shift of 1, the ones before them, from which they are predicted.
-
-    >>> from types import SimpleNamespace
-    >>> as_rows(SimpleNamespace(logit_shift=1), torch.tensor([[False, False, True]])).tolist()
-    [[1, 2]]
-    """
+    """Return the chosen places of a text and, for a logit shift of 1, the ones before them, from which they are predicted."""
     wanted = chosen.clone()
     if model.logit_shift:
         wanted[:, :-1] |= chosen[:, 1:]

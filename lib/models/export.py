@@ -156,9 +156,10 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb+") as handle:
-                os.fsync(handle.fileno())
+        for path in partial.rglob("*"):  # a tokenizer may have a folder of templates
+            if path.is_file():
+                with path.open("rb+") as handle:
+                    os.fsync(handle.fileno())
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -191,7 +191,9 @@ def _tensor(old: Tensor, parts: list[tuple[tuple[int, int], str]], own: Mapping[
         raise InputError(
             f"{parts[0][1]} must have shape {tuple(old.shape)} as it was read, got {tuple(new.shape)}: use export.save_plain"
         )
-    return new.to(device="cpu", dtype=old.dtype).contiguous()
+    new = new.cpu()
+    # A weight that was not changed keeps what was stored, also where the network computes with fewer digits.
+    return torch.where(new == old.to(new.dtype), old, new.to(old.dtype)).contiguous()
 
 
 def _copy_beside(found: loading.Opened, source: Path, partial: Path) -> None:
@@ -208,7 +210,8 @@ def _settings(model: LanguageModel, found: loading.Opened) -> dict[str, Any]:
     """Return config.json as it was, with what tells the model apart from others where its folder's name does not any more."""
     raw = read_json(found.files / "config.json")
     is_local = lookup.is_local(model.source)
-    raw.setdefault("_name_or_path", found.folder.name if is_local else model.source.source)
+    if found.family.called or "_name_or_path" not in raw:  # a family that is known by its name alone must keep it
+        raw["_name_or_path"] = found.folder.name if is_local else model.source.source
     if not is_local and isinstance(raw.get("auto_map"), dict):
         place = model.source.source
         raw["auto_map"] = {key: _placed(value, place) for key, value in raw["auto_map"].items()}

@@ -80,8 +80,12 @@ def measured(found: Calibrations, name: str, recipe: Recipe, *, rewriting: str, 
 def compare(
     found: Sequence[Calibrations], recipes: Mapping[str, Recipe], rewritings: Sequence[str] = FOLDINGS, *, inputs: Inputs = CLEAN
 ) -> list[Measured]:
-    """Measure every recipe on every rewriting of the model with every calibration."""
-    work = [(each, name, rewriting) for each in found for name in recipes for rewriting in rewritings]
+    """Measure every recipe on every rewriting of the model with every calibration.
+
+    A recipe that does not round has no scales to search for, and scales would change no mask: it is left out there.
+    """
+    pairs = [(name, each) for name in recipes for each in rewritings if recipes[name].grid.rounds or each not in SCALED]
+    work = [(each, name, rewriting) for each in found for name, rewriting in pairs]
     return [
         measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
         for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)

@@ -116,6 +116,9 @@ def test_an_autoregressive_model_decodes_one_token_a_pass(checkpoints: Path, cap
     [
         ("tripple", "--decoder must be words of"),
         ("steps=two", "must have a number in 'steps=two'"),
+        ("steps=inf", "must have a number in 'steps=inf'"),
+        ("suffix=nan", "must have a number in 'suffix=nan'"),
+        ("steps=1.9", "must have a number in 'steps=1.9'"),
         ("steps", "must have a number"),
     ],
 )

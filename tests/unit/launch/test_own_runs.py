@@ -221,7 +221,7 @@ def test_ctrl_c_is_one_line(project: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         wait_until((tmp_path / "results" / "quick" / "01_table0.csv").exists, seconds=240)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(240) == 130  # long on a busy machine
         said.seek(0)
         assert said.read() == "error: interrupted: what was finished stays, run again to go on\n"
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.checkpoints import lookup
@@ -133,3 +135,32 @@ def test_a_model_of_other_shapes_is_refused_and_leaves_nothing(checkpoints: Path
     with pytest.raises(InputError, match="must have shape"):
         official.save_as_read(model, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_weights_that_were_not_changed_keep_what_was_stored(stored: torch.dtype, checkpoints: Path, tmp_path: Path) -> None:
+    """The network computes in bfloat16, as on a GPU: only the pruned matrix may lose digits."""
+    source = tmp_path / "stored"
+    shutil.copytree(checkpoints / "llada", source)
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as read:
+            own = {key: read.get_tensor(key).to(stored) * 1.001 for key in read.keys()}  # noqa: SIM118 (not iterable)
+        save_file(own, file, metadata={"format": "pt"})
+    model = loading.load(source, dtype=torch.bfloat16)
+    layer = model.layers[0].module
+    layer.weight[:, ::2] = 0.0
+    before, after = tensors(source), tensors(official.save_as_read(model, tmp_path / "out"))
+    changed = [key for key in before if not torch.equal(before[key][1], after[key][1])]
+    assert len(changed) == 1, "one matrix was pruned"
+    kept = after[changed[0]][1] != 0
+    assert torch.equal(after[changed[0]][1][kept], before[changed[0]][1][kept]) and 0.4 < float(kept.float().mean()) < 0.6
+
+
+def test_folders_of_templates_are_written_too(checkpoints: Path, tmp_path: Path) -> None:
+    source = tmp_path / "templates"
+    shutil.copytree(checkpoints / "llada", source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for write in (official.save_as_read, export.save_plain):
+        written = write(loading.load(source), tmp_path / write.__name__)
+        assert (written / "additional_chat_templates" / "tools.jinja").is_file() or write is export.save_plain

@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,27 +13,7 @@ import pytest
 from lib.commands import command, decode, terminal, words
 from lib.core.environment import ROOT
 from lib.core.errors import InputError
-from recipes import rehearsal_models
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("commands")
-    for name in ("llada", "llama"):
-        rehearsal_models.write(folder / name, name, seed=0)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in this process, as if typed in an empty folder, without the network."""
-    monkeypatch.setenv("SINKS_ENTERED", str(os.getpid()))
-    monkeypatch.setenv("SINKS_CWD", str(tmp_path))
-
-
-def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    assert command.main([*map(str, words), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+from tests.unit.commands.conftest import answer
 
 
 @pytest.mark.parametrize("name", ["llada", "llama"])

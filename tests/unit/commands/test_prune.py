@@ -1,9 +1,6 @@
 """`sinks prune`, `quantize` and `export` on tiny checkpoints: what they print, write and refuse."""
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,29 +8,9 @@ import torch
 from lib.commands import command, prune
 from lib.models import containers, loading
 from lib.pruning import pruner
-from recipes import rehearsal_models
+from tests.unit.commands.conftest import answer
 
 FEW = ["--windows", "4", "--length", "32", "--loss-windows", "3"]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("commands")
-    for name in ("llada", "dream", "llama"):
-        rehearsal_models.write(folder / name, name, seed=0)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in this process, as if typed in an empty folder."""
-    monkeypatch.setenv("SINKS_ENTERED", str(os.getpid()))
-    monkeypatch.setenv("SINKS_CWD", str(tmp_path))
-
-
-def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    assert command.main([*map(str, words), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_every_method_of_the_help_is_known() -> None:

@@ -21,6 +21,7 @@ from lib.core.errors import InputError, require
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIXES = ("module.", "base_model.model.")
 FREQUENCIES = "rotary_emb.inv_freq"
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 PARTS = ("mask", "values", "codes", "scales")
 
 
@@ -137,6 +138,23 @@ def tensors(path: Path, *, dtype: torch.dtype) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             weights |= {name: opened.get_tensor(key) for name, key in names.items()}
     return _unpacked_all(weights, files.read_json(folder / "config.json"))
+
+
+def dtypes(path: Path) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of a checkpoint by its plain name: half precisions as they are, others float32.
+
+    Rotary frequencies are no weights and are left out.
+
+    Args:
+        path: a folder or a GGUF file; of an adapter, those of its base.
+    """
+    folder = folder_of(path)
+    if is_sparse(folder) or refusals.is_packed(files.read_json(folder / "config.json")):
+        found = {name: str(value.dtype) for name, value in tensors(folder, dtype=torch.float32).items()}
+    else:
+        headers_of = {file: files.check_safetensors(file) for file in files.weight_files(folder)}
+        found = {name: headers_of[file][key]["dtype"] for name, (file, key) in places(folder).items()}
+    return {name: HALVES.get(dtype, torch.float32) for name, dtype in found.items() if not name.endswith(FREQUENCIES)}
 
 
 def _unpacked_all(weights: dict[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:

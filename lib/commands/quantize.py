@@ -55,7 +55,7 @@ def run(chosen: argparse.Namespace) -> None:
     pool = session.windows(model, chosen.calibration, count=chosen.windows, split="train", **read)
     before = session.loss(model, held_out, seed=chosen.seed, what="loss of the dense model")
     bench = Bench(model, pool, held_out, chosen.windows, session.DRAWS, chosen.seed, batch_size=chosen.batch)
-    stored = official.stored_dtype(lookup.resolve(model.source))
+    stored = official.stored_dtypes(lookup.resolve(model.source))[0]
     dtype = torch.bfloat16 if stored == torch.float16 else stored  # scales are bfloat16
     passes = -(-chosen.windows * method.inputs.levels // chosen.batch) * 2 if recipe.needs_calibration else 0
     with session.blocks_counted(model, "rounding", passes=passes):

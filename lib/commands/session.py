@@ -61,15 +61,16 @@ def open_model(text: str, chosen: argparse.Namespace, *, as_stored: bool = False
     Args:
         text: of the command line.
         chosen: device and dtype.
-        as_stored: take the dtype of the files where none is chosen, onto the CPU: nothing is computed.
+        as_stored: keep each tensor's own dtype where none is chosen, onto the CPU: nothing is computed.
 
     Raises:
         InputError: see `models.load`; or a tokenizer is wanted and missing.
     """
     place, source = device_of(chosen), source_of(text)
     check(source, tokenizer=not as_stored)
-    dtype = official.stored_dtype(lookup.resolve(source)) if as_stored and chosen.dtype == "auto" else place.dtype
-    return models.load(source, dtype=dtype, device="cpu" if as_stored else place.device)
+    if as_stored and chosen.dtype == "auto":
+        return official.load_as_stored(source)
+    return models.load(source, dtype=place.dtype, device="cpu" if as_stored else place.device)
 
 
 def check(source: ModelSource, *, tokenizer: bool = True) -> None:

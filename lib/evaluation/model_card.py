@@ -171,7 +171,8 @@ def _origin(model: LanguageModel, folder: Path) -> Iterator[tuple[str, str]]:
     yield "its revision", f"`{model.source.revision}`" if model.source.revision else "a local folder, no revision"
     yield "its fingerprint (SHA-256)", f"`{model.fingerprint}`" if model.fingerprint else "not recorded"
     yield "this checkpoint's fingerprint", f"`{lookup.fingerprint(folder)}`"
-    yield "parameters, dtype", f"{model.num_parameters:,}, {str(official.stored_dtype(folder)).removeprefix('torch.')}"
+    dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in official.stored_dtypes(folder))
+    yield "parameters, dtype", f"{model.num_parameters:,}, {dtypes}"
 
 
 def _how(method: Method) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ What `export.save_plain` writes is for transformers' classes; this is for those 
 
 import shutil
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.checkpoints import contents, lookup, refusals
-from lib.checkpoints.files import INDEX, TEXT_FILES, check_safetensors, read_json, weight_files
+from lib.checkpoints import contents, lookup, refusals, renaming
+from lib.checkpoints.files import INDEX, TEXT_FILES, read_json, weight_files
 from lib.checkpoints.gguf import headers
 from lib.checkpoints.renaming import LLADA_BLOCK, LLADA_TOP
-from lib.core.config import typed_path
+from lib.core.config import ModelSource, typed_path
 from lib.core.errors import InputError, require
 from lib.core.provenance import write_json
 from lib.models import export, loading, streaming
@@ -62,18 +63,36 @@ def other_layout(source: Path) -> str:
     return "packed weights" if refusals.is_packed(read_json(files / "config.json")) else ""
 
 
-def stored_dtype(source: Path) -> torch.dtype:
-    """Return the dtype of most tensors in a checkpoint's files; what its settings say where they hold codes.
+def stored_dtypes(source: Path) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the tensors in a checkpoint, the commonest first.
 
     Args:
         source: as `lookup.resolve` returns it.
     """
-    files = contents.folder_of(source)
-    raw = read_json(files / "config.json")
-    if contents.is_sparse(files) or refusals.is_packed(raw):
-        return getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."))
-    stored = [entry["dtype"] for file in weight_files(files) for entry in check_safetensors(file).values()]
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sorted(set(stored)), key=stored.count), torch.float32)
+    stored = list(contents.dtypes(source).values())
+    return tuple(sorted(set(stored), key=lambda dtype: (-stored.count(dtype), str(dtype))))
+
+
+def load_as_stored(source: ModelSource) -> LanguageModel:
+    """Load a model onto the CPU with every tensor in its own dtype, to be written and not to compute with.
+
+    One dtype for all would round what is stored in a wider one, such as a router in float32 beside bfloat16 matrices.
+
+    Args:
+        source: as in `models.load`.
+
+    Raises:
+        InputError: as in `models.load`.
+    """
+    folder = lookup.resolve(source)
+    stored = contents.dtypes(folder)
+    model = loading.load(source, dtype=reduce(torch.promote_types, stored.values()))
+    found = loading.opened(folder)
+    made = renaming.unstacked(renaming.plan(stored, found.family, found.config, folder=found.files))
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
+        if name in made:  # a tied head has no tensor of its own
+            tensor.data = tensor.data.to(reduce(torch.promote_types, (stored[piece.key] for piece in made[name])))
+    return model
 
 
 def save_as_read(model: LanguageModel, folder: Path | str) -> Path:

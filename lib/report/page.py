@@ -12,7 +12,7 @@ import jinja2
 from lib.core import config, provenance
 from lib.core.errors import InputError
 from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, interval_text, load_results
-from lib.report.tables import significant
+from lib.report.tables import NO_ROWS, significant
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # A second channel beside the colour of a badge; the words follow it.
@@ -70,6 +70,7 @@ def render(profile: str, *, root: Path) -> str:
         signs=SIGNS,
         tables=sum(len(notebook["tables"]) for notebook in notebooks),
         figures=sum(len(notebook["figures"]) for notebook in notebooks),
+        no_rows=NO_ROWS,
         missing=[path.stem for path in config.notebooks().values() if path.stem not in done],
     )
 

@@ -13,10 +13,11 @@ import pandas as pd
 from lib.core.errors import InputError
 
 STORED_DIGITS = 6
+NO_ROWS = "no rows: no model of this run has what the table compares"
 
 
 class Table(pd.DataFrame):
-    """A data frame that shows all its rows and whole cells, its caption, and no row numbers."""
+    """A data frame that shows all its rows and whole cells, its caption, and no row numbers; in words where it has no rows."""
 
     _metadata: ClassVar[list[str]] = ["caption"]
     caption = ""
@@ -26,10 +27,14 @@ class Table(pd.DataFrame):
         return Table
 
     def __repr__(self) -> str:
+        if not len(self):
+            return NO_ROWS
         with pd.option_context("display.max_colwidth", None):
             return self.to_string(index=False, na_rep="NaN")
 
     def _repr_html_(self) -> str:
+        if not len(self):
+            return f"<p>{NO_ROWS}</p>"
         with pd.option_context("display.max_colwidth", None):
             return self.to_html(index=False, na_rep="NaN", border=0)
 

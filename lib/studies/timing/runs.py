@@ -245,6 +245,21 @@ def check(model: LanguageModel, prompts: Tensor, plans: Mapping[str, Plan], judg
     if judge is None:
         return
     require(judge.is_causal, "a judge must be autoregressive", judge.name, "use the autoregressive twin")
-    if model.tokenizer is not None and judge.tokenizer is not None:
-        same = model.tokenizer.get_vocab() == judge.tokenizer.get_vocab()
-        require(same, f"a judge must have the tokens of {model.name}", f"those of {judge.name}", "use a judge with its tokenizer")
+    rule, remedy = f"a judge must have the tokens of {model.name}", "use a judge with its tokenizer"
+    require(same_tokens(model, judge), rule, f"those of {judge.name}", remedy)
+
+
+def same_tokens(model: LanguageModel, judge: LanguageModel) -> bool:
+    """Tell whether a judge reads the tokens that a model writes; two without tokenizers are believed to."""
+    if model.tokenizer is None or judge.tokenizer is None:
+        return True
+    return model.tokenizer.get_vocab() == judge.tokenizer.get_vocab()
+
+
+def left_out(model: LanguageModel) -> str:
+    """Return why a diffusion model's decoders are not compared, empty where they are."""
+    if model.goes_by_blocks:
+        return "it goes by blocks, and has a sampler of its own"
+    if not model.noise.is_masked:
+        return f"under {model.noise} noise no token is finished before the last step, so no masks are left to fill faster"
+    return ""

@@ -14,8 +14,9 @@ from torch import Tensor
 from lib.checkpoints import lookup
 from lib.checkpoints.facts import NoiseKind
 from lib.checkpoints.files import weight_files
+from lib.core.config import ModelSource
 from lib.core.errors import InputError
-from lib.models import export, loading, official
+from lib.models import containers, export, loading, official
 from lib.pruning import methods, pruner
 from recipes import rehearsal_models
 from tests import tiny
@@ -68,7 +69,38 @@ def test_an_unchanged_model_is_written_bit_for_bit_in_the_dtype_of_its_files(tmp
     assert old.keys() == new.keys()
     for key in old:
         assert old[key][0] == new[key][0] and new[key][1].dtype == torch.bfloat16 and torch.equal(old[key][1], new[key][1])
-    assert official.stored_dtype(written) == torch.bfloat16
+    assert official.stored_dtypes(written) == (torch.bfloat16,)
+
+
+def of_two_dtypes(family: str, folder: Path) -> Path:
+    """Copy a checkpoint whose matrices are halved but for routers, heads and norms, which stay float32 and fill their digits."""
+    copied = tiny.copied(tiny.PARITY / family, folder)
+    wide = ("norm", ".gate.weight", "expert_bias", "head")
+    stored = {key: value for key, (_, value) in tensors(copied).items()}
+    halved = {key: value if any(part in key for part in wide) else value.bfloat16() for key, value in stored.items()}
+    assert {value.dtype for value in halved.values()} == {torch.float32, torch.bfloat16}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in halved.values() if value.dtype == torch.float32)
+    return tiny.edit_weights(tiny.edit_config(copied, torch_dtype="bfloat16"), halved)
+
+
+@pytest.mark.parametrize("family", ["llada_tiny", "dream_tiny", "sdar", "llada_moe", "llada2_moe", "nemotron_labs_diffusion"])
+def test_what_is_only_written_keeps_the_dtype_of_every_tensor(family: str, tmp_path: Path) -> None:
+    base = of_two_dtypes(family, tmp_path / family)
+    wide = loading.load(base)
+    as_stored = official.load_as_stored(wide.source)
+    assert official.stored_dtypes(base)[0] == torch.bfloat16 and torch.float32 in official.stored_dtypes(base)
+    plain = export.save_plain(as_stored, tmp_path / "plain")
+    written, exact = tensors(plain), export.state(wide)
+    assert written.keys() == exact.keys()
+    assert all(torch.equal(written[key][1].float(), value) for key, value in exact.items()), "nothing is rounded"
+    narrow = {key for key, value in exact.items() if torch.equal(value, value.bfloat16().float())}
+    assert {key for key, (_, value) in written.items() if value.dtype == torch.bfloat16} <= narrow
+    sizes = [sum(value.nbytes for _, value in tensors(folder).values()) for folder in (base, plain)]
+    assert sizes[0] == sizes[1], "nothing is widened"
+    sparse = containers.save_sparse(as_stored, tmp_path / "sparse")
+    again = export.save_plain(official.load_as_stored(ModelSource(str(sparse))), tmp_path / "again")
+    for key, (_, value) in tensors(again).items():
+        assert value.dtype == written[key][1].dtype and torch.equal(value, written[key][1]), key
 
 
 @pytest.mark.parametrize(

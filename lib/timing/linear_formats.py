@@ -122,6 +122,21 @@ def layer_shape(layer: LinearLayer, heads: HeadShape) -> LayerShape:
     return LayerShape(layer.module.out_features, layer.module.in_features, cut, unit)
 
 
+def distinct_shapes(model: LanguageModel) -> dict[str, LayerShape]:
+    """Return every shape of a model's layers once, by the role of the first layer that has it; experts' are named apart.
+
+    Args:
+        model: any loaded model; blocks may differ, as where the first one has no experts.
+    """
+    heads, found = shrink.head_shape(model), dict[LayerShape, str]()
+    for layer in model.layers:
+        whose = "" if layer.expert is None else ", shared expert" if layer.expert == "shared" else ", expert"
+        shape, name = layer_shape(layer, heads), f"{layer.role}{whose}"
+        if shape not in found:
+            found[shape] = name if name not in found.values() else f"{name}, block {layer.block}"
+    return {name: shape for shape, name in reversed(found.items())}
+
+
 def model_refusal(model: LanguageModel, form: Format) -> str | None:
     """Return why a model cannot be converted to a format: the reason of the first layer that has one, or None."""
     if form.removed and shrink.refusal(model) is not None:

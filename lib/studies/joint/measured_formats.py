@@ -139,10 +139,15 @@ def latency(prepared: Prepared, *, rows: int, repeats: int, seed: int = 0) -> di
 
 def _rows(model: LanguageModel, rows: int) -> dict[str, tuple[int]]:
     """Return how many tokens each expert's matrices get when all experts get equally many; others get all."""
-    chosen, found = experts.choices(model.network), dict[str, tuple[int]]()
+    return {name: (max(1, round(rows * share)),) for name, share in _routed_shares(model).items()}
+
+
+def _routed_shares(model: LanguageModel) -> dict[str, float]:
+    """Return which share of all tokens each expert's matrices get when all experts get equally many."""
+    chosen, found = experts.choices(model.network), dict[str, float]()
     for layers in model.by_block.values():
         routed = [layer.name for layer in layers if isinstance(layer.expert, int)]
-        found |= dict.fromkeys(routed, (max(1, round(3 * rows * chosen / max(1, len(routed)))),))
+        found |= dict.fromkeys(routed, len(experts.MATRICES) * chosen / max(1, len(routed)))
     return found
 
 
@@ -180,7 +185,8 @@ def energy(prepared: Prepared, formats: Mapping[str, str], *, rows: int) -> floa
     """Estimate the joules that the linear layers take for some rows: bits moved and multiplications, by fixed constants.
 
     A proxy and no measurement: weights are read once from memory as stored, activations written and read once in 32 bits, and
-    products are those of the numbers that are multiplied: of int8 in a dynamic format, else of float32, zeros included.
+    products are those of the numbers that are multiplied: of int8 in a dynamic format, else of float32, zeros included. An expert
+    takes its even share of the routed tokens, and is not read where there are fewer of them than experts.
 
     Args:
         prepared: a model's layers in all formats.
@@ -189,14 +195,15 @@ def energy(prepared: Prepared, formats: Mapping[str, str], *, rows: int) -> floa
 
     Source: per-operation energies of a 45 nm process (Horowitz, ISSCC 2014), as accelerator models use them.
     """
-    total = 0.0
+    total, shares = 0.0, _routed_shares(prepared.model)
     for layer in prepared.model.layers:
         form = formats.get(layer.name, DENSE)
         module = prepared.modules[layer.name, form]
         inside, outside = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-        bits = 8 * weight_bytes(prepared, layer, form) + 32 * rows * (inside + outside)
+        own = rows * shares.get(layer.name, 1.0)
+        bits = min(own, 1.0) * 8 * weight_bytes(prepared, layer, form) + 32 * own * (inside + outside)
         product = INT8_JOULES if prepared.formats[form].kind == "dynamic" else FLOAT_JOULES
-        total += bits * BIT_JOULES + rows * inside * outside * product
+        total += bits * BIT_JOULES + own * inside * outside * product
     return total
 
 

@@ -180,6 +180,32 @@ def test_experts_are_timed_with_their_share_of_the_tokens(found: Calibrations, m
         assert seen[id(layer.module)] == {10 if isinstance(layer.expert, int) else 40}
 
 
+@pytest.mark.parametrize("rows", [40, 2])
+def test_the_energy_of_an_expert_is_that_of_the_tokens_it_reads(found: Calibrations, rows: int) -> None:
+    """Two of eight experts a token: 40 tokens are 10 for each; 2 tokens read half of the experts, one each."""
+    prepared, model = configurations.prepare(found, [FORMATS["dense"], FORMATS["int4"]]), found.bench.model
+    expected = 0.0
+    for layer in model.layers:
+        inside, outside = layer.module.in_features, layer.module.out_features
+        routed = isinstance(layer.expert, int)
+        tokens, read = (rows / 4, {40: 1.0, 2: 0.5}[rows]) if routed else (rows, 1.0)
+        bits = read * 8 * measured_formats.weight_bytes(prepared, layer, "int4") + 32 * tokens * (inside + outside)
+        expected += bits * 20e-12 + tokens * inside * outside * 4.6e-12
+    formats = {layer.name: "int4" for layer in model.layers}
+    assert measured_formats.energy(prepared, formats, rows=rows) == pytest.approx(expected)
+
+
+def test_layers_are_timed_once_a_shape_whichever_block_has_it() -> None:
+    """GLM's first block is dense, so it alone has no experts; a shared one is as narrow as the others."""
+    shapes = linear_formats.distinct_shapes(tiny.mixture("glm4_moe"))
+    assert list(shapes) == ["down, expert", "gate, expert", "down", "gate", "o", "k", "q"]
+    assert [(shape.out_features, shape.in_features) for shape in shapes.values()][:4] == [(32, 16), (16, 32), (32, 40), (40, 32)]
+    dense = linear_formats.distinct_shapes(tiny.of_network(tiny.network(causal=False)))
+    assert list(dense) == ["down", "gate", "o", "k", "q"]
+    mixed = linear_formats.distinct_shapes(tiny.mixture("qwen3_moe"))
+    assert {"gate, expert", "down, expert", "gate", "down"} <= set(mixed)
+
+
 # Files
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lib.core.errors import require
 from lib.decoding.caches import Hidden, logits_from, run_whole
 from lib.decoding.view import guess
+from lib.diffusion import sampler
 from lib.models.language_model import LanguageModel, check_length
 
 
@@ -68,12 +69,13 @@ def speculate(
         The same text, but for ties that rounding breaks otherwise in a pass over several rows.
 
     Raises:
-        InputError: drafts below 1, or a model whose attention goes by blocks.
+        InputError: drafts below 1, an autoregressive model, noise that is not all mask, or attention by blocks.
 
     Source: FreeDave (arXiv 2510.00294), generation/core.py at 8b48121, its nested drafts.
     """
     require(drafts >= 1, "drafts must be at least 1", str(drafts), "use 2 or more to gain passes")
     require(not model.goes_by_blocks, "drafts must go with attention that is not by blocks", model.attention, "use fast_plan")
+    sampler.check_masks(model)
     mask_id, start = cast(int, model.mask_token_id), prompt.shape[1]
     check_length(model, start + new_tokens)
     ids = torch.full((start + new_tokens,), mask_id, device=model.device)

@@ -36,7 +36,8 @@ class Independent(Commit):
     """Of the predictions above a probability, the most confident one and all that depend on none taken before.
 
     Two places depend on each other when their attention, mean over heads, layers and both directions, is above a bound. In units
-    of what a place would give to each of all places if it gave them the same.
+    of what a place would give to each of all places if it gave them the same. What looks is what a token is predicted from: under
+    a logit shift of 1 the place before it.
 
     Attributes:
         threshold: probability.
@@ -56,12 +57,12 @@ class Independent(Commit):
     def opened(self, model: LanguageModel, view: View) -> Iterator[None]:
         """Sum attention over layers."""
         parts: list[Tensor] = []
+        view.memory["attention"], view.memory["shift"] = parts, model.logit_shift
 
         def watcher(layer: int, query: Tensor, key: Tensor) -> None:
             if layer == 0:
                 parts.clear()
             parts.append(attention_of(query, key)[0])
-            view.memory["attention"] = parts
 
         with observed(model, view), watched(model, watcher):
             yield
@@ -84,7 +85,8 @@ class Independent(Commit):
         if setting == "sinks out":
             attention = attention.masked_fill(sinks_of(view), 0.0)
             attention = attention / attention.sum(1, keepdim=True)
-        among = attention[view.hidden.index(view.ids.shape[1])[0, nodes]][:, nodes] * view.ids.shape[1]
+        looking = (nodes - view.memory["shift"]).clamp(min=0)
+        among = attention[view.hidden.index(view.ids.shape[1])[0, looking]][:, nodes] * view.ids.shape[1]
         weights = (among + among.T) / 2
         if setting == "sinks in":
             is_sink = sinks_of(view)[0, nodes]

@@ -17,6 +17,7 @@ from lib.calibration.sums import InputStatistics
 from lib.calibration.two_streams import Crosses
 from lib.core.errors import InputError
 from lib.core.runtime import generator
+from lib.diffusion.block_reader import block_logits
 from lib.diffusion.noise import process_of
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
 from lib.pruning import importances, matrices, pruner
@@ -305,7 +306,7 @@ def loss_by_noise(
 
     Args:
         model: a diffusion model.
-        windows: clean held-out windows.
+        windows: clean held-out windows; where attention goes by blocks, each block is read behind clean earlier ones.
         ratios: shares of the positions that are masked or drawn anew, in (0, 1]; at least one position is.
         seed: of the masks, which are those of every other model with this seed.
         batch_size: windows at one time.
@@ -320,11 +321,8 @@ def loss_by_noise(
         order = torch.rand(windows.shape, generator=stream).argsort(1).argsort(1)
         where = order < max(1, round(ratio * windows.shape[1]))
         noisy = process.fill(windows, where, generator=stream)
-        triples = zip(*(part.to(model.device).split(batch_size) for part in (windows, noisy, where)), strict=True)
-        rows.append(torch.cat([_noised_loss(model, *triple) for triple in triples]))
-    return torch.stack(rows)
-
-
-def _noised_loss(model: LanguageModel, ids: Tensor, noisy: Tensor, where: Tensor) -> Float[Tensor, "window"]:
-    losses = torch.nn.functional.cross_entropy(logits_at(model, noisy, where), ids[where], reduction="none")
-    return losses.view(len(ids), -1).double().mean(1).cpu()
+        for ids, read, at in zip(*(part.to(model.device).split(batch_size) for part in (windows, noisy, where)), strict=True):
+            logits = block_logits(model, ids, read, at) if model.goes_by_blocks else logits_at(model, read, at)
+            losses = torch.nn.functional.cross_entropy(logits, ids[at], reduction="none")
+            rows.append(losses.view(len(ids), -1).double().mean(1).cpu())
+    return torch.cat(rows).view(len(ratios), len(windows))

@@ -178,18 +178,31 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
         seeds: calibration seeds.
 
     Returns:
-        Outcomes with pattern `"structured"`, without those that `expert_removal.refusal` names.
+        Outcomes with pattern `"structured"`, without those that `refusals` names.
     """
-    outcomes = []
+    outcomes, left_out = [], refusals(bench.model, chosen, sparsities)
     for seed in seeds:
         found = Calibrations(bench, seed)
         for name, method in chosen.items():
             asked = sparsities if seed in seeds_that_matter(method, seeds) else ()
-            for sparsity in (each for each in asked if expert_removal.refusal(bench.model, method, sparsity=each) is None):
+            for sparsity in (each for each in asked if (name, each) not in left_out):
                 small = shrunk(found, method, sparsity=sparsity)
                 gone = 1.0 - _weights(small) / _weights(bench.model)
                 outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small)))
     return outcomes
+
+
+def refusals(
+    model: LanguageModel, chosen: Mapping[str, Method], sparsities: Sequence[float]
+) -> dict[tuple[str, float], str]:
+    """Return why methods cannot cut a model, by name and share; those that can are not there."""
+    found = {}
+    for name, method in chosen.items():
+        for sparsity in sparsities:
+            why_not = expert_removal.refusal(model, method, sparsity=sparsity)
+            why_not = why_not or (shrink.bias_refusal(model.network.config) if method.bias else None)
+            found |= {(name, sparsity): why_not} if why_not else {}
+    return found
 
 
 def shrunk(found: Calibrations, method: Method, *, sparsity: float) -> LanguageModel:
@@ -262,7 +275,7 @@ def speed_ups(
     """
     model = found.bench.model
     variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, Target(sparsity)) for sparsity in sparsities}
-    cut = [each for each in sparsities if expert_removal.refusal(model, method, sparsity=each) is None]
+    cut = [each for each in sparsities if not refusals(model, {"": method}, [each])]
     variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in cut}
     ids = found.bench.windows[:TIMED_WINDOWS].to(model.device)
     calls = {"dense": partial(network_body(model), input_ids=ids, use_cache=False)}

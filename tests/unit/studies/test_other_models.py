@@ -1,45 +1,68 @@
-"""What the notebooks compute, on a model that goes by blocks and on a mixture of experts: everything runs, or says why not."""
+"""What the notebooks compute, on models of other kinds than the embedded pair: everything runs, or says in one line why not."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+from lib.checkpoints.facts import NoiseKind
 from lib.core.errors import InputError
+from lib.decoding import commit, late_steps
+from lib.decoding import systems as published
+from lib.decoding.recompute import Blockwise
 from lib.diffusion import block_sampler, traces
 from lib.evaluation import pseudo_perplexity
+from lib.models import export, loading
 from lib.models.language_model import LanguageModel
+from lib.report import notebook
 from lib.pruning import expert_removal
-from lib.pruning.methods import METHODS, RELEASE, Method, Target
+from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Method, Target
 from lib.quantization.rounding import Grid
 from lib.studies.joint import configurations, measured_formats
 from lib.studies.joint import runs as joint_runs
 from lib.studies.joint import tables as joint_tables
 from lib.studies.pruning import adaptive_runs, attribution, expert_tables, runs, where_it_acts
 from lib.studies.pruning import tables as pruning_tables
+from lib.studies.timing import fidelity, systems
 from lib.studies.timing import runs as timing_runs
+from lib.studies.timing import tables as timing_tables
 from lib.studies.traces import tables as trace_tables
 from lib.studies.variance import agreement_tables, sink_effect
 from lib.studies.variance import tables as variance_tables
-from lib.timing import latency, linear_formats
+from lib.timing import latency, linear_formats, roofline
 from tests import tiny
 
 LENGTH = 12
 AWARE = replace(RELEASE["sink_wanda"], inputs=replace(RELEASE["sink_wanda"].inputs, levels=2))
-KINDS = ("by blocks", "mixture")
+ROOT = Path(__file__).resolve().parents[3]
+KINDS: dict[str, dict[str, Any]] = {
+    "by blocks": {"attention": "block-causal", "block_length": 4, "block_origin": "start"},
+    "mixture": {},
+    "shifted": {"logit_shift": 1},
+    "uniform": {"noise": NoiseKind("uniform", 1.0), "mask_token_id": None},
+    "mixed": {"noise": NoiseKind("mixed", 0.1)},
+}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+def made(kind: str, *, mask_token_id: int = tiny.MASK, tokenizer: Any = None, **shape: Any) -> LanguageModel:
+    """Make a small model whose weights matter."""
+    if kind == "mixture":
+        network = tiny.stacked("qwen3_moe", **{"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": [], **shape})
+    else:
+        network = tiny.network(family="qwen2" if kind == "shifted" else "llama", causal=False, **shape)
+    facts = {"mask_token_id": mask_token_id, **KINDS[kind]}
+    return tiny.of_network(network, tokenizer=tokenizer or tiny.tokenizer(), **facts)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    """Small models whose weights matter, with a tokenizer."""
-    blocks: Any = {"attention": "block-causal", "block_length": 4, "block_origin": "start"}
-    if request.param == "by blocks":
-        return tiny.of_network(tiny.network(causal=False), tokenizer=tiny.tokenizer(), **blocks)
-    few: Any = {"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": []}
-    return tiny.of_network(tiny.stacked("qwen3_moe", **few), tokenizer=tiny.tokenizer())
+    return made(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -92,23 +115,27 @@ def test_models_are_pruned_compared_and_timed(model: LanguageModel, bench: runs.
     table = pruning_tables.loss_table(outcomes, seed=0)
     finite(table, ["loss"])
     assert len(table) == 11 and len({round(value, 6) for value in table["loss"]}) > 6
-    perplexity = runs.while_pruned(
-        bench, {("dense", 0.0): None, ("Wanda", 0.5): METHODS["Wanda"]},
-        lambda pruned: pseudo_perplexity.pseudo_perplexity(pruned, bench.windows, answer_tokens=4, draws=2, seed=0), seed=0,
-    )  # fmt: skip
-    assert perplexity["dense", 0.0].value != perplexity["Wanda", 0.5].value
-    structured = {"magnitude": METHODS["magnitude"], "Wanda": Method("wanda", sequential=False), "aware": AWARE}
+    conditions = {("dense", 0.0): None, ("Wanda", 0.5): METHODS["Wanda"]}
+
+    def measure(pruned: LanguageModel) -> float:
+        return pseudo_perplexity.pseudo_perplexity(pruned, bench.windows, answer_tokens=4, draws=2, seed=0).value
+
+    if model.noise.is_masked:
+        assert len(set(runs.while_pruned(bench, conditions, measure, seed=0).values())) == 2
+    else:
+        with pytest.raises(InputError, match="a pseudo-perplexity must use masked noise"):
+            measure(model)
+    structured = {"magnitude": METHODS["magnitude"], "aware": AWARE, **STRUCTURES}
     cut = runs.structured(bench, structured, [0.25, 0.5], seeds=[0])
-    allowed = {
-        (name, share)
-        for name, method in structured.items()
-        for share in (0.25, 0.5)
-        if expert_removal.refusal(model, method, sparsity=share) is None
-    }
-    assert {(one.method, one.sparsity) for one in cut} == allowed
     assert all(one.measured_sparsity > 0.05 for one in cut if one.sparsity == 0.5)
-    expected = {"Wanda", "aware"} if model.has_experts else {"magnitude", "Wanda", "aware"}
-    assert {name for name, share in allowed if share == 0.5} == expected
+    left_out = runs.refusals(model, structured, [0.25, 0.5])
+    everything = {(name, share) for name in structured for share in (0.25, 0.5)}
+    assert {(one.method, one.sparsity) for one in cut} == everything - set(left_out)
+    biased = {"FLAP", "FLAP, refit"} if model.network.config.model_type == "qwen2" else set()
+    expected = {*structured} - {"Wanda-sp", "aware"} if model.has_experts else biased
+    assert {name for name, share in left_out if share == 0.5} == expected
+    why = {"qwen2": "a bias must go with a layout that has the flag attention_bias, got qwen2", "qwen3_moe": "one-shot Wanda"}
+    assert all(why[model.network.config.model_type] in reason for reason in left_out.values())
     speeds = runs.speed_ups(runs.Calibrations(bench, 0), AWARE, sparsities=(0.5,), repeats=3)
     assert set(speeds) == {("unstructured", 0.5), ("structured", 0.5)}
     more = runs.speed_ups(runs.Calibrations(bench, 0), METHODS["magnitude"], sparsities=(0.5,), repeats=3)
@@ -131,8 +158,8 @@ def test_the_gain_is_taken_apart_and_extended(model: LanguageModel, bench: runs.
     outcomes, by_block = adaptive_runs.allocation_outcomes(bench, plain, policies, sparsity=0.5, seeds=[0], spread=0.1, levels=2)
     assert len({one.measured_sparsity for one in outcomes}) == 1 and set(by_block) == set(policies)
     plans = [adaptive_runs.PhasePlan("2 phases", (0.5,), 0.1, "high_noise")]
-    if model.goes_by_blocks:
-        with pytest.raises(InputError, match="phases must follow one mask ratio of the whole text"):
+    if model.goes_by_blocks or not model.noise.is_masked:
+        with pytest.raises(InputError, match="phases must follow (one mask ratio of the whole text|the mask ratio of masked)"):
             adaptive_runs.phase_outcomes(bench, plain, plans, sparsity=0.5, seeds=[0])
         assert adaptive_runs.phase_outcomes(bench, plain, [], sparsity=0.5, seeds=[0]) == ([], {})
     else:
@@ -160,14 +187,54 @@ def test_models_are_rounded_and_formats_chosen(model: LanguageModel, bench: runs
     assert len(measured_formats.sensitivity(prepared, bench.windows, seed=1, draws=2)) and measured_formats.sizes(prepared)
 
 
-def test_passes_are_timed_and_decoders_where_there_are_any(model: LanguageModel) -> None:
+def test_passes_are_timed(model: LanguageModel) -> None:
     formats = [linear_formats.by_name(name) for name in ("dense", "masked 50 %", "structured 50 %")]
     table = latency.measure_models(linear_formats.convert_all(model, formats), batch=2, length=LENGTH, repeats=3)
     ran = table[table["not_run"] == ""]["model"].tolist()
     assert ran == ["dense", "masked 50 %", *([] if model.has_experts else ["structured 50 %"])]
-    sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 8, "batch_size": 2}
-    if model.goes_by_blocks:
-        with pytest.raises(InputError, match="block_length must be that of"):
-            timing_runs.run_decoder(model, tiny.ids(2, 4), timing_runs.PLAIN, **sizes)
-    else:
-        assert timing_runs.run_decoder(model, tiny.ids(2, 4), timing_runs.PLAIN, **sizes).ids.shape == (2, 12)
+    assert ("down, expert" in linear_formats.distinct_shapes(model)) == model.has_experts
+
+
+def test_decoders_are_compared_where_masks_are_filled_in(model: LanguageModel) -> None:
+    sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 4}
+    prompts, why_not = tiny.ids(2, 4), timing_runs.left_out(model)
+    assert bool(why_not) == (model.goes_by_blocks or not model.noise.is_masked)
+    if why_not:
+        refusal = "drafts must go with attention that is not by blocks|must use masked noise"
+        with pytest.raises(InputError, match=refusal):
+            timing_runs.run_decoder(model, prompts, timing_runs.Speculation(2), **sizes, batch_size=2)
+        return
+    wanted = timing_runs.run_decoder(model, prompts, timing_runs.PLAIN, **sizes, batch_size=2).ids
+    same = [published.fast_plan(steps_per_block=4), published.fast_plan("dual", refresh_every=1, steps_per_block=4)]
+    for plan in (*same, published.fast_plan(threshold=1.0), published.fast_plan("adaptive", refresh_ratio=1.0, threshold=1.0)):
+        assert torch.equal(timing_runs.run_decoder(model, prompts, plan, **sizes, batch_size=2).ids, wanted)
+    fixed = commit.Quota(2)
+    listed = published.published(threshold=0.6, fixed=fixed, delimiters=(5, 6), logit_shift=model.logit_shift)
+    assert ("WINO" in {each.name for each in listed}) == (model.logit_shift == 0)
+    table = systems.compare(model, prompts, listed, new_tokens=8, block=4, repeats=1, seed=0).set_index("system")
+    finite(table, ["forwards", "rows", "seconds", "top1", "KL", "agreement"])
+    exact = [each.name for each in listed if fidelity.is_exact(each.plan)]
+    assert bool((table.loc[exact, "KL"] == 0).all()) and bool((table["KL"] > -1e-9).all())
+    assert bool((table.loc[["FreeDave, 2 drafts", "FreeDave, 4 drafts"], "agreement"] == 1).all())
+    cut = published.fast_plan("dual", steps_per_block=4, suffix_blocks=0)
+    for plan in (published.fast_plan("prefix", steps_per_block=4), cut, listed[-3].plan):
+        assert float(fidelity.measure(model, prompts, plan, new_tokens=8, block=4).divergence.mean()) > 0
+
+
+def test_the_control_and_late_steps_of_decoders(model: LanguageModel) -> None:
+    if timing_runs.left_out(model):
+        return
+    prompts = tiny.ids(4, 4)
+    table = systems.control(model, prompts[:2], fixed=commit.Quota(2), new_tokens=8, block=4, seed=0)
+    finite(table, ["value", "difference", "p"])
+    assert len(table) == 30 and set(table["usual"]) == {"as they fall", "sinks in"}
+    sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "share": 0.5}
+    examples = late_steps.collect(model, prompts, **sizes)
+    held_out = late_steps.collect(model, prompts, **sizes, first_only=True)
+    steps = {"without": None, "ridge": late_steps.fit(model, examples)}
+    finite(timing_tables.late_table(model, held_out, steps, seed=0), ["agreement", "difference"])
+
+
+def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
+    judge = tiny.of_network(tiny.network(), tokenizer=tiny.tokenizer(), is_causal=True, mask_token_id=None)
+    assert timing_runs.same_tokens(model, judge) and not timing_runs.same_tokens(model, replace(judge, tokenizer=tiny.words()))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lib.calibration import statistics as calibration
 from lib.calibration.reads import statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
-from lib.models.language_model import LanguageModel, LinearLayer
+from lib.models.language_model import LanguageModel, LinearLayer, logits_at
 from lib.pruning import importances, matrices, sparsegpt
 from lib.pruning.methods import Method, Target, pattern_target
 from lib.quantization import joint, planes
@@ -194,6 +195,24 @@ def test_the_loss_by_noise_is_the_mean_over_the_masked_tokens(model: LanguageMod
     wanted = -logits.gather(2, windows[:, :, None])[:, :, 0].double().mean(1)
     torch.testing.assert_close(found[1], wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(found, runs.loss_by_noise(model, windows, ratios=[0.25, 1.0], seed=0, batch_size=2))
+    assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize(("attention", "shift"), [("block-causal", 0), ("block-causal", 1), ("context-causal", 0)])
+def test_the_loss_by_noise_of_a_block_is_read_behind_clean_ones(attention: Any, shift: int) -> None:
+    """As it is when it is written: neither masks of earlier blocks nor anything of later ones is there."""
+    blocks: Any = {"attention": attention, "block_length": 4, "block_origin": "start", "logit_shift": shift}
+    model = tiny.of_network(tiny.network(causal=False), **blocks)
+    windows = tiny.ids(2, 12, seed=4)
+    found = runs.loss_by_noise(model, windows, ratios=[0.5, 1.0], seed=0)
+    by_hand = torch.zeros(2, 3, dtype=torch.float64)
+    for part, start in enumerate(range(0, 12, 4)):
+        ids = windows[:, : start + 4].clone()
+        ids[:, start:] = tiny.MASK
+        where = ids == tiny.MASK
+        nats = torch.nn.functional.cross_entropy(logits_at(model, ids, where), windows[:, : start + 4][where], reduction="none")
+        by_hand[:, part] = nats.view(2, 4).double().mean(1)
+    torch.testing.assert_close(found[1], by_hand.mean(1), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[0], found[1])
 
 

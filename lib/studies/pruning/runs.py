@@ -192,9 +192,7 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
     return outcomes
 
 
-def refusals(
-    model: LanguageModel, chosen: Mapping[str, Method], sparsities: Sequence[float]
-) -> dict[tuple[str, float], str]:
+def refusals(model: LanguageModel, chosen: Mapping[str, Method], sparsities: Sequence[float]) -> dict[tuple[str, float], str]:
     """Return why methods cannot cut a model, by name and share; those that can are not there."""
     found = {}
     for name, method in chosen.items():

@@ -1,12 +1,12 @@
 """What the notebooks compute, on models of other kinds than the embedded pair: everything runs, or says in one line why not."""
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -15,15 +15,14 @@ from lib.checkpoints.facts import NoiseKind
 from lib.core.errors import InputError
 from lib.decoding import commit, late_steps
 from lib.decoding import systems as published
-from lib.decoding.recompute import Blockwise
 from lib.diffusion import block_sampler, traces
 from lib.evaluation import pseudo_perplexity
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel
-from lib.report import notebook
 from lib.pruning import expert_removal
-from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Method, Target
+from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Target
 from lib.quantization.rounding import Grid
+from lib.report import notebook
 from lib.studies.joint import configurations, measured_formats
 from lib.studies.joint import runs as joint_runs
 from lib.studies.joint import tables as joint_tables
@@ -159,7 +158,7 @@ def test_the_gain_is_taken_apart_and_extended(model: LanguageModel, bench: runs.
     assert len({one.measured_sparsity for one in outcomes}) == 1 and set(by_block) == set(policies)
     plans = [adaptive_runs.PhasePlan("2 phases", (0.5,), 0.1, "high_noise")]
     if model.goes_by_blocks or not model.noise.is_masked:
-        with pytest.raises(InputError, match="phases must follow (one mask ratio of the whole text|the mask ratio of masked)"):
+        with pytest.raises(InputError, match=r"phases must follow (one mask ratio of the whole text|the mask ratio of masked)"):
             adaptive_runs.phase_outcomes(bench, plain, plans, sparsity=0.5, seeds=[0])
         assert adaptive_runs.phase_outcomes(bench, plain, [], sparsity=0.5, seeds=[0]) == ([], {})
     else:
@@ -238,3 +237,96 @@ def test_the_control_and_late_steps_of_decoders(model: LanguageModel) -> None:
 def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
     judge = tiny.of_network(tiny.network(), tokenizer=tiny.tokenizer(), is_causal=True, mask_token_id=None)
     assert timing_runs.same_tokens(model, judge) and not timing_runs.same_tokens(model, replace(judge, tokenizer=tiny.words()))
+
+
+# --- the notebooks themselves ---------------------------------------------------------------------------------------------
+
+
+SMALL = {
+    "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
+    "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1},
+    "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
+                           "annealing": 1, "timed_rows": 16},
+    "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,
+               "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2},
+}  # fmt: skip
+SECTIONS = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
+DECODERS = {"decoders", "accuracy", "late_steps", "composition", "systems", "sink_control", "parallelism"}
+
+
+def checkpoint(kind: str, folder: Path) -> Path:
+    """Write a tiny checkpoint that speaks the embedded pair's tokens, so that their texts can be read."""
+    reference = loading.load(ROOT / "models/reference/dlm")
+    sizes = {"vocab_size": reference.network.config.vocab_size, "max_position_embeddings": 512}
+    known: Any = reference.mask_token_id
+    return export.save_plain(made(kind, mask_token_id=known, tokenizer=reference.tokenizer, **sizes), folder)
+
+
+@dataclass
+class Seen:
+    """What a notebook wrote."""
+
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)
+
+    def table(self, run: notebook.Run, name: str, frame: pd.DataFrame, caption: str, **_: Any) -> pd.DataFrame:
+        """Take the place of `Run.table`."""
+        self.tables[name] = frame
+        return frame
+
+    def figure(self, run: notebook.Run, name: str, fig: Any, data: pd.DataFrame, caption: str, **_: Any) -> None:
+        """Take the place of `Run.figure`."""
+        plt.close(fig)
+        assert len(data), f"{name} is empty"
+        self.figures.append(name)
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Where a notebook's tables and figures go; peaks of the machine are not measured, every task counts."""
+    found = Seen()
+    monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path / "out"))
+    monkeypatch.setattr(notebook.Run, "table", lambda *given, **options: found.table(*given, **options))
+    monkeypatch.setattr(notebook.Run, "figure", lambda *given, **options: found.figure(*given, **options))
+    monkeypatch.setattr(roofline, "measure_peaks", lambda *_, **__: roofline.Peaks(1e10, 1e10))
+    monkeypatch.setattr(latency, "integer_peaks", lambda peaks: peaks)
+    monkeypatch.setattr(pruning_tables, "usable_tasks", lambda results: {(key[0], key[3]) for key in results})
+    return found
+
+
+def execute(number: str, overrides: dict[str, str]) -> None:
+    """Run the code cells of a notebook in order, as they stand."""
+    path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+    space: dict[str, Any] = {"display": lambda *_: None}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        given = f"\noverrides = {overrides!r}" if "parameters" in cell["metadata"].get("tags", []) else ""
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]) + given, path.name, "exec"), space)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "empty", "words"),
+    [
+        (
+            "03",
+            "shifted",
+            {"stronger"},
+            "FLAP: left out: a bias must go with a layout that has the flag attention_bias, got qwen2",
+        ),
+        ("04", "uniform", set(), "masks by phase left out"),
+        ("05", "by blocks", set(), "not offered: none"),
+        ("06", "mixed", DECODERS, "decoders are not: under mixed (uniform 0.1) noise no token is finished before the last step"),
+        ("06", "shifted", set(), "equal to the plain sampler: no cache"),
+    ],
+)
+def test_a_notebook_runs_to_its_end(
+    number: str, kind: str, empty: set[str], words: str, seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = SECTIONS[number]
+    small = {"task_documents": 2, "positions": 32, **({} if number == "06" else {"task_draws": 1}), **SMALL[section]}
+    overrides = {f"{section}.{key}": str(value) for key, value in small.items()}
+    overrides |= {f"{section}.models": "[dlm]", "models.dlm.source": str(checkpoint(kind, tmp_path / "model"))}
+    execute(number, overrides | ({"timing.judge": ""} if number == "06" else {}))
+    assert words in capsys.readouterr().out
+    assert {name for name, frame in seen.tables.items() if not len(frame)} == empty
+    assert len(seen.figures) >= 3

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from lib.models import experts
 from lib.models.export import QuantizedWeight
 from lib.models.language_model import LanguageModel, linear_layers
 from lib.pruning import pruner
@@ -58,6 +59,8 @@ def exportable(found: Calibrations, recipe: Recipe, *, dtype: torch.dtype) -> Re
 def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
     """Tell whether transformers alone, reading the checkpoint, gives the logits of the model bit for bit.
 
+    Experts that it has read are summed as here: its own sums, in the dtype of the network, round otherwise.
+
     Args:
         model: what was written.
         folder: the checkpoint.
@@ -70,6 +73,6 @@ def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
     finally:
         if shown:
             logging.enable_progress_bar()
-    loaded.to(model.device)
+    experts.as_linears_(loaded).to(model.device)
     found, wanted = (network(input_ids=ids.to(model.device), use_cache=False).logits for network in (loaded, model.network))
     return torch.equal(found, wanted)

@@ -223,6 +223,15 @@ def test_compressed_mixtures_are_written_and_read_back(found: Calibrations, tmp_
     assert not (tmp_path / "packed").exists()
 
 
+def test_what_transformers_reads_of_a_mixture_is_summed_as_here(found: Calibrations, tmp_path: Path) -> None:
+    """In bfloat16, in which its own sums over experts are rounded on the way."""
+    ready = exported.exportable(found, RECIPES["joint"], dtype=torch.bfloat16)
+    export.save_plain(ready.model, tmp_path / "plain")
+    assert exported.reloads(ready.model, tmp_path / "plain", tiny.ids(2, 10))
+    ready.model.layers[-1].module.weight.data.mul_(2)
+    assert not exported.reloads(ready.model, tmp_path / "plain", tiny.ids(2, 10))
+
+
 # Streaming
 
 

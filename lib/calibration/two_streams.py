@@ -37,8 +37,7 @@ def stream(model: LanguageModel, calibration: CalibrationSet, visit: Visit, *, b
     """
     if calibration.by_head:
         raise InputError("two streams must weigh tokens alike in all heads, got weights by head: use weights by layer")
-    rule = "two streams must pass the same matrices"  # behind changed blocks a token may go to other experts
-    require(not model.has_experts, rule, f"the mixture {model.name}", "leave the target unshifted")
+    check_dense(model)
     check_weights(model, calibration.token_weight)
     blocks = cast(Any, model.network.get_decoder()).layers
     dense, changed = HiddenStates("device", model.device), HiddenStates("device", model.device)
@@ -81,3 +80,13 @@ def _add(
     first, second = both
     product = first.T @ second
     crosses[role] = crosses[role] + product if role in crosses else product
+
+
+def check_dense(model: LanguageModel) -> None:
+    """Refuse a mixture: behind changed blocks a token may go to other experts.
+
+    Raises:
+        InputError: see above.
+    """
+    rule, remedy = "two streams must pass the same matrices", "leave the target unshifted"
+    require(not model.has_experts, rule, f"the mixture {model.name}", remedy)

@@ -162,7 +162,7 @@ def hadamard(width: int, *, generator: torch.Generator | None = None) -> Float[T
     >>> (hadamard(2) * 2**0.5).round().tolist()
     [[1.0, 1.0], [1.0, -1.0]]
     """
-    require(width > 0 and width & (width - 1) == 0, "a rotated width must be a power of two", str(width), "leave it as it is")
+    _check_width(width)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -170,6 +170,10 @@ def hadamard(width: int, *, generator: torch.Generator | None = None) -> Float[T
     if generator is None:
         return matrix
     return matrix * (2.0 * torch.randint(0, 2, (width, 1), generator=generator) - 1.0)
+
+
+def _check_width(width: int) -> None:
+    require(width > 0 and width & (width - 1) == 0, "a rotated width must be a power of two", str(width), "leave it as it is")
 
 
 @torch.no_grad()
@@ -185,12 +189,9 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
 
     Source: QuaRot (arXiv 2404.00456), the two rotations that need nothing at run time; its names for them are R1 and R2.
     """
-    check_dense(model)
+    check_rotation(model)
     network, config = model.network, model.network.config
-    require(not config.tie_word_embeddings, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
-    around = hadamard(config.hidden_size, generator=generator)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inside = hadamard(width, generator=generator)
+    around, inside = (hadamard(width, generator=generator) for width in _rotated_widths(config))
     decoder, head = cast(Any, network.get_decoder()), cast(Any, network.get_output_embeddings())
     _times_(decoder.embed_tokens.weight, around)
     for index, block in enumerate(decoder.layers):
@@ -205,6 +206,24 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
         _times_(modules["o"].weight, torch.block_diag(*[inside] * config.num_attention_heads))
     _times_(head.weight, decoder.norm.weight.double().diag() @ around)
     decoder.norm.weight.fill_(1.0)
+
+
+def check_rotation(model: LanguageModel) -> None:
+    """Refuse what `rotate_` refuses.
+
+    Raises:
+        InputError: see there.
+    """
+    check_dense(model)
+    tied = model.network.config.tie_word_embeddings
+    require(not tied, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
+    for width in _rotated_widths(model.network.config):
+        _check_width(width)
+
+
+def _rotated_widths(config: Any) -> tuple[int, int]:
+    """Return the widths of the residual stream and of a head."""
+    return config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _times_(weight: Tensor, matrix: Tensor) -> None:

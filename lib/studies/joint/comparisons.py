@@ -6,10 +6,12 @@ from itertools import product
 from types import MappingProxyType
 
 from lib.calibration.sets import NOISED, Inputs
-from lib.core.errors import require
+from lib.core.errors import InputError, require
+from lib.models.language_model import LanguageModel
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import METHODS, SINKS, STRONGER, Method, Target, without_noise
 from lib.quantization.rounding import DENSE_BITS, Grid
+from lib.studies.joint import runs
 from lib.studies.joint.runs import PLAIN, Order, Recipe, Rounding
 
 ORDERS: tuple[Order, ...] = ("prune, quantize", "quantize, prune", "joint")
@@ -207,3 +209,20 @@ def rewritten(*, group_size: int | None) -> dict[str, Recipe]:
         "nearest, 3 bits": Recipe(Grid(3, group_size, "search"), rounding="nearest"),
         "Wanda, 50 %": Recipe(target=HALF, method=METHODS["Wanda"]),
     }
+
+
+def fitting(model: LanguageModel, named: Sequence[tuple[str, Recipe]]) -> tuple[list[tuple[str, Recipe]], dict[str, str]]:
+    """Return the recipes that a model takes, and for the others, by name, why it does not.
+
+    Args:
+        model: that is to be compressed.
+        named: (name, recipe).
+    """
+    taken, left_out = [], {}
+    for name, recipe in named:
+        try:
+            runs.check(model, recipe)
+            taken.append((name, recipe))
+        except InputError as error:
+            left_out[name] = str(error)
+    return taken, left_out

@@ -13,6 +13,7 @@ from lib.calibration.sets import CLEAN, Inputs
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.core.runtime import generator
+from lib.models.language_model import LanguageModel
 from lib.pruning.methods import Method
 from lib.quantization import folding
 from lib.quantization.rounding import Grid
@@ -82,14 +83,28 @@ def compare(
 ) -> list[Measured]:
     """Measure every recipe on every rewriting of the model with every calibration.
 
-    A recipe that does not round has no scales to search for, and scales would change no mask: it is left out there.
+    A recipe that does not round has no scales to search for, and scales would change no mask: it is left out there, and so are
+    the rewritings that `refusals` names.
     """
-    pairs = [(name, each) for name in recipes for each in rewritings if recipes[name].grid.rounds or each not in SCALED]
+    possible = [each for each in rewritings if each not in refusals(found[0].bench.model)]
+    pairs = [(name, each) for name in recipes for each in possible if recipes[name].grid.rounds or each not in SCALED]
     work = [(each, name, rewriting) for each in found for name, rewriting in pairs]
     return [
         measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
         for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)
     ]
+
+
+def refusals(model: LanguageModel) -> dict[str, str]:
+    """Return why a model cannot be rewritten, by rewriting; those that it takes are not there."""
+    checks = dict.fromkeys(SCALED, folding.check_dense) | {ROTATED: folding.check_rotation}
+    found = {}
+    for name, check in checks.items():
+        try:
+            check(model)
+        except InputError as error:
+            found[name] = str(error)
+    return found
 
 
 def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFrame:
@@ -101,10 +116,11 @@ def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFram
 
     Returns:
         `largest channel / median`: of the mean sizes that `q`, `k`, `v` and `gate`, `up` read, mean over blocks; `largest sink
-        mass`: of a token of each window, mean over windows and layers, in units of the mean mass.
+        mass`: of a token of each window, mean over windows and layers, in units of the mean mass. Without rotations where
+        `refusals` names them, and of a mixture nothing.
     """
-    rows, read = [], found.set_of(Method("wanda", inputs))
-    for name in (NONE, ROTATED):
+    rows, read, left_out = [], found.set_of(Method("wanda", inputs)), refusals(found.bench.model)
+    for name in () if AWQ in left_out else tuple(name for name in (NONE, ROTATED) if name not in left_out):
         with folding.folded(found.bench.model) as model:
             if name == ROTATED:
                 folding.rotate_(model, generator=generator(found.seed, "rotation"))
@@ -115,4 +131,4 @@ def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFram
             "model": model.name, "rewriting": name, "largest channel / median": sum(channels) / len(channels),
             "largest sink mass": float(mass.mean()),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["model"])

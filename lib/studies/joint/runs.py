@@ -174,9 +174,11 @@ def check(model: LanguageModel, recipe: Recipe) -> None:
     """Refuse, before any work, what would fail in some layer.
 
     Raises:
-        InputError: a group or a pattern that does not divide a width, or weights that are not finite.
+        InputError: a group or a pattern that does not divide a width, weights that are not finite, or a mixture's shifted target.
     """
     pruner.check(model, recipe.target)
+    if recipe.shifted:
+        two_streams.check_dense(model)
     for layer in model.layers:
         recipe.grid.columns(layer.module.in_features, name=layer.name)
 

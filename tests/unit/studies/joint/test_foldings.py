@@ -11,7 +11,7 @@ from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel
 from lib.quantization import folding
 from lib.quantization.rounding import Grid, round_to_nearest
-from lib.studies.joint import foldings
+from lib.studies.joint import comparisons, foldings
 from lib.studies.joint.runs import Recipe
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations
@@ -73,6 +73,24 @@ def test_all_pairs_are_measured_and_others_refused(found: Calibrations) -> None:
     assert [each.name for each in got] == ["RTN", "RTN, rotated", "GPTQ", "GPTQ, rotated"]
     with pytest.raises(InputError, match="a rewriting must be of as it is, AWQ"):
         foldings.measured(found, "RTN", recipes["RTN"], rewriting="turned")
+
+
+def test_what_a_model_cannot_take_is_left_out_and_named(found: Calibrations) -> None:
+    """40 features are no power of two; a mixture's experts read what would be rewritten, too."""
+    assert foldings.refusals(found.bench.model) == {}
+    odd, mixture = tiny.of_network(tiny.network(causal=False, hidden_size=40)), tiny.mixture("qwen3_moe")
+    assert list(foldings.refusals(odd)) == [foldings.ROTATED]
+    assert "a rotated width must be a power of two, got 40" in foldings.refusals(odd)[foldings.ROTATED]
+    assert set(foldings.refusals(mixture)) == {*foldings.SCALED, foldings.ROTATED}
+    for model, names, rows in ((odd, ["RTN"], 1), (mixture, ["RTN"], 0)):
+        other = Calibrations(Bench(model, tiny.ids(8, 16, seed=3), tiny.ids(3, 16, seed=4), 4, 2, 5), seed=1)
+        recipes = {"RTN": Recipe(Grid(3, group_size=8), rounding="nearest")}
+        assert [each.name for each in foldings.compare([other], recipes, [foldings.NONE, foldings.ROTATED])] == names
+        assert len(foldings.outlier_table(other)) == rows
+    recipes = {"GPTQ": Recipe(INT3), "GPTQ, shifted": Recipe(INT3, shifted=True)}
+    taken, left_out = comparisons.fitting(mixture, list(recipes.items()))
+    assert [name for name, _ in taken] == ["GPTQ"] and "two streams" in left_out["GPTQ, shifted"]
+    assert comparisons.fitting(odd, list(recipes.items())) == (list(recipes.items()), {})
 
 
 def test_rotations_spread_outliers_of_channels_and_not_of_tokens(found: Calibrations) -> None:

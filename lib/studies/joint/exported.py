@@ -73,6 +73,7 @@ def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
     finally:
         if shown:
             logging.enable_progress_bar()
-    experts.as_linears_(loaded).to(model.device)
+    experts.as_linears_(loaded)
+    loaded.to(model.device)
     found, wanted = (network(input_ids=ids.to(model.device), use_cache=False).logits for network in (loaded, model.network))
     return torch.equal(found, wanted)

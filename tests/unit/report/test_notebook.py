@@ -69,6 +69,11 @@ def test_table_shows_long_cells_whole_in_text_and_html() -> None:
     assert "<th>0</th>" not in html
 
 
+def test_a_table_without_rows_says_so_in_text_and_html() -> None:
+    shown = tables.display_table(pd.DataFrame({"model": []}))
+    assert repr(shown) == tables.NO_ROWS and tables.NO_ROWS in shown._repr_html_()
+
+
 def test_csv_keeps_six_digits_and_integers() -> None:
     frame = pd.DataFrame({"n": [10000001, 2], "x": [1 / 3, math.nan], "word": ["a,b", "0.123456789"], "zero": [-0.0, 1e-9]})
     assert tables.csv_text(frame) == 'n,x,word,zero\n10000001,0.333333,"a,b",0\n2,NaN,0.123456789,1e-09\n'

@@ -11,6 +11,7 @@ import pytest
 from lib.core import config
 from lib.core.errors import InputError
 from lib.report import page as html_report
+from lib.report import tables
 from tests.reporting import NAME, TITLE, begin, record_everything
 
 
@@ -103,6 +104,13 @@ def test_a_missing_number_is_a_dash_and_its_column_one_of_numbers(monkeypatch: p
     page = Page(html_report.build("quick").read_text(encoding="utf-8"))
     assert [attributes.get("class") for attributes in page.of("th")][-3:] == [None, "number", "number"]
     assert "0.25" in page.text and "–" in page.text and page.text.count("NaN") == 1  # the word stays
+
+
+def test_a_table_without_rows_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    run.table("none", pd.DataFrame({"model": []}), caption="N.")
+    run.finish()
+    assert tables.NO_ROWS in Page(html_report.build("quick").read_text(encoding="utf-8")).text
 
 
 def test_same_results_give_the_same_page(page: Page, tmp_path: Path) -> None:

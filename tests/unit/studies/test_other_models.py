@@ -314,7 +314,7 @@ def execute(number: str, overrides: dict[str, str]) -> None:
         (
             "03",
             "shifted",
-            {"stronger"},
+            set(),
             "FLAP: left out: a bias must go with a layout that has the flag attention_bias, got qwen2",
         ),
         ("04", "uniform", {"phase_bytes"}, "masks by phase left out"),

@@ -153,8 +153,8 @@ def accuracy_rows(
         plain: which documents the plain sampler answers with these settings.
 
     Returns:
-        By name `accuracy`, `accuracy difference` to the plain sampler and the ends of its interval, and the `answer block`: an
-        answer that is shorter than a block is one block.
+        By name `accuracy`, `accuracy difference` to the plain sampler and the ends of its interval, the `block` of the settings,
+        and the `answer block`: an answer that is shorter than a block is one block.
     """
     _known("answering_systems", names, [each.name for each in listed])
     found = {PLAIN: plain}
@@ -166,5 +166,5 @@ def accuracy_rows(
         point = _point(name, 0.0, 0.0, right, plain)
         keys = ("accuracy", "difference", "difference low", "difference high")
         rows[name] = {key.replace("difference", "accuracy difference"): float(str(point[key])) for key in keys}
-        rows[name]["answer block"] = answer_block(task, settings)
+        rows[name] |= {"block": float(settings.block_length), "answer block": float(answer_block(task, settings))}
     return rows

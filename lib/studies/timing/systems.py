@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lib.core.errors import require
 from lib.decoding import systems as published_systems
 from lib.decoding.by_attention.control import SETTINGS, Choice, Control, Setting, untested
 from lib.decoding.by_attention.recompute import D2Cache, Focus
@@ -62,7 +63,13 @@ def compare(
         masked (`early`); `agreement`, the share of the plain sampler's tokens; `nats` per token under the judge, with the paired
         `difference` to the rival's and its 95 % interval. What does nothing at this length says so in `not tested`, and has no
         scores.
+
+    Raises:
+        InputError: answers in other blocks than the texts.
     """
+    other = sorted({found["block"] for found in (answered or {}).values()} - {float(block)})
+    rule, got = f"a row must hold what was measured in its block of {block}", ", ".join(f"{length:g}" for length in other)
+    require(not other, rule, f"answers in blocks of {got}", "answer in that block")
     every = [PLAIN_SYSTEM, *listed]
     total, sizes = prompts.shape[1] + new_tokens, {"new_tokens": new_tokens, "block_length": block, "batch_size": 1}
     runnable = [each for each in every if not _shows_all(each.plan, total=total, new_tokens=new_tokens, block=block)]
@@ -78,7 +85,7 @@ def compare(
     for each in every:
         row = {"system": each.name, "choice": each.choice, **each.parts, "rival": each.rival,
                "against rival": each.against(by_name[each.rival]), "control": "sinks" if each.name in CONTROLLED else "",
-               "block": block, **(answered or {}).get(each.name, {})}  # fmt: skip
+               **(answered or {}).get(each.name, {}), "block": block}  # fmt: skip
         run = runs.get(each.name)
         row["not tested"] = "nothing is cut off at this length" if run is None else _idle(each.plan, run)
         if run is not None:

@@ -80,7 +80,7 @@ def test_what_is_exact_is_known_without_a_pass(model: LanguageModel) -> None:
 
 def test_every_system_has_a_row_and_a_rival_in_the_table(model: LanguageModel, judge: LanguageModel) -> None:
     listed = published.published(threshold=0.5, fixed=commit.Quota(2), delimiters=(3, 4))
-    answered = {"dual": {"accuracy": 0.5}}
+    answered: dict[str, dict[str, float]] = {"dual": {"accuracy": 0.5, "block": float(BLOCK)}}
     options: dict[str, Any] = {"new_tokens": NEW, "block": BLOCK, "repeats": 1, "seed": 0, "judge": judge, "answered": answered}
     table = systems.compare(model, tiny.ids(2, PROMPT), listed, **options).set_index("system")
     assert table.index.tolist() == [PLAIN, *(each.name for each in listed)] and table.index.is_unique
@@ -232,6 +232,9 @@ def test_answers_are_paired_by_document(model: LanguageModel, monkeypatch: pytes
     assert set(rows) == {PLAIN, "threshold"}
     assert (rows["threshold"]["accuracy"], rows["threshold"]["accuracy difference"]) == (0.75, 0.25)
     assert rows["threshold"]["answer block"] == 16
+    sizes: dict[str, Any] = {"new_tokens": 8, "repeats": 1, "seed": 0}
+    with pytest.raises(InputError, match="a row must hold what was measured in its block of 8, got answers in blocks of 16"):
+        systems.compare(model, tiny.ids(2, PROMPT), listed, block=8, answered=rows, **sizes)
 
 
 def test_unknown_names_are_refused_before_any_answer(model: LanguageModel) -> None:

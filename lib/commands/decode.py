@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 EPILOG = """DECODER is words joined by +: a cache (prefix, dual, adaptive[=SHARE]), threshold[=P] (default .9) or steps=N a block,
 refresh=N, suffix=BLOCKS, late=SHARE, stop. Example: dual+threshold=.95+suffix=1. An autoregressive model decodes greedily."""
 DEFAULTS = {"threshold": 0.9, "adaptive": 0.25}
+LONGEST_BLOCK = 16  # tokens of a block where none is asked for
+ONE_OF = (("none", "prefix", "dual", "adaptive"), ("threshold", "steps"))  # words that say the same thing otherwise
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--decoder", default="threshold", metavar="DECODER", help="see below (default threshold, without a cache)"
     )
     parser.add_argument("--tokens", type=whole(1), default=64, metavar="N", help="new tokens (default 64)")
-    parser.add_argument("--block", type=whole(1), metavar="N", help="tokens of a block (default 16, or the model's own)")
+    parser.add_argument("--block", type=whole(1), metavar="N", help="tokens of a block (default at most 16, or the model's own)")
     add_common(parser)
 
 
@@ -48,9 +50,10 @@ def run(chosen: argparse.Namespace) -> None:
             new, forwards = sampler.continue_text(model, prompt, new_tokens=chosen.tokens), chosen.tokens
         else:
             stop = model.stop_token_ids[0] if model.stop_token_ids else None
-            block = chosen.block or model.block_length or min(16, chosen.tokens)
-            done = decoding.decode(model, prompt, new_tokens=chosen.tokens, block_length=block, plan=plan, stop_token_id=stop)
-            new, forwards = done.ids, done.forwards
+            block = chosen.block or model.block_length or even_block(chosen.tokens)
+            length = chosen.tokens if chosen.block or model.block_length else -(-chosen.tokens // block) * block
+            done = decoding.decode(model, prompt, new_tokens=length, block_length=block, plan=plan, stop_token_id=stop)
+            new, forwards = done.ids[:, : len(ids) + chosen.tokens], done.forwards
     seconds = time.monotonic() - started
     text: Any = tokenizer.decode(new[0, len(ids) :].tolist(), skip_special_tokens=True)
     facts = {
@@ -62,18 +65,31 @@ def run(chosen: argparse.Namespace) -> None:
     session.finish(chosen, facts, [chosen.prompt + text, speed], begun=begun)
 
 
+def even_block(tokens: int) -> int:
+    """Return the tokens of a block where all blocks are equal, few, and no longer than `LONGEST_BLOCK`.
+
+    Where they do not divide the tokens, the last block has up to one token fewer than there are blocks to spare, which is cut.
+
+    >>> [even_block(tokens) for tokens in (5, 20, 23, 64)]
+    [5, 10, 12, 16]
+    """
+    return -(-tokens // -(-tokens // LONGEST_BLOCK))
+
+
 def plan_of(text: str) -> "DecodingPlan":
     """Read a decoder in words; this is all that knows how `lib.decoding` names its choices.
 
     Raises:
-        UsageError: an unknown word, or a number that is none.
+        UsageError: an unknown word, words that contradict each other, or a number that is none or does not belong.
         InputError: choices that do not go together.
     """
     from lib.decoding import fast_plan
 
     options: dict[str, Any] = {}
-    for word in text.split("+"):
-        name, _, value = word.strip().partition("=")
+    words = [word.strip() for word in text.split("+")]
+    _check_words(words)
+    for word in words:
+        name, _, value = word.partition("=")
         if name in ("none", "prefix", "dual", "adaptive"):
             options["cache"] = name
             if name == "adaptive":
@@ -91,6 +107,19 @@ def plan_of(text: str) -> "DecodingPlan":
     if "steps_per_block" not in options:
         options.setdefault("threshold", DEFAULTS["threshold"])
     return fast_plan(**options)
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse what contradicts itself."""
+    names = [word.partition("=")[0] for word in words]
+    for several in (*ONE_OF, *((name,) for name in names)):
+        found = [word for word, name in zip(words, names, strict=True) if name in several]
+        if len(found) > 1:
+            both = " and ".join(found[:2])
+            raise UsageError(f"--decoder must have one of {', '.join(several)}, got {both}: leave one of them out")
+    for word, name in zip(words, names, strict=True):
+        if "=" in word and name in ("none", "prefix", "dual", "stop"):
+            raise UsageError(f"--decoder must have no number in {name}, got {word!r}: write {name}")
 
 
 def _whole(word: str, value: str) -> int:

@@ -62,7 +62,11 @@ class _PositionLayer(CacheLayerMixin):
         where = args[0] if args else None
         if where is None:
             self.lazy_initialization(key_states, value_states)
+        elif isinstance(where, range) and self.slots is None:  # side by side: copied without an index
+            cast(Tensor, self.keys)[:, :, where.start : where.stop] = key_states
+            cast(Tensor, self.values)[:, :, where.start : where.stop] = value_states
         else:
+            where = _as_rows(where, like=key_states)
             rows = torch.arange(len(where), device=where.device)[:, None]
             where = where if self.slots is None else self.slots.gather(1, where)
             cast(Tensor, self.keys)[rows, :, where] = key_states.transpose(1, 2)
@@ -82,16 +86,22 @@ class _PositionLayer(CacheLayerMixin):
         return -1
 
 
+def _as_rows(where: Tensor | range, *, like: Tensor) -> Tensor:
+    """Return positions as a tensor, [batch, query]."""
+    return where if isinstance(where, Tensor) else torch.arange(where.start, where.stop, device=like.device).expand(len(like), -1)
+
+
 class KeyValueStore(Cache):
     """Keys and values of every layer; those of a pass replace what is kept at `where`.
 
     Attributes:
-        where: positions of the queries of the next pass, [batch, query]; None for all positions.
+        where: positions of the queries of the next pass, [batch, query], or the same side by side in all rows; None for all
+            positions.
     """
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[_PositionLayer() for _ in range(layers)])
-        self.where: Int[Tensor, "batch query"] | None = None
+        self.where: Int[Tensor, "batch query"] | range | None = None
 
     def keep(self, layer: int, kept: Int[Tensor, "batch count"]) -> None:
         """Let a layer forget the keys and values of all positions but `kept`; a pass over everything brings them back."""
@@ -151,7 +161,7 @@ def run_whole(
 def run_rows(
     model: LanguageModel,
     ids: Int[Tensor, "batch place"],
-    rows: Int[Tensor, "batch query"],
+    rows: Int[Tensor, "batch query"] | range,
     *,
     store: KeyValueStore,
     places: Int[Tensor, "place"] | None = None,
@@ -161,11 +171,12 @@ def run_rows(
     Args:
         model: any loaded model.
         ids: the text.
-        rows: places that are computed; their keys and values replace the kept ones.
+        rows: places that are computed, a range where they are the same in all rows; their keys and values replace the kept ones.
         store: of a pass over everything before.
         places: as in `run_whole`.
     """
     store.where = rows
+    rows = _as_rows(rows, like=ids)
     queries = ids.gather(1, rows)
     positions = rows if places is None else places[rows]
     output = network_body(model)(input_ids=queries, position_ids=positions, past_key_values=store, use_cache=True)

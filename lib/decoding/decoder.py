@@ -19,7 +19,7 @@ from lib.decoding.late_steps import LateStep, most_left
 from lib.decoding.plan import Decoded, DecodingPlan, OnPass
 from lib.decoding.recompute import Adaptive, Blockwise, Pass, Recompute
 from lib.decoding.remask import BlockEnds
-from lib.decoding.view import View, guess
+from lib.decoding.view import Guess, View, guess
 from lib.decoding.visible import Visible
 from lib.diffusion import block_sampler, commits, sampler
 from lib.diffusion.block_rules import rule_of
@@ -169,7 +169,9 @@ def _written(job: _Job, view: View) -> Int[Tensor, "batch place"]:
     if plan.late_share is not None:
         most = most_left(plan.late_share, block_length=len(view.block))
         late = late_positions((ids == job.mask_id) & view.in_block, most=most)
-        ids = torch.where(late, guessed, ids)
+        # FOCUS and d2Cache compute some places alone: the others have no state of this pass, and wait for the next one.
+        late = late & cast(Guess, view.guess).where
+        ids, view.committed = torch.where(late, guessed, ids), committed | late
         if plan.late_step is not None and bool(late.any()):
             # What a step looks at beside a late place is the text with the last pass' guesses, not only with what is committed.
             text = guessed if isinstance(plan.late_step, LateStep) else ids

@@ -37,6 +37,7 @@ class LateExamples:
         tokens: what it wrote.
         prompt: which prompt each example belongs to.
         window: the text around it as it then reads, its own place in the middle; -1 beyond the ends.
+        finished: the same window of the finished text.
     """
 
     states: Float[Tensor, "example feature"]
@@ -46,6 +47,7 @@ class LateExamples:
     tokens: Int[Tensor, "example"]
     prompt: Int[Tensor, "example"]
     window: Int[Tensor, "_ offset"] = field(default_factory=lambda: torch.empty((0, 2 * RADIUS + 1), dtype=torch.long))
+    finished: Int[Tensor, "_ offset"] = field(default_factory=lambda: torch.empty((0, 2 * RADIUS + 1), dtype=torch.long))
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,10 @@ def _of_block(
         left, right = beside(step.input_ids.masked_scatter(open_now, guesses), where)
         after = ids if following is None else following.input_ids
         around = windows_at(after.masked_fill(where, mask_id), where)
-        waiting.append((where, {"states": states_at(model, hidden, where), "left": left, "right": right, "window": around}))
-    return [
-        {**known, "final": final[where], "tokens": ids[where], "prompt": where.nonzero()[:, 0]}
-        for where, known in waiting
-        if bool(where.any())
-    ]
+        seen = {"states": states_at(model, hidden, where), "left": left, "right": right, "window": around}
+        ends = {"tokens": ids[where], "finished": windows_at(ids, where), "prompt": where.nonzero()[:, 0]}
+        waiting.append((where, seen | ends))
+    return [{**known, "final": final[where]} for where, known in waiting if bool(where.any())]
 
 
 def beside(

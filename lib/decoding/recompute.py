@@ -67,7 +67,7 @@ class Kept(Recompute):
         """Tell whether the next pass is a full one."""
         return view.step == 0 or (self.refresh_every is not None and view.step % self.refresh_every == 0)
 
-    def rows(self, model: LanguageModel, view: View) -> Int[Tensor, "batch query"]:
+    def rows(self, model: LanguageModel, view: View) -> Int[Tensor, "batch query"] | range:
         """Return the places that a pass which is not full computes."""
         raise NotImplementedError
 
@@ -99,11 +99,10 @@ class Blockwise(Kept):
         kinds = ", ".join(get_args(BlockCache))
         require(self.kind in get_args(BlockCache), f"cache must be one of {kinds}", repr(self.kind), "choose one")
 
-    def rows(self, model: LanguageModel, view: View) -> Int[Tensor, "batch query"]:
+    def rows(self, model: LanguageModel, view: View) -> range:
         """Return the block, or all from it on."""
         last = view.block.stop if self.kind == "dual" else view.ids.shape[1]
-        first = max(view.block.start - model.logit_shift, 0)
-        return torch.arange(first, last, device=view.ids.device).expand(len(view.ids), -1)
+        return range(max(view.block.start - model.logit_shift, 0), last)
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,10 @@ class Vicinity(Kept):
         """Count the passes of the text, too."""
         return view.passes < self.warm_up or super().is_fresh(view)
 
-    def rows(self, model: LanguageModel, view: View) -> Int[Tensor, "batch query"]:
+    def rows(self, model: LanguageModel, view: View) -> range:
         """Return the block and what lies around it."""
         first = max(view.block.start - max(self.radius, model.logit_shift), 0)
-        last = min(view.block.stop + self.radius, view.ids.shape[1])
-        return torch.arange(first, last, device=view.ids.device).expand(len(view.ids), -1)
+        return range(first, min(view.block.stop + self.radius, view.ids.shape[1]))
 
 
 def as_rows(model: LanguageModel, chosen: Bool[Tensor, "one place"]) -> Int[Tensor, "one query"]:

@@ -117,11 +117,14 @@ class TopOverAll(Remask):
 class Edit(Remask):
     """Put another token in the place of one that is written when its probability is above a threshold.
 
-    Source: LLaDA 2.1, SGLang's joint_threshold.py: at most 16 passes after the last mask. A model whose attention goes by blocks
-        does the same by `BlockRule.edit_threshold`.
+    In the same pass as what is committed; tokens of this block alone, never the prompt's, and never by the mask.
+
+    Source: LLaDA 2.1, quality mode as in diffusers' LLaDA2Pipeline: tokens are committed above .7 and edited above .5, with at
+        most 16 passes after the last mask, until none changes anything. Its speed mode commits above .5 and edits always
+        (SGLang's joint_threshold.py). A model whose attention goes by blocks does the same by `BlockRule.edit_threshold`.
     """
 
-    threshold: float = 0.9
+    threshold: float = 0.5
     most_after: int = 16
 
     @property
@@ -135,7 +138,8 @@ class Edit(Remask):
     def __call__(self, view: View, ids: Int[Tensor, "batch place"]) -> Int[Tensor, "batch place"]:
         """Overwrite."""
         assert view.guess is not None
-        other = view.written & (view.guess.tokens != view.ids) & (view.guess.confidence > self.threshold)
+        best = view.guess.tokens
+        other = view.written & (best != view.ids) & (best != view.mask_id) & (view.guess.confidence > self.threshold)
         return torch.where(other, view.guess.tokens, ids)
 
 
@@ -193,6 +197,7 @@ class Shadows(Recompute):
         require(model.logit_shift == 0, "shadows must stand where their token is predicted", "a logit shift", "use Recompute")
 
         def run(now: View) -> Hidden:
+            """Read text and shadows, and put the shadows' states in the place of written tokens' own."""
             size, begin, end = now.ids.shape[1], now.block.start, now.block.stop
             count = end - begin
             allowed = torch.zeros((size + count, size + count), dtype=torch.bool, device=now.ids.device)

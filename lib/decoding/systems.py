@@ -1,8 +1,8 @@
 """Published decoders as plans: what each is made of, by the four choices."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from lib.core.errors import InputError
 from lib.decoding import commit, recompute, remask
@@ -19,6 +19,7 @@ from lib.decoding.visible import Visible
 from lib.models.language_model import LanguageModel
 
 CacheKind = Literal["none", "prefix", "dual", "adaptive"]
+LOOSE = 0.7  # probability above which WINO and LLaDA 2.1 commit, since they revise what they wrote
 
 
 def fast_plan(
@@ -75,8 +76,8 @@ class System:
     Attributes:
         name: as tables show it.
         plan: its four choices, or drafts.
-        rival: name of the system that differs least and is not it.
-        choice: which of the four it is about.
+        rival: name of the system that it differs from in one choice.
+        choice: which of the four that is, or where blocks end.
     """
 
     name: str
@@ -92,6 +93,35 @@ class System:
         named = {name: type(getattr(self.plan, name)).__name__ for name in ("commit", "remask", "recompute", "visible")}
         usual = {"NoneType": "", "Recompute": "all", "Visible": "all"}
         return {name: usual.get(kind, kind) for name, kind in named.items()}
+
+    def against(self, rival: "System") -> str:
+        """Say in which choices it differs from another system, and how.
+
+        >>> one, two = (System(name, fast_plan(cache, threshold=0.5), "", "") for name, cache in (("a", "none"), ("b", "dual")))
+        >>> two.against(one)
+        'recompute: Recompute -> Blockwise(refresh_every=None, kind=dual)'
+        """
+        if isinstance(self.plan, Speculation) or isinstance(rival.plan, Speculation):
+            return "" if self.plan == rival.plan else f"drafts: {self.parts['commit']}"
+        pairs = {each.name: (getattr(self.plan, each.name), getattr(rival.plan, each.name)) for each in fields(DecodingPlan)}
+        return "; ".join(f"{name}: {_named(old)} -> {_told(new, old)}" for name, (new, old) in pairs.items() if new != old)
+
+
+def _named(choice: object) -> str:
+    return "none" if choice is None else type(choice).__name__
+
+
+def dials(choice: Any) -> dict[str, Any]:
+    """Return the settings of a choice by name, but for the control."""
+    return {} if choice is None else {each.name: getattr(choice, each.name) for each in fields(choice) if each.name != "control"}
+
+
+def _told(new: object, old: object) -> str:
+    """Name a choice and the settings that another one has not, or has otherwise."""
+    before = dials(old)
+    own = {name: value for name, value in dials(new).items() if name not in before or before[name] != value}
+    said = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in own.items()]
+    return f"{_named(new)}({', '.join(said)})" if said else _named(new)
 
 
 def commits_by(threshold: float) -> dict[str, commit.Commit]:
@@ -122,13 +152,13 @@ def delimiters_of(model: LanguageModel) -> tuple[int, ...]:
     return tuple(ids[0] for ids in encoded if len(ids) == 1)
 
 
-def ranked(control: Control, fixed: commit.Commit, *, threshold: float = 0.5) -> dict[str, DecodingPlan]:
+def ranked(control: Control, fixed: commit.Commit, *, threshold: float) -> dict[str, DecodingPlan]:
     """Return the systems that rank by attention, under a control.
 
     Args:
         control: see there.
         fixed: the commit rule of those that are not about committing.
-        threshold: probability that a token needs where dependence chooses.
+        threshold: probability that a token needs where dependence chooses, as everywhere in the table.
     """
     dual = Blockwise()
     focus = Evict(keep=0.5, score="attention", pool=1, span=4, delay=0, prompt_only=True, control=control)
@@ -148,10 +178,10 @@ REFERENCE = {
 
 
 def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, ...] = (), logit_shift: int = 0) -> list[System]:
-    """Return every system, one choice away from its rival.
+    """Return every system, one choice away from its rival: settings that both have are equal.
 
     Args:
-        threshold: of the commit rules that have one.
+        threshold: of the commit rules that have one; `LOOSE` for systems that revise what they wrote.
         fixed: the commit rule of systems that are about something else.
         delimiters: token ids at which blocks may end; without them AdaBlock is left out.
         logit_shift: of the model; WINO's shadows stand where their token is predicted, so it is left out where there is a shift.
@@ -161,10 +191,14 @@ def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, 
     found += [System("certainty prior", DecodingPlan(commit.CertaintyPrior(per_block=fixed.steps)), "all, fixed", "commit")]
     found += [System("all, fixed", DecodingPlan(fixed), "plain sampler", "commit")]
     revised: dict[str, remask.Remask] = {"token to mask": remask.TokenToMask(), "top over all": remask.TopOverAll()}
-    revised["LLaDA 2.1 edits"] = remask.Edit()
     found += [System(name, DecodingPlan(fixed, rule), "all, fixed", "remask") for name, rule in revised.items()]
+    loose, base = Threshold(LOOSE), f"threshold {LOOSE:g}"
+    found += [System(base, DecodingPlan(loose), "plain sampler", "commit")]
+    found += [System("LLaDA 2.1 edits", DecodingPlan(loose, remask.Edit()), base, "remask")]
+    wide = remask.WideIn(LOOSE)
+    found += [System("wide-in", DecodingPlan(wide), base, "commit")]
     if not logit_shift:
-        found += [System("WINO", DecodingPlan(remask.WideIn(), remask.NarrowOut(), remask.Shadows()), "threshold", "remask")]
+        found += [System("WINO", DecodingPlan(wide, remask.NarrowOut(), remask.Shadows()), "wide-in", "remask")]
     ends: dict[str, remask.BlockEnds] = {"When to Commit": remask.WhereFutureAgrees()}
     if delimiters:
         ends["AdaBlock"] = remask.AtDelimiter(delimiters)
@@ -176,17 +210,18 @@ def published(*, threshold: float, fixed: commit.Commit, delimiters: tuple[int, 
         "dual": Blockwise,
         "dLLM-Cache": lambda: Adaptive(0.25, 4),
         "dKV-Cache": recompute.Delayed,
-        "vicinity": lambda: recompute.Vicinity(warm_up=0),
+        "vicinity": recompute.Vicinity,
     }
     found += [System(name, DecodingPlan(fixed, recompute=make()), "all, fixed", "recompute") for name, make in computed.items()]
-    for name in ranked(Control(), fixed):
-        plan = ranked(Control(REFERENCE.get(name, "as they fall")), fixed)[name]  # type: ignore[arg-type]
+    found += [System("predicted queries", DecodingPlan(fixed, recompute=recompute.Predicted()), "dual", "recompute")]
+    for name in ranked(Control(), fixed, threshold=threshold):
+        plan = ranked(Control(REFERENCE.get(name, "as they fall")), fixed, threshold=threshold)[name]  # type: ignore[arg-type]
         rival = "threshold" if name == "DAPD" else "dual"
         choice = {"DAPD": "commit", "Sparse-dLLM": "visible", "Focus-dLLM": "visible"}.get(name, "recompute")
         found.append(System(name, plan, rival, choice))
     mage = Evict(keep=0.5, score="attention", pool=1, delay=0)
-    found += [System("MAGE", DecodingPlan(fixed, recompute=Blockwise(), visible=mage), "Sparse-dLLM", "visible")]
-    for tail, name in (("last", "suffix, last place"), ("middle", "suffix, another place"), (None, "suffix cut")):
+    found += [System("MAGE", DecodingPlan(fixed, recompute=Blockwise(), visible=mage), "dual", "visible")]
+    for tail, name in ((None, "suffix cut"), ("last", "suffix, last place"), ("middle", "suffix, another place")):
         shown = Visible(suffix_tokens=4, tail=tail)
-        found.append(System(name, DecodingPlan(fixed, visible=shown), "all, fixed", "visible"))
+        found.append(System(name, DecodingPlan(fixed, visible=shown), "suffix cut" if tail else "all, fixed", "visible"))
     return [*found, *(System(f"FreeDave, {count} drafts", Speculation(count), "plain sampler", "lossless") for count in (2, 4))]

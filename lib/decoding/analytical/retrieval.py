@@ -32,6 +32,7 @@ class Retrieved:
         least: windows that count when no mask is left around; all count when everything is masked.
         everything: use all windows always, the control of the subset.
         sharpness, decay, unigram: see above.
+        duplicates: share of the test windows that stood in the training text, word for word.
 
     Source: Fast and Scalable Analytical Diffusion (arXiv 2602.16498), methods/ours.py at 4c0ba1d: k = k_max - (k_max - k_min)
         (1 - noise). Known deviations: tokens for pixels; noise is the masked share of the window; all distances are exact, the
@@ -45,6 +46,7 @@ class Retrieved:
     sharpness: float = 8.0
     decay: float = 0.7
     unigram: float = 0.5
+    duplicates: float = float("nan")
 
     def count(self, share: float) -> int:
         """Return how many windows count at a masked share of the surroundings."""
@@ -92,21 +94,42 @@ class Retrieved:
 
 
 def retrieved(
-    texts: Int[Tensor, "text position"], *, vocab: int, seed: int = 0, least: int = 200, everything: bool = False
+    texts: Int[Tensor, "text position"],
+    *,
+    vocab: int,
+    test: Int[Tensor, "test offset"] | None = None,
+    seed: int = 0,
+    least: int = 200,
+    everything: bool = False,
 ) -> Retrieved:
-    """Cut training texts into windows.
+    """Cut training texts into windows, and leave out those that are test windows: they would answer for themselves.
 
     Args:
-        texts: of the training split only: windows of held-out text would answer for themselves.
+        texts: of the training split only.
         vocab: tokens there are.
+        test: finished windows whose tokens are to be predicted; the duplicates among them are counted.
         seed: of the windows' order, which decides between equally near ones.
         least, everything: as in `Retrieved`.
 
     Raises:
-        InputError: `least` below 1.
+        InputError: `least` below 1, or no window that is not a test window.
     """
     require(least >= 1, "least must be at least 1 window", str(least), "raise it")
-    windows = windows_at(texts, torch.ones_like(texts, dtype=torch.bool))
+    windows, share = windows_at(texts, torch.ones_like(texts, dtype=torch.bool)), float("nan")
+    if test is not None:
+        share = float(among(test, windows).double().mean())
+        windows = windows[~among(windows, test)]
+        require(len(windows) > 0, "training windows must not all be test windows", "no other", "use the training split")
     order = torch.randperm(len(windows), generator=generator(seed, "windows")).to(texts.device)
     counts = torch.bincount(texts.flatten(), minlength=vocab).double()
-    return Retrieved(windows[order], counts / counts.sum(), least, everything)
+    return Retrieved(windows[order], counts / counts.sum(), least, everything, duplicates=share)
+
+
+def among(windows: Int[Tensor, "window offset"], others: Int[Tensor, "other offset"]) -> Bool[Tensor, "window"]:
+    """Mark the windows that are equal to one of the others, token by token.
+
+    >>> among(torch.tensor([[1, 2], [2, 1]]), torch.tensor([[1, 2], [3, 1]])).tolist()
+    [True, False]
+    """
+    known = {row.tobytes() for row in others.long().cpu().numpy()}
+    return torch.tensor([row.tobytes() in known for row in windows.long().cpu().numpy()], dtype=torch.bool, device=windows.device)

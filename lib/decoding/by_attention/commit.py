@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib.core.runtime import generator
-from lib.decoding.by_attention.control import Control, observed, sinks_of
+from lib.decoding.by_attention.control import Control, sinks_of
 from lib.decoding.by_attention.watch import attention_of, watched
 from lib.decoding.commit import Commit, best
 from lib.decoding.view import View
@@ -60,11 +60,12 @@ class Independent(Commit):
         view.memory["attention"], view.memory["shift"] = parts, model.logit_shift
 
         def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+            """Collect attention by layer, that of the last pass."""
             if layer == 0:
                 parts.clear()
             parts.append(attention_of(query, key)[0])
 
-        with observed(model, view), watched(model, watcher):
+        with self.control.opened(model, view), watched(model, watcher):
             yield
 
     def __call__(self, view: View) -> Bool[Tensor, "one place"]:
@@ -73,9 +74,12 @@ class Independent(Commit):
         nodes = ((view.confidence > self.threshold) | surest)[0].nonzero()[:, 0]
         order = view.confidence[0, nodes].argsort(descending=True, stable=True).tolist()
         taken = independent(self.weights(view, nodes), order, bound=self.bound)
+        chosen = torch.zeros_like(surest).index_fill(1, nodes[taken], True)
         if self.control.setting == "confidence":
-            return commits.most_confident(view.confidence, torch.tensor([len(taken)]))
-        return torch.zeros_like(surest).index_fill(1, nodes[taken], True)
+            chosen = commits.most_confident(view.confidence, torch.tensor([len(taken)]))
+        among = torch.zeros_like(surest).index_fill(1, nodes, True)
+        self.control.note(view, chosen[0].nonzero()[:, 0], among=among[0])
+        return chosen
 
     def weights(self, view: View, nodes: Tensor) -> Float[Tensor, "node node"]:
         """Return how much places depend on each other."""

@@ -4,13 +4,13 @@ A rule says how many places it takes; the control only changes which. What follo
 the passes that the text then needs, may still differ.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attention import sinks
@@ -26,6 +26,21 @@ SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One choice of places in a pass.
+
+    Attributes:
+        taken: places, in rising order.
+        candidates: places that might have been taken.
+        sinks: of the candidates, where the setting looks for sinks, else 0.
+    """
+
+    taken: tuple[int, ...]
+    candidates: int
+    sinks: int
+
+
+@dataclass(frozen=True)
 class Control:
     """How a ranking by attention is changed.
 
@@ -33,14 +48,45 @@ class Control:
         setting: `"as they fall"`: by the rule's own score; `"sinks in"` and `"sinks out"`: sinks first, or last; `"random"`: at
             random; `"confidence"`: by how probable the last pass found its best token at each place.
         seed: of random numbers, which depend on it, on the block and on the pass, not on the row.
+        tally: takes every choice; None notes nothing, so that nothing is timed but the system.
     """
 
     setting: Setting = "as they fall"
     seed: int = 0
+    tally: list[Choice] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         known = ", ".join(SETTINGS)
         require(self.setting in SETTINGS, f"a control must be one of {known}", repr(self.setting), "choose one")
+
+    def opened(self, model: LanguageModel, view: View) -> AbstractContextManager[None]:
+        """Open the instruments that the setting needs: only sinks that are forced in or out must be known."""
+        return observed(model, view) if "sinks" in self.setting else nullcontext()
+
+    def take(self, scores: Float[Tensor, "one place"], view: View, count: int, *, layer: int = 0) -> Int[Tensor, "taken"]:
+        """Return the best places, the best one first, and note them.
+
+        Args:
+            scores: the rule's own, as `ranked` takes them.
+            view: of the block.
+            count: places to take, at most those that may be chosen.
+            layer: for which they are.
+        """
+        taken = self.ranked(scores, view, layer=layer)[0].argsort(descending=True, stable=True)[:count]
+        self.note(view, taken, among=scores[0] > float("-inf"))
+        return taken
+
+    def note(self, view: View, taken: Int[Tensor, "taken"], *, among: Bool[Tensor, "place"]) -> None:
+        """Put a choice into the tally.
+
+        Args:
+            view: of the block.
+            taken: places.
+            among: the candidates.
+        """
+        if self.tally is not None:
+            sinks = int((sinks_of(view)[0, : len(among)] & among).sum()) if "sinks" in self.setting else 0
+            self.tally.append(Choice(tuple(sorted(taken.tolist())), int(among.sum()), sinks))
 
     def ranked(self, scores: Float[Tensor, "row place"], view: View, *, layer: int = 0) -> Float[Tensor, "row place"]:
         """Return the scores that are used in the place of a rule's own, larger first.
@@ -81,6 +127,7 @@ def observed(model: LanguageModel, view: View) -> Iterator[None]:
     parts: list[Tensor] = []
 
     def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+        """Collect masses by layer, those of the last pass over all places."""
         if layer == 0:
             parts.clear()
         if query.shape[2] == view.ids.shape[1]:
@@ -106,3 +153,29 @@ def note_confidence(model: LanguageModel, view: View) -> None:
     where = readable(model, view.hidden, view.ids.shape[1])
     index = view.hidden.index(view.ids.shape[1])[:, (view.place - model.logit_shift).clamp(min=0)]
     view.memory["seen confidence"] = torch.where(where, found.gather(1, index.clamp(min=0)), kept)
+
+
+def untested(setting: str, choices: Sequence[Choice], reference: Sequence[Choice]) -> str:
+    """Return why a setting tests nothing, "" where it does: it took the very places that the reference took.
+
+    Args:
+        setting: of the control.
+        choices: that it made.
+        reference: those of the setting that it is compared with.
+
+    >>> untested("sinks in", [Choice((0, 3), 9, 1)], [Choice((0, 3), 9, 0)])
+    'the sinks are in without force'
+    >>> untested("random", [Choice((0, 1), 2, 0)], [Choice((0, 1), 2, 0)])
+    'the budget covers every candidate'
+    """
+    if [each.taken for each in choices] != [each.taken for each in reference]:
+        return ""
+    if not any(each.taken for each in choices):
+        return "nothing is ranked at this length"
+    if all(len(each.taken) in (0, each.candidates) for each in choices):
+        return "the budget covers every candidate"
+    if "sinks" not in setting:
+        return "it takes the same places"
+    if not any(each.sinks for each in choices):
+        return "no candidate is a sink"
+    return f"the sinks are {setting.removeprefix('sinks ')} without force"

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.core.errors import require
-from lib.decoding.by_attention.control import Control, note_confidence, observed
+from lib.decoding.by_attention.control import Control, note_confidence
 from lib.decoding.by_attention.watch import attention_of, scores_of, watched
 from lib.decoding.caches import KeyValueStore
 from lib.decoding.view import View
@@ -64,12 +64,13 @@ class Evict(Visible):
         block = torch.arange(view.block.start, view.block.stop, device=view.ids.device)
 
         def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+            """Score the keys of a layer."""
             if view.step == self.delay:
                 own = query[:, :, block] if query.shape[2] == view.ids.shape[1] else query[:, :, -len(block) :]
                 scores[layer] = self.scored(own, key)
 
         with ExitStack() as stack:
-            stack.enter_context(observed(model, view))
+            stack.enter_context(self.control.opened(model, view))
             stack.enter_context(watched(model, watcher))
             yield
 
@@ -102,5 +103,5 @@ class Evict(Visible):
         pooled = torch.full(view.ids.shape, float("-inf"), dtype=values.dtype, device=values.device)
         pooled[0, candidates] = (sums / sizes)[spans]
         count = min(len(candidates), max(1, round(self.keep * len(candidates) / self.span)) * self.span)
-        order = self.control.ranked(pooled, view, layer=layer)[0].argsort(descending=True, stable=True)
-        return torch.cat([fixed.nonzero()[:, 0], order[:count]]).sort().values[None]
+        taken = self.control.take(pooled, view, count, layer=layer)
+        return torch.cat([fixed.nonzero()[:, 0], taken]).sort().values[None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.decoding.by_attention.control import Control, note_confidence, observed, seen_confidence
+from lib.decoding.by_attention.control import Control, note_confidence, seen_confidence
 from lib.decoding.by_attention.watch import attention_of, scores_of, watched
 from lib.decoding.caches import Hidden, KeyValueStore, new_store, run_rows, run_whole
 from lib.decoding.commit import known_density
@@ -97,6 +97,7 @@ class D2Cache(Kept):
         view.memory["store"] = store
 
         def run(now: View) -> Hidden:
+            """Make a full pass, or one over the chosen places."""
             if self.is_fresh(now):
                 rollout.rows = None
                 return run_whole(model, now.ids, places=now.places, store=store)
@@ -104,7 +105,7 @@ class D2Cache(Kept):
             rollout.rows = as_rows(model, self.chosen(now, rollout.mass))
             return run_rows(model, now.ids, rollout.rows, store=store, places=now.places)
 
-        with observed(model, view), watched(model, rollout.see):
+        with self.control.opened(model, view), watched(model, rollout.see):
             yield run
 
     def chosen(self, view: View, mass: Float[Tensor, "one place"]) -> Bool[Tensor, "one place"]:
@@ -115,8 +116,7 @@ class D2Cache(Kept):
         certain = certain if view.committed is None else certain | view.committed
         rest = ~certain
         count = nucleus(mass[rest], self.share)
-        ranked = self.control.ranked(mass.masked_fill(~rest, float("-inf")), view)
-        certain[0, ranked[0].topk(count).indices] = True
+        certain[0, self.control.take(mass.masked_fill(~rest, float("-inf")), view, count)] = True
         return fill_gaps(certain[0], self.gap)[None]
 
     def candidates_of(self, view: View) -> Bool[Tensor, "one place"]:
@@ -223,11 +223,13 @@ class Focus(Kept):
         state: dict[str, Any] = {"rows": None, "view": view}
 
         def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+            """Measure what masks receive in the first two layers."""
             if layer < 2 and state["rows"] is not None:
                 among = state["view"].is_open[0].nonzero()[:, 0]
                 found[layer] = incoming(query, key, among, state["rows"])
 
         def rows_of(layer: int) -> Tensor | None:
+            """Narrow the pass before the third layer."""
             if layer == 2 and state["rows"] is not None:
                 state["rows"] = self.narrowed(model, state["view"], state["rows"], found[1] - found[0])
             return state["rows"]
@@ -235,6 +237,7 @@ class Focus(Kept):
         by_layer = ByLayer(store, rows_of)
 
         def run(now: View) -> Hidden:
+            """Make a full pass, or one over masks and young tokens of the block."""
             state["view"], state["rows"] = now, None
             if not self.is_fresh(now):
                 if self.control.setting == "confidence":
@@ -242,7 +245,7 @@ class Focus(Kept):
                 state["rows"] = as_rows(model, (now.is_open | delay.unfrozen(now)) & now.in_block)[0]
             return by_layer.run(model, now)
 
-        with observed(model, view), watched(model, watcher), by_layer.installed(model):
+        with self.control.opened(model, view), watched(model, watcher), by_layer.installed(model):
             yield run
 
     def narrowed(self, model: LanguageModel, view: View, rows: Int[Tensor, "query"], rise: Float[Tensor, "masked"]) -> Tensor:
@@ -255,7 +258,7 @@ class Focus(Kept):
         count = max(target, int((rise >= rise.mean() + rise.std(correction=0)).sum()))
         scores = torch.full(view.ids.shape, float("-inf"), device=rise.device).index_put((torch.zeros_like(among), among), rise)
         kept = torch.zeros_like(view.is_open)
-        kept[0, self.control.ranked(scores, view)[0].topk(count).indices] = True
+        kept[0, self.control.take(scores, view, count)] = True
         kept[:, :-1] |= kept[:, 1:] & view.is_open[:, :-1]  # the left neighbour
         kept |= ~view.is_open
         wanted = torch.isin(rows, as_rows(model, kept & view.in_block)[0])
@@ -287,6 +290,7 @@ class Elastic(Kept):
         state: dict[str, Any] = {"wide": True, "view": view}
 
         def watcher(layer: int, query: Tensor, key: Tensor) -> None:
+            """Ask the sensor of a layer."""
             now = attention_of(query, key)[0]
             now = now[window] if by_layer.covered is None else now
             if not state["wide"]:
@@ -295,21 +299,23 @@ class Elastic(Kept):
             before[layer] = now
 
         def rows_of(layer: int) -> Tensor | None:
+            """Widen the pass once a sensor has moved."""
             state["wide"] = state["wide"] or state.pop("next", False)
             return None if state["wide"] else window
 
         by_layer = ByLayer(store, rows_of)
 
         def run(now: View) -> Hidden:
+            """Make a full pass, or one that begins with the block."""
             state.update(view=now, wide=self.is_fresh(now), next=False)
             if not state["wide"] and self.control.setting == "confidence":
                 note_confidence(model, now)
             return by_layer.run(model, now)
 
-        with observed(model, view), watched(model, watcher), by_layer.installed(model):
+        with self.control.opened(model, view), watched(model, watcher), by_layer.installed(model):
             yield run
 
     def sensor(self, view: View, attention: Float[Tensor, "query place"], window: Tensor, layer: int) -> int:
         """Return the place outside of the block that is watched in a layer."""
         mass = attention.sum(0).index_fill(0, window, float("-inf"))
-        return int(self.control.ranked(mass[None], view, layer=layer)[0].argmax())
+        return int(self.control.take(mass[None], view, 1, layer=layer))

@@ -1,7 +1,7 @@
 """How faithful a decoder's passes are: what it predicts against a full pass over the same text, by mask ratio."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.core.errors import require
+from lib.decoding.by_attention.control import Choice
 from lib.decoding.commit import Credit
 from lib.decoding.decoder import Decoded, DecodingPlan
 from lib.decoding.recompute import Recompute
@@ -32,12 +33,14 @@ class Fidelity:
         top1: share of the open places it predicts where the best token is the exact one.
         divergence: KL(exact || decoder) there, in nats.
         by_ratio: both for each third of mask ratios, NaN where no pass falls, [prompt, third, 2].
+        choices: of places by attention, over all prompts.
     """
 
     decoded: tuple[Decoded, ...] = field(repr=False)
     top1: Float[Tensor, "prompt"]
     divergence: Float[Tensor, "prompt"]
     by_ratio: Float[Tensor, "prompt third two"]
+    choices: tuple[Choice, ...] = field(default=(), repr=False)
 
     @property
     def ids(self) -> Int[Tensor, "prompt position"]:
@@ -112,7 +115,14 @@ def _by_ratio(passes: Sequence[tuple[float, int, float, float]]) -> Float[Tensor
 
 
 def control_rows(
-    by_setting: dict[str, Fidelity], plain: Int[Tensor, "prompt position"], *, start: int, by_text: bool, seed: int, usual: str
+    by_setting: dict[str, Fidelity],
+    plain: Int[Tensor, "prompt position"],
+    *,
+    start: int,
+    by_text: bool,
+    seed: int,
+    usual: str,
+    untested: Mapping[str, str],
 ) -> list[dict[str, object]]:
     """Compare the settings of a control with the usual one, prompt by prompt.
 
@@ -124,10 +134,12 @@ def control_rows(
             that the ranking left.
         seed: of the bootstrap.
         usual: the setting that the others are compared with.
+        untested: why a setting tests nothing, "" where it does, but for the usual one.
 
     Returns:
         One row a setting: `measure` (lower is better), its mean `value`, and the `difference` to the usual setting with its 95 %
-        interval, `low` to `high`, and p-value `p` of sign flips; `top1`, `KL`, `other tokens`, `forwards` and `rows`.
+        interval, `low` to `high`, and p-value `p` of sign flips; `top1`, `KL`, `other tokens`, `forwards` and `rows`. A setting
+        that tests nothing has no scores, but says why in `not tested`.
     """
 
     def other(run: Fidelity) -> Tensor:
@@ -135,11 +147,16 @@ def control_rows(
 
     rows: list[dict[str, object]] = []
     for setting, run in by_setting.items():
+        why, measure = untested.get(setting, ""), "other tokens" if by_text else "KL"
+        if why:
+            rows.append({"control": setting, "not tested": why, "measure": measure, "prompts": len(plain)})
+            continue
         now, before = (other(each) if by_text else each.divergence for each in (run, by_setting[usual]))
         pair = paired_difference(now, before, seed=seed)
         rows.append({
             "control": setting,
-            "measure": "other tokens" if by_text else "KL",
+            "not tested": "",
+            "measure": measure,
             "value": float(now.mean()),
             "difference": pair.estimate,
             "low": pair.interval[0],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.core.errors import require
 from lib.diffusion import sampler
-from lib.evaluation import paired, tasks
+from lib.evaluation import generation_options, paired, tasks
 from lib.evaluation.harness import HarnessModel, denoising_plan
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
@@ -119,6 +119,17 @@ def check_task(task: LoadedTask) -> None:
     """
     kinds = sorted({str(part.OUTPUT_TYPE) for part in task.parts.values()} - {"generate_until"})
     require(not kinds, "a task of decoders must be one of generation", f"{task.name} ({', '.join(kinds)})", "choose another")
+
+
+def answer_block(task: LoadedTask, settings: EvaluationSettings) -> int:
+    """Return how many tokens the blocks of a task's longest answers have: fewer than asked for where an answer is shorter.
+
+    >>> answer_block(load("tiny_topic_written"), EvaluationSettings(gen_length=128, block_length=64))
+    32
+    """
+    wanted = [generation_options.read(part.config.generation_kwargs).new_tokens for part in task.parts.values()]
+    longest = max(min(length or settings.gen_length, settings.gen_length) for length in wanted)
+    return denoising_plan(longest, settings)[2]
 
 
 def difference_interval(only_first: int, only_second: int, *, documents: int) -> tuple[float, float]:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from lib import decoding
 from lib.commands import command, decode, terminal, words
 from lib.core.environment import ROOT
 from lib.core.errors import InputError
@@ -84,6 +86,22 @@ def test_decoders_are_read_and_run(decoder: str, checkpoints: Path, capsys: pyte
     assert 1 <= said["forwards"] <= 16 and said["decoder"] == decoder and isinstance(said["text"], str)
 
 
+@pytest.mark.parametrize(("tokens", "block"), [(20, 10), (23, 12), (16, 16)])
+def test_blocks_are_even_where_none_is_asked_for(
+    tokens: int, block: int, checkpoints: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is over is cut off: 23 tokens are written as two blocks of 12."""
+    asked, real = [], decoding.decode
+
+    def keep(*given: Any, **options: Any) -> Any:
+        asked.append((options["new_tokens"], options["block_length"]))
+        return real(*given, **options)
+
+    monkeypatch.setattr(decoding, "decode", keep)
+    said = answer(capsys, "decode", checkpoints / "llada", "--prompt", "Title: Water", "--tokens", tokens)
+    assert said["tokens"] == tokens and asked == [(-(-tokens // block) * block, block)]
+
+
 def test_an_autoregressive_model_decodes_one_token_a_pass(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(capsys, "decode", checkpoints / "llama", "--prompt", "Title: Water", "--tokens", 5)
     assert (said["forwards"], said["decoder"]) == (5, "greedy, one token a pass")
@@ -98,6 +116,13 @@ def test_an_autoregressive_model_decodes_one_token_a_pass(checkpoints: Path, cap
         ("suffix=nan", "must have a number in 'suffix=nan'"),
         ("steps=1.9", "must have a number in 'steps=1.9'"),
         ("steps", "must have a number"),
+        ("dual+prefix", "must have one of none, prefix, dual, adaptive, got dual and prefix: leave one of them out"),
+        ("none+adaptive=.5", "got none and adaptive=.5"),
+        ("threshold=.5+steps=2", "must have one of threshold, steps, got threshold=.5 and steps=2"),
+        ("dual+dual", "got dual and dual"),
+        ("suffix=1+threshold+suffix=2", "must have one of suffix, got suffix=1 and suffix=2"),
+        ("dual=3", "must have no number in dual, got 'dual=3': write dual"),
+        ("threshold+stop=", "must have no number in stop, got 'stop='"),
     ],
 )
 def test_a_decoder_that_is_none_is_said_in_one_line(decoder: str, expected: str) -> None:
@@ -143,7 +168,7 @@ WRONG = [
     (["decode", "dlm"], "the following arguments are required: --prompt"),
     (["decode", "dlm", "--prompt", "a", "--decoder", "fast"], "--decoder must be words of"),
     (["decode", "dlm", "--prompt", "a", "--tokens", "63", "--block", "16"], "block_length must divide new_tokens"),
-    (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "9999"),
+    (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions"),
     (["trace", "dlm", "--prompt", "a", "--articles", "2"], "not allowed with argument --prompt"),
     (["trace", "dlm", "--tokens", "999"], "--tokens must be at most 240 for dlm and this prompt, got 999"),
     (["trace", "dlm", "--articles", "99999"], "prompts must be at most"),

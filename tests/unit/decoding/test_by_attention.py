@@ -12,7 +12,7 @@ from lib.decoding.by_attention.commit import Independent
 from lib.decoding.by_attention.control import Control
 from lib.decoding.by_attention.evict import Evict
 from lib.decoding.by_attention.watch import attention_of
-from lib.decoding.caches import Hidden
+from lib.decoding.caches import Hidden, readable
 from lib.decoding.commit import Quota
 from lib.decoding.decoder import DecodingPlan, decode
 from lib.decoding.recompute import Blockwise
@@ -250,6 +250,42 @@ def test_confidence_is_that_of_all_passes_before_the_one_that_counts(model: Lang
     plan = DecodingPlan(Quota(2), recompute=Blockwise(), visible=rule)
     decode(model, text()[:, :PROMPT], new_tokens=SIZE - PROMPT, block_length=3, plan=plan)
     assert bool((seen[0][model.logit_shift :] > 0).all()), "a place without a confidence is ranked by where it stands"
+
+
+class Late:
+    """A predictor that notes which places it is asked for, and whether a pass has read them and left others."""
+
+    def __init__(self) -> None:
+        self.new: set[int] = set()
+        self.partly = False
+
+    def of_examples(self, model: LanguageModel, examples: Any) -> Tensor:
+        raise NotImplementedError
+
+    def write(self, model: LanguageModel, hidden: Hidden, ids: Tensor, late: Tensor) -> Tensor:
+        assert bool(readable(model, hidden, ids.shape[1])[late].all()), "a state of no place"
+        self.partly |= bool((ids == tiny.MASK).any())
+        self.new = set(late[0].nonzero()[:, 0].tolist())
+        return torch.full((int(late.sum()),), 3)
+
+
+@pytest.mark.parametrize("rule", [recompute.Focus(), recompute.D2Cache(candidates=2, share=0.0, gap=0)])
+def test_late_tokens_are_read_from_states_of_their_own_pass_and_are_news_in_the_next(model: LanguageModel, rule: Any) -> None:
+    """What a pass has left out waits for the next one; what was written late is computed there like all that is new."""
+    late, checked = Late(), 0
+
+    def news(view: View) -> None:
+        nonlocal checked
+        assert view.hidden is not None
+        if late.new and view.hidden.rows is not None:
+            assert late.new <= set(view.hidden.rows[0].tolist())
+            checked += 1
+        late.new = set()
+
+    plan = DecodingPlan(recompute=rule, late_share=0.5, late_step=late)
+    sizes: dict[str, Any] = {"new_tokens": 9, "block_length": 9}
+    got = decode(model, text()[:, :PROMPT], **sizes, plan=plan, on_pass=news)
+    assert not bool((got.ids == tiny.MASK).any()) and late.partly and checked > 0
 
 
 def dependent(setting: Any, *, bound: float = 1.0, shift: int = 0) -> list[int]:

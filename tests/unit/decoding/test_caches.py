@@ -164,6 +164,21 @@ def test_logits_of_a_cached_pass_belong_to_the_block(model: LanguageModel) -> No
     assert torch.allclose(got, language_model.logits_at(model, ids, where), atol=1e-6)
 
 
+@pytest.mark.parametrize("evicted", [False, True])
+@torch.inference_mode()
+def test_places_side_by_side_are_those_that_an_index_names(model: LanguageModel, evicted: bool) -> None:
+    """They are copied without an index, but for a store that has forgotten some and keeps the others elsewhere."""
+    ids, kept, found = tiny.ids(2, LENGTH), torch.tensor([[0, 2, *BLOCK, 12]] * 2), []
+    for rows in (BLOCK, torch.tensor([[*BLOCK]] * 2)):
+        store = caches.new_store(model)
+        caches.run_whole(model, ids, store=store)
+        for layer in range(model.network.config.num_hidden_layers) if evicted else ():
+            store.keep(layer, kept)
+        found.append(caches.run_rows(model, ids.flip(1), rows, store=store))
+    assert torch.equal(found[0].states, found[1].states)
+    assert all(each.rows is not None and each.rows.tolist() == [[*BLOCK]] * 2 for each in found)
+
+
 def test_sliding_windows_are_refused(tmp_path: Any) -> None:
     sliding = tiny.model(tmp_path, family="qwen2", causal=False, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     with pytest.raises(InputError, match="must see all positions in every layer, got sliding windows"):

@@ -91,6 +91,11 @@ def test_final_states_are_read_as_the_tokens_and_the_first_state_of_a_block_is_t
     assert torch.equal(late_steps.read_out(model, examples.final).argmax(-1), examples.tokens)
     text = sampler.sample(model, prompts, steps=NEW, **SIZES)
     assert all(int(token) in text[row, PROMPT:] for row, token in zip(examples.prompt, examples.tokens, strict=True))
+    windows = late_steps.windows_at(text, torch.ones_like(text, dtype=torch.bool)).view(len(text), -1, 2 * late_steps.RADIUS + 1)
+    assert torch.equal(examples.finished[:, late_steps.RADIUS], examples.tokens)
+    assert all((windows[row] == own).all(1).any() for row, own in zip(examples.prompt, examples.finished, strict=True))
+    written = examples.window != tiny.MASK
+    assert torch.equal(examples.finished[written], examples.window[written]) and not bool(written.all())
 
 
 def penalised(z: Tensor, y: Tensor, b: Tensor, weights: Tensor, penalty: float) -> float:

@@ -87,6 +87,16 @@ def test_the_most_certain_of_written_and_open_are_kept() -> None:
 def test_an_edit_overwrites_where_another_token_is_sure() -> None:
     view = seen([0, 0, 1, 2, 2, 9], {2: (1, 0.99), 3: (3, 0.95), 4: (4, 0.85), 5: (0, 0.99)})
     assert remask.Edit(0.9)(view, view.ids).tolist() == [[0, 0, 1, 3, 2, 9]]
+    assert remask.Edit()(view, view.ids).tolist() == [[0, 0, 1, 3, 4, 9]], "published: above .5"
+
+
+def test_an_edit_touches_neither_prompt_nor_open_places_and_writes_no_mask() -> None:
+    """All predictions are sure; 1 belongs to the prompt, 5 is open, and at 3 the best token is the mask."""
+    view = seen([0, 0, 1, 2, 2, 9], {1: (3, 0.99), 2: (4, 0.99), 3: (9, 0.99), 4: (5, 0.99), 5: (6, 0.99)})
+    assert remask.Edit()(view, view.ids).tolist() == [[0, 0, 4, 2, 5, 9]]
+    committed = view.ids.clone()
+    committed[0, 5] = 6
+    assert remask.Edit()(view, committed)[0, 5] == 6, "what the pass commits stays"
 
 
 def test_fewer_go_out_than_came_in() -> None:

@@ -67,6 +67,22 @@ def test_written_neighbours_decide_over_the_histogram() -> None:
     assert step.probabilities(queries, mask_id=MASK).argmax(-1).tolist() == [2, 3]
 
 
+def test_training_windows_that_are_the_test_text_do_not_answer() -> None:
+    """1 2 3 4 5 6 7 8 9 stands once; asked about its middle, it says 5 alone, and nothing any more when it is a test window."""
+    text = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0]])
+    own = windows_at(text, torch.ones_like(text, dtype=torch.bool))[8][None]
+    other = own.clone()
+    other[0, 0] = 7  # one token further off is another window
+    query = own.masked_fill(torch.arange(2 * RADIUS + 1) == RADIUS, MASK)
+    plain = retrieved(text, vocab=VOCAB)
+    without = retrieved(text, vocab=VOCAB, test=torch.cat([own, other, other, other]))
+    assert math.isnan(plain.duplicates) and without.duplicates == 0.25
+    assert len(without.windows) == len(plain.windows) - 1
+    assert int(plain.probabilities(query, mask_id=MASK).argmax()) == 5 != int(without.probabilities(query, mask_id=MASK).argmax())
+    with pytest.raises(InputError, match="training windows must not all be test windows"):
+        retrieved(text, vocab=VOCAB, test=plain.windows)
+
+
 def test_a_subset_has_a_window() -> None:
     with pytest.raises(InputError, match="least must be at least 1 window, got 0"):
         retrieved(texts(), vocab=VOCAB, least=0)

@@ -19,6 +19,12 @@ Crosses = dict[Role, Float[Tensor, "feature feature"]]
 Visit = Callable[[int, dict[Role, InputStatistics], Crosses], None]
 
 
+def check_dense(model: LanguageModel) -> None:
+    """Raise `InputError` for a mixture of experts, where a token may go to other experts behind changed blocks."""
+    rule = "two streams must pass the same matrices"
+    require(not model.has_experts, rule, f"the mixture {model.name}", "leave the target unshifted")
+
+
 @torch.no_grad()
 def stream(model: LanguageModel, calibration: CalibrationSet, visit: Visit, *, batch_size: int = 4) -> None:
     """Walk through the blocks with two states of every sample: behind the dense blocks, and behind those that `visit` left.
@@ -37,8 +43,7 @@ def stream(model: LanguageModel, calibration: CalibrationSet, visit: Visit, *, b
     """
     if calibration.by_head:
         raise InputError("two streams must weigh tokens alike in all heads, got weights by head: use weights by layer")
-    rule = "two streams must pass the same matrices"  # behind changed blocks a token may go to other experts
-    require(not model.has_experts, rule, f"the mixture {model.name}", "leave the target unshifted")
+    check_dense(model)
     check_weights(model, calibration.token_weight)
     blocks = cast(Any, model.network.get_decoder()).layers
     dense, changed = HiddenStates("device", model.device), HiddenStates("device", model.device)

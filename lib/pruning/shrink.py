@@ -17,6 +17,8 @@ from lib.pruning.importances import check_finite
 from lib.pruning.sparsegpt import DAMPING
 from lib.pruning.structured import HeadShape
 
+BIAS_FLAGS = ("attention_bias", "mlp_bias")  # with which a configuration gives o and down a bias
+
 
 def head_shape(model: LanguageModel) -> HeadShape:
     """Return how the attention of a model is divided into heads."""
@@ -164,11 +166,20 @@ def rebuilt(model: LanguageModel, config: Any, weights: Mapping[str, Any]) -> La
     return replace(model, network=network, layers=linear_layers(network), fingerprint="")
 
 
+def bias_refusal(config: Any) -> str | None:
+    """Return why a configuration cannot give o and down a bias; None where it can."""
+    flag = next((flag for flag in BIAS_FLAGS if not hasattr(config, flag)), None)
+    if flag is None:
+        return None
+    return f"a bias must go with a layout that has the flag {flag}, got {config.model_type}: leave it out"
+
+
 def _expect_biases_(config: Any) -> None:
     """Set the flags that give o and down a bias."""
-    for flag in ("attention_bias", "mlp_bias"):
-        if not hasattr(config, flag):
-            raise InputError(f"a bias must go with a layout that has the flag {flag}, got {config.model_type}: leave it out")
+    why_not = bias_refusal(config)
+    if why_not is not None:
+        raise InputError(why_not)
+    for flag in BIAS_FLAGS:
         setattr(config, flag, True)
 
 

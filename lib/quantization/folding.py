@@ -15,6 +15,7 @@ from lib.calibration.reads import Read, reading
 from lib.calibration.statistics import CalibrationSet, of_layer
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, Role, network_body
+from lib.pruning import shrink
 from lib.quantization.rounding import Grid, round_to_nearest
 
 RATIOS = tuple(step / 20 for step in range(20))  # 0, 0.05, ..., 0.95
@@ -162,7 +163,7 @@ def hadamard(width: int, *, generator: torch.Generator | None = None) -> Float[T
     >>> (hadamard(2) * 2**0.5).round().tolist()
     [[1.0, 1.0], [1.0, -1.0]]
     """
-    require(width > 0 and width & (width - 1) == 0, "a rotated width must be a power of two", str(width), "leave it as it is")
+    _check_width(width)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -170,6 +171,19 @@ def hadamard(width: int, *, generator: torch.Generator | None = None) -> Float[T
     if generator is None:
         return matrix
     return matrix * (2.0 * torch.randint(0, 2, (width, 1), generator=generator) - 1.0)
+
+
+def check_rotates(model: LanguageModel) -> None:
+    """Raise `InputError` for what `rotate_` refuses, before any work."""
+    check_dense(model)
+    tied = model.network.config.tie_word_embeddings
+    require(not tied, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
+    for width in (model.network.config.hidden_size, shrink.head_shape(model).width):
+        _check_width(width)
+
+
+def _check_width(width: int) -> None:
+    require(width > 0 and width & (width - 1) == 0, "a rotated width must be a power of two", str(width), "leave it as it is")
 
 
 @torch.no_grad()
@@ -185,12 +199,10 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
 
     Source: QuaRot (arXiv 2404.00456), the two rotations that need nothing at run time; its names for them are R1 and R2.
     """
-    check_dense(model)
+    check_rotates(model)
     network, config = model.network, model.network.config
-    require(not config.tie_word_embeddings, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
     around = hadamard(config.hidden_size, generator=generator)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inside = hadamard(width, generator=generator)
+    inside = hadamard(shrink.head_shape(model).width, generator=generator)
     decoder, head = cast(Any, network.get_decoder()), cast(Any, network.get_output_embeddings())
     _times_(decoder.embed_tokens.weight, around)
     for index, block in enumerate(decoder.layers):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import pandas as pd
@@ -11,14 +12,16 @@ from lib.attention import masses
 from lib.calibration.reads import statistics_of
 from lib.calibration.sets import CLEAN, Inputs
 from lib.calibration.token_weights import Weighting
-from lib.core.errors import InputError
+from lib.core.errors import refusal, require_known
 from lib.core.runtime import generator
+from lib.models.language_model import LanguageModel
 from lib.pruning.methods import Method
 from lib.quantization import folding
 from lib.quantization.rounding import Grid
 from lib.studies.joint import runs
 from lib.studies.joint.runs import Measured, Recipe
 from lib.studies.pruning.runs import Calibrations
+from lib.timing.effort import watched
 
 NONE, AWQ, ROTATED = "as it is", "AWQ", "rotated"
 # what the mean sizes leave out: nothing, sink tokens, or as many others
@@ -28,6 +31,19 @@ SCALED: Mapping[str, Weighting | None] = MappingProxyType({
     "AWQ, without as many random tokens": Weighting("random", alpha=None),
 })  # fmt: skip
 FOLDINGS = (NONE, *SCALED, ROTATED)
+
+
+def possible(model: LanguageModel, rewritings: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return which rewritings a model can take, and why it cannot take others.
+
+    Raises:
+        InputError: a rewriting that there is not.
+    """
+    require_known(rewritings, FOLDINGS, "a rewriting")
+    checks = {**dict.fromkeys(SCALED, folding.check_dense), ROTATED: folding.check_rotates}
+    reasons = {name: refusal(partial(checks[name], model)) for name in rewritings if name in checks}
+    why_not = {name: reason for name, reason in reasons.items() if reason}
+    return [name for name in rewritings if name not in why_not], why_not
 
 
 def scales(found: Calibrations, name: str, grid: Grid, *, inputs: Inputs = CLEAN) -> folding.Scales:
@@ -65,16 +81,22 @@ def measured(found: Calibrations, name: str, recipe: Recipe, *, rewriting: str, 
     Raises:
         InputError: another rewriting, or what rotations refuse.
     """
-    if rewriting not in FOLDINGS:
-        raise InputError(f"a rewriting must be of {', '.join(FOLDINGS)}, got {rewriting}: choose among them")
+    require_known([rewriting], FOLDINGS, "a rewriting")
     found.set_of(recipe.method)  # token weights are those of the dense model
+    if rewriting in SCALED:
+        found.hessians_of(inputs)  # shared, as is the text
     with folding.folded(found.bench.model) as model:
-        if rewriting in SCALED:
-            folding.scale_(model, scales(found, rewriting, recipe.grid, inputs=inputs))
-        if rewriting == ROTATED:
-            folding.rotate_(model, generator=generator(found.seed, "rotation"))
+        _, took = watched(partial(_rewrite_, found, rewriting, recipe.grid, inputs=inputs), device=model.device)
         result = runs.measured(found, name, recipe)
-    return replace(result, name=name if rewriting == NONE else f"{name}, {rewriting}")
+    return replace(result, name=name if rewriting == NONE else f"{name}, {rewriting}", effort=took.then(result.effort))
+
+
+def _rewrite_(found: Calibrations, rewriting: str, grid: Grid, *, inputs: Inputs) -> None:
+    """Rewrite the bench's model in place."""
+    if rewriting in SCALED:
+        folding.scale_(found.bench.model, scales(found, rewriting, grid, inputs=inputs))
+    if rewriting == ROTATED:
+        folding.rotate_(found.bench.model, generator=generator(found.seed, "rotation"))
 
 
 def compare(

@@ -1,7 +1,7 @@
 """Rewritings before rounding: the dense loss stays, the rounded one is that of the rewritten model, and sinks are left out."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from lib.models.language_model import LanguageModel
 from lib.quantization import folding
 from lib.quantization.rounding import Grid, round_to_nearest
 from lib.studies.joint import foldings
+from lib.studies.joint import runs as joint_runs
 from lib.studies.joint.runs import Recipe
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations
+from lib.timing.effort import Effort
 from tests import tiny
 
 INT3 = Grid(3, group_size=8)
@@ -67,11 +69,22 @@ def test_scales_lower_the_error_on_the_calibration_and_see_which_tokens_count(fo
     assert not torch.allclose(sizes[1][0, "q"], sizes[2][0, "q"], rtol=1e-3)
 
 
+def test_a_rewritten_model_takes_the_time_of_its_rewriting_too(found: Calibrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(call: Any, *, device: torch.device) -> tuple[Any, Effort]:
+        """Do the work, and say what was written down for it."""
+        return call(), {"_rewrite_": Effort(10.0, 7.0), "compress_": Effort(1.0, 3.0)}[call.func.__name__]
+
+    for module in (foldings, joint_runs):
+        monkeypatch.setattr(module, "watched", told)
+    got = foldings.measured(found, "RTN", Recipe(INT3, rounding="nearest"), rewriting=foldings.AWQ)
+    assert got.effort == Effort(11.0, 7.0)
+
+
 def test_all_pairs_are_measured_and_others_refused(found: Calibrations) -> None:
     recipes = {"RTN": Recipe(INT3, rounding="nearest"), "GPTQ": Recipe(INT3)}
     got = foldings.compare([found], recipes, [foldings.NONE, foldings.ROTATED])
     assert [each.name for each in got] == ["RTN", "RTN, rotated", "GPTQ", "GPTQ, rotated"]
-    with pytest.raises(InputError, match="a rewriting must be of as it is, AWQ"):
+    with pytest.raises(InputError, match="a rewriting must be among as it is, AWQ"):
         foldings.measured(found, "RTN", recipes["RTN"], rewriting="turned")
 
 

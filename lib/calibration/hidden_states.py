@@ -105,6 +105,7 @@ def first_inputs(
     numbers = iter(range(len(ids)))
 
     def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        """Keep what the first block is given, and end the pass there."""
         states.put(0, next(numbers), arguments[0])
         before = options[-1] if options else named
         mask, kept = named.get("attention_mask"), before.get("attention_mask")

@@ -19,6 +19,12 @@ Crosses = dict[Role, Float[Tensor, "feature feature"]]
 Visit = Callable[[int, dict[Role, InputStatistics], Crosses], None]
 
 
+def check_dense(model: LanguageModel) -> None:
+    """Raise `InputError` for a mixture of experts, where a token may go to other experts behind changed blocks."""
+    rule = "two streams must pass the same matrices"
+    require(not model.has_experts, rule, f"the mixture {model.name}", "leave the target unshifted")
+
+
 @torch.no_grad()
 def stream(model: LanguageModel, calibration: CalibrationSet, visit: Visit, *, batch_size: int = 4) -> None:
     """Walk through the blocks with two states of every sample: behind the dense blocks, and behind those that `visit` left.
@@ -80,13 +86,3 @@ def _add(
     first, second = both
     product = first.T @ second
     crosses[role] = crosses[role] + product if role in crosses else product
-
-
-def check_dense(model: LanguageModel) -> None:
-    """Refuse a mixture: behind changed blocks a token may go to other experts.
-
-    Raises:
-        InputError: see above.
-    """
-    rule, remedy = "two streams must pass the same matrices", "leave the target unshifted"
-    require(not model.has_experts, rule, f"the mixture {model.name}", remedy)

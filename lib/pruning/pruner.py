@@ -66,9 +66,9 @@ def prune_(
     check(model, target)
     _check_unstructured(method)
     if not method.needs_calibration:
-        random = stream(seed, "pruning")
         for layer in model.layers:
-            _write_(layer, matrices.pruned(layer.module.weight.detach(), method, target, None, random=random, name=layer.name)[0])
+            given = {"random": _random(layer, seed), "name": layer.name}
+            _write_(layer, matrices.pruned(layer.module.weight.detach(), method, target, None, **given)[0])
         return ()
     if windows is None:
         raise InputError(f"{method.importance} must be given calibration windows, got none: pass windows")
@@ -273,9 +273,14 @@ def prune_block_(
     fallen = [layer.name for layer in chosen if any(fell_back(each, layer) for each in used)]
     for layer in chosen:
         own, *others = [statistics_of(each, layer.role, layer.expert) for each in used]
-        given = {"errors_of": others[0] if others else None, "random": stream(seed, "pruning", layer.name), "seed": seed}
+        given = {"errors_of": others[0] if others else None, "random": _random(layer, seed), "seed": seed}
         _write_(layer, matrices.pruned(layer.module.weight.detach(), method, target, own, **given, name=layer.name)[0])
     return fallen
+
+
+def _random(layer: LinearLayer, seed: int) -> torch.Generator:
+    """Return a matrix's own stream, so that its random mask is the same whatever is read or done for it."""
+    return stream(seed, "pruning", layer.name)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from lib.calibration.reads import Read, reading
 from lib.calibration.statistics import CalibrationSet, of_layer
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, Role, network_body
+from lib.pruning import shrink
 from lib.quantization.rounding import Grid, round_to_nearest
 
 RATIOS = tuple(step / 20 for step in range(20))  # 0, 0.05, ..., 0.95
@@ -172,6 +173,15 @@ def hadamard(width: int, *, generator: torch.Generator | None = None) -> Float[T
     return matrix * (2.0 * torch.randint(0, 2, (width, 1), generator=generator) - 1.0)
 
 
+def check_rotates(model: LanguageModel) -> None:
+    """Raise `InputError` for what `rotate_` refuses, before any work."""
+    check_dense(model)
+    tied = model.network.config.tie_word_embeddings
+    require(not tied, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
+    for width in (model.network.config.hidden_size, shrink.head_shape(model).width):
+        _check_width(width)
+
+
 def _check_width(width: int) -> None:
     require(width > 0 and width & (width - 1) == 0, "a rotated width must be a power of two", str(width), "leave it as it is")
 
@@ -189,9 +199,10 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
 
     Source: QuaRot (arXiv 2404.00456), the two rotations that need nothing at run time; its names for them are R1 and R2.
     """
-    check_rotation(model)
+    check_rotates(model)
     network, config = model.network, model.network.config
-    around, inside = (hadamard(width, generator=generator) for width in _rotated_widths(config))
+    around = hadamard(config.hidden_size, generator=generator)
+    inside = hadamard(shrink.head_shape(model).width, generator=generator)
     decoder, head = cast(Any, network.get_decoder()), cast(Any, network.get_output_embeddings())
     _times_(decoder.embed_tokens.weight, around)
     for index, block in enumerate(decoder.layers):
@@ -206,24 +217,6 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
         _times_(modules["o"].weight, torch.block_diag(*[inside] * config.num_attention_heads))
     _times_(head.weight, decoder.norm.weight.double().diag() @ around)
     decoder.norm.weight.fill_(1.0)
-
-
-def check_rotation(model: LanguageModel) -> None:
-    """Refuse what `rotate_` refuses.
-
-    Raises:
-        InputError: see there.
-    """
-    check_dense(model)
-    tied = model.network.config.tie_word_embeddings
-    require(not tied, "a rotated model must have a head of its own", "tied embeddings", "untie them first")
-    for width in _rotated_widths(model.network.config):
-        _check_width(width)
-
-
-def _rotated_widths(config: Any) -> tuple[int, int]:
-    """Return the widths of the residual stream and of a head."""
-    return config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _times_(weight: Tensor, matrix: Tensor) -> None:

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 
+from lib.calibration import two_streams
 from lib.calibration.sets import NOISED, Inputs
-from lib.core.errors import InputError, require
+from lib.core.errors import refusal, require_known
 from lib.models.language_model import LanguageModel
 from lib.pruning.importances import UNSTRUCTURED
 from lib.pruning.methods import METHODS, SINKS, STRONGER, Method, Target, without_noise
 from lib.quantization.rounding import DENSE_BITS, Grid
-from lib.studies.joint import runs
 from lib.studies.joint.runs import PLAIN, Order, Recipe, Rounding
 
 ORDERS: tuple[Order, ...] = ("prune, quantize", "quantize, prune", "joint")
@@ -65,14 +66,6 @@ HALF = Target(0.5)
 CLEAN_SHARE = 0.25  # of Quant-dLLM's masked text
 
 
-def _known(table: Mapping[str, object], names: Iterable[str], setting: str) -> list[str]:
-    """Return the names, refusing one that the table does not have."""
-    listed = list(names)
-    for name in listed:
-        require(name in table, f"joint_quantization.{setting} must be among {', '.join(table)}", repr(name), "choose one of them")
-    return listed
-
-
 def target_label(target: Target) -> str:
     """Name a target in tables.
 
@@ -112,9 +105,10 @@ def grid(
     Raises:
         InputError: a family that there is not.
     """
-    found, targets = [], list(targets)
+    found, targets, names = [], list(targets), list(names)
+    require_known(names, FAMILIES, "joint_quantization.families")
     pairs = [(Target(0.0), width) for width in dict.fromkeys([*bits, *rounded])] + list(product(targets, [DENSE_BITS, *bits]))
-    for name, (target, width) in product(_known(FAMILIES, names, "families"), pairs):
+    for name, (target, width) in product(names, pairs):
         own = FAMILIES[name]
         method = without_noise(own.method) if causal else own.method
         form = Grid(width) if width == DENSE_BITS else Grid(width, group_size, own.scale_rule)
@@ -129,8 +123,9 @@ def quantization(ways: Iterable[str], bits: Iterable[int], group_sizes: Iterable
     Raises:
         InputError: a way that there is not.
     """
-    found = []
-    for way, width, group in product(_known(WAYS, ways, "ways"), bits, group_sizes):
+    found, ways = [], list(ways)
+    require_known(ways, WAYS, "joint_quantization.ways")
+    for way, width, group in product(ways, bits, group_sizes):
         rounding, rule, weighted = WAYS[way]
         found.append((way, Recipe(Grid(width, group, rule), rounding=rounding, weighted=weighted)))
     return found
@@ -167,8 +162,9 @@ def baselines(names: Iterable[str], bits: Iterable[int], *, group_size: int | No
     Raises:
         InputError: a baseline that there is not.
     """
-    found = []
-    for width, name in product(bits, _known(BASELINES, names, "baselines")):
+    found, names = [], list(names)
+    require_known(names, BASELINES, "joint_quantization.baselines")
+    for width, name in product(bits, names):
         method = without_noise(BASELINES[name]) if causal else BASELINES[name]
         recipe = Recipe(Grid(width, group_size, "search"), HALF, method, "prune, quantize")
         found.append((baseline_name(name, width), recipe))
@@ -192,15 +188,40 @@ def shifts(*, group_size: int | None) -> list[tuple[str, Recipe]]:
     return [*found, *((f"{name}, shifted", replace(recipe, shifted=True)) for name, recipe in found)]
 
 
-def two_bits(*, group_size: int | None, levels: int, causal: bool) -> list[tuple[str, Recipe]]:
+def two_bits(*, group_size: int | None, levels: int) -> list[tuple[str, Recipe]]:
     """List GPTQ in 2 bits and two planes of signs, on clean text and on text masked as Quant-dLLM's (arXiv 2510.03274)."""
     masked = Method("sparsegpt", Inputs("noised", times="uniform", levels=levels, clean_share=CLEAN_SHARE))
-    texts = {"clean text": PLAIN} if causal else {"clean text": PLAIN, "masked text": masked}
     found = []
-    for text, method in texts.items():
+    for text, method in (("clean text", PLAIN), ("masked text", masked)):
         found.append((f"GPTQ, 2 bits, {text}", Recipe(Grid(2, group_size, "search"), method=method)))
         found.append((f"planes, 2 bits, {text}", Recipe(Grid(2), method=method, rounding="planes")))
     return found
+
+
+def further(
+    model: LanguageModel, names: Iterable[str], *, group_size: int | None, levels: int
+) -> tuple[list[tuple[str, Recipe]], dict[str, str]]:
+    """List what a setting names of `shifts` and `two_bits`, and why a model cannot take others of them.
+
+    Args:
+        model: it is asked before any work.
+        names: of recipes; those of `rewritten` may be among them.
+        group_size: neighbours that share a scale.
+        levels: noise levels of masked text.
+
+    Raises:
+        InputError: a recipe that there is not.
+    """
+    names = list(names)
+    every = [*shifts(group_size=group_size), *two_bits(group_size=group_size, levels=levels)]
+    require_known(names, [name for name, _ in every] + list(rewritten(group_size=group_size)), "joint_quantization.further")
+    why_not = {}
+    for name, recipe in ((name, recipe) for name, recipe in every if name in names):
+        reason = refusal(partial(two_streams.check_dense, model)) if recipe.shifted else None
+        if model.is_causal and recipe.method.inputs.kind != "clean":
+            reason = "an autoregressive model reads clean text only"
+        why_not |= {name: reason} if reason else {}
+    return [(name, recipe) for name, recipe in every if name in names and name not in why_not], why_not
 
 
 def rewritten(*, group_size: int | None) -> dict[str, Recipe]:
@@ -209,20 +230,3 @@ def rewritten(*, group_size: int | None) -> dict[str, Recipe]:
         "nearest, 3 bits": Recipe(Grid(3, group_size, "search"), rounding="nearest"),
         "Wanda, 50 %": Recipe(target=HALF, method=METHODS["Wanda"]),
     }
-
-
-def fitting(model: LanguageModel, named: Sequence[tuple[str, Recipe]]) -> tuple[list[tuple[str, Recipe]], dict[str, str]]:
-    """Return the recipes that a model takes, and for the others, by name, why it does not.
-
-    Args:
-        model: that is to be compressed.
-        named: (name, recipe).
-    """
-    taken, left_out = [], {}
-    for name, recipe in named:
-        try:
-            runs.check(model, recipe)
-            taken.append((name, recipe))
-        except InputError as error:
-            left_out[name] = str(error)
-    return taken, left_out

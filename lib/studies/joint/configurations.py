@@ -16,7 +16,7 @@ from torch import Tensor
 from lib.calibration import statistics as calibration
 from lib.calibration.reads import ready, statistics_of
 from lib.calibration.sums import InputStatistics
-from lib.core.errors import require
+from lib.core.errors import require, require_known
 from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
@@ -108,8 +108,7 @@ def named(names: Sequence[str]) -> list[Format]:
     Raises:
         InputError: a format that there is not.
     """
-    for name in names:
-        require(name in FORMATS, f"a format must be among {', '.join(FORMATS)}", repr(name), "choose one of them")
+    require_known(names, FORMATS, "a format")
     return [FORMATS[name] for name in dict.fromkeys((DENSE, *names))]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import pandas as pd
@@ -11,7 +12,7 @@ from lib.attention import masses
 from lib.calibration.reads import statistics_of
 from lib.calibration.sets import CLEAN, Inputs
 from lib.calibration.token_weights import Weighting
-from lib.core.errors import InputError
+from lib.core.errors import refusal, require_known
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel
 from lib.pruning.methods import Method
@@ -20,6 +21,7 @@ from lib.quantization.rounding import Grid
 from lib.studies.joint import runs
 from lib.studies.joint.runs import Measured, Recipe
 from lib.studies.pruning.runs import Calibrations
+from lib.timing.effort import watched
 
 NONE, AWQ, ROTATED = "as it is", "AWQ", "rotated"
 # what the mean sizes leave out: nothing, sink tokens, or as many others
@@ -29,6 +31,19 @@ SCALED: Mapping[str, Weighting | None] = MappingProxyType({
     "AWQ, without as many random tokens": Weighting("random", alpha=None),
 })  # fmt: skip
 FOLDINGS = (NONE, *SCALED, ROTATED)
+
+
+def possible(model: LanguageModel, rewritings: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return which rewritings a model can take, and why it cannot take others.
+
+    Raises:
+        InputError: a rewriting that there is not.
+    """
+    require_known(rewritings, FOLDINGS, "a rewriting")
+    checks = {**dict.fromkeys(SCALED, folding.check_dense), ROTATED: folding.check_rotates}
+    reasons = {name: refusal(partial(checks[name], model)) for name in rewritings if name in checks}
+    why_not = {name: reason for name, reason in reasons.items() if reason}
+    return [name for name in rewritings if name not in why_not], why_not
 
 
 def scales(found: Calibrations, name: str, grid: Grid, *, inputs: Inputs = CLEAN) -> folding.Scales:
@@ -66,16 +81,22 @@ def measured(found: Calibrations, name: str, recipe: Recipe, *, rewriting: str, 
     Raises:
         InputError: another rewriting, or what rotations refuse.
     """
-    if rewriting not in FOLDINGS:
-        raise InputError(f"a rewriting must be of {', '.join(FOLDINGS)}, got {rewriting}: choose among them")
+    require_known([rewriting], FOLDINGS, "a rewriting")
     found.set_of(recipe.method)  # token weights are those of the dense model
+    if rewriting in SCALED:
+        found.hessians_of(inputs)  # shared, as is the text
     with folding.folded(found.bench.model) as model:
-        if rewriting in SCALED:
-            folding.scale_(model, scales(found, rewriting, recipe.grid, inputs=inputs))
-        if rewriting == ROTATED:
-            folding.rotate_(model, generator=generator(found.seed, "rotation"))
+        _, took = watched(partial(_rewrite_, found, rewriting, recipe.grid, inputs=inputs), device=model.device)
         result = runs.measured(found, name, recipe)
-    return replace(result, name=name if rewriting == NONE else f"{name}, {rewriting}")
+    return replace(result, name=name if rewriting == NONE else f"{name}, {rewriting}", effort=took.then(result.effort))
+
+
+def _rewrite_(found: Calibrations, rewriting: str, grid: Grid, *, inputs: Inputs) -> None:
+    """Rewrite the bench's model in place."""
+    if rewriting in SCALED:
+        folding.scale_(found.bench.model, scales(found, rewriting, grid, inputs=inputs))
+    if rewriting == ROTATED:
+        folding.rotate_(found.bench.model, generator=generator(found.seed, "rotation"))
 
 
 def compare(
@@ -83,28 +104,14 @@ def compare(
 ) -> list[Measured]:
     """Measure every recipe on every rewriting of the model with every calibration.
 
-    A recipe that does not round has no scales to search for, and scales would change no mask: it is left out there, and so are
-    the rewritings that `refusals` names.
+    A recipe that does not round has no scales to search for, and scales would change no mask: it is left out there.
     """
-    possible = [each for each in rewritings if each not in refusals(found[0].bench.model)]
-    pairs = [(name, each) for name in recipes for each in possible if recipes[name].grid.rounds or each not in SCALED]
+    pairs = [(name, each) for name in recipes for each in rewritings if recipes[name].grid.rounds or each not in SCALED]
     work = [(each, name, rewriting) for each in found for name, rewriting in pairs]
     return [
         measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
         for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)
     ]
-
-
-def refusals(model: LanguageModel) -> dict[str, str]:
-    """Return why a model cannot be rewritten, by rewriting; those that it takes are not there."""
-    checks = dict.fromkeys(SCALED, folding.check_dense) | {ROTATED: folding.check_rotation}
-    found = {}
-    for name, check in checks.items():
-        try:
-            check(model)
-        except InputError as error:
-            found[name] = str(error)
-    return found
 
 
 def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFrame:
@@ -116,11 +123,10 @@ def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFram
 
     Returns:
         `largest channel / median`: of the mean sizes that `q`, `k`, `v` and `gate`, `up` read, mean over blocks; `largest sink
-        mass`: of a token of each window, mean over windows and layers, in units of the mean mass. Without rotations where
-        `refusals` names them, and of a mixture nothing.
+        mass`: of a token of each window, mean over windows and layers, in units of the mean mass.
     """
-    rows, read, left_out = [], found.set_of(Method("wanda", inputs)), refusals(found.bench.model)
-    for name in () if AWQ in left_out else tuple(name for name in (NONE, ROTATED) if name not in left_out):
+    rows, read = [], found.set_of(Method("wanda", inputs))
+    for name in (NONE, ROTATED):
         with folding.folded(found.bench.model) as model:
             if name == ROTATED:
                 folding.rotate_(model, generator=generator(found.seed, "rotation"))
@@ -131,4 +137,4 @@ def outlier_table(found: Calibrations, *, inputs: Inputs = CLEAN) -> pd.DataFram
             "model": model.name, "rewriting": name, "largest channel / median": sum(channels) / len(channels),
             "largest sink mass": float(mass.mean()),
         })  # fmt: skip
-    return pd.DataFrame(rows, columns=None if rows else ["model"])
+    return pd.DataFrame(rows)

@@ -14,7 +14,6 @@ from lib.calibration import statistics as calibration
 from lib.calibration import two_streams
 from lib.calibration.reads import READS, fell_back, ready, statistics_of
 from lib.calibration.sums import InputStatistics
-from lib.calibration.two_streams import Crosses
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion.block_reader import block_logits
@@ -27,6 +26,7 @@ from lib.quantization.joint import Compressed
 from lib.quantization.rounding import DENSE_BITS, Grid, round_to_nearest, stored_bytes
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Calibrations
+from lib.timing.effort import Effort, watched
 
 Order = Literal["prune, quantize", "quantize, prune", "joint"]
 Rounding = Literal["gptq", "nearest", "planes"]
@@ -102,6 +102,7 @@ class Measured:
         bytes: of the whole model as stored.
         loss: of each held-out window, in nats per token.
         fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
+        effort: of compressing, without the text and the token weights, which recipes share.
     """
 
     model: str
@@ -112,6 +113,7 @@ class Measured:
     bytes: int
     loss: Float[Tensor, "window"] = field(repr=False)
     fallbacks: int = 0
+    effort: Effort = Effort()  # noqa: RUF009 - frozen
 
 
 def compress_matrix(
@@ -171,10 +173,8 @@ def _rounded(weight: Tensor, kept: Tensor, recipe: Recipe, statistics: InputStat
 
 
 def check(model: LanguageModel, recipe: Recipe) -> None:
-    """Refuse, before any work, what would fail in some layer.
-
-    Raises:
-        InputError: a group or a pattern that does not divide a width, weights that are not finite, or a mixture's shifted target.
+    """Raise `InputError`, before any work, for a group or pattern that divides no width, weights that are not finite, or a
+    mixture whose target is shifted.
     """
     pruner.check(model, recipe.target)
     if recipe.shifted:
@@ -195,8 +195,7 @@ def compress_(
     Args:
         found: calibrations of a model, shared with other recipes.
         recipe: how; it says what the calibration reads.
-        choose: another recipe for single layers, None to leave one as it is; all must read what `recipe` reads, and are shifted
-            where it is.
+        choose: another recipe for single layers, None to leave one as it is; all read what `recipe` reads, shifted where it is.
         fallen: gets the names of the matrices of experts that used the statistics of their layer, see `pruner.prune_`.
 
     Returns:
@@ -206,14 +205,13 @@ def compress_(
         InputError: what `check` refuses.
     """
     model, results = found.bench.model, {}
-    stream = generator(found.seed, "pruning")
     recipes = {layer.name: recipe if choose is None else choose(layer) for layer in model.layers}
     for own in {id(own): own for own in recipes.values() if own is not None}.values():
         check(model, own)
     needed = [own for own in recipes.values() if own is not None]
     hessian = any(own.needs_hessian for own in needed)
 
-    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None, crosses: Crosses | None = None) -> None:
+    def visit(block: int, statistics: Mapping[Role, InputStatistics] | None, crosses: two_streams.Crosses | None = None) -> None:
         """Compress the layers of one block."""
         served = model.by_block[block] if statistics is None else ready(model, block, statistics, hessian=hessian)
         for layer in served:
@@ -225,7 +223,7 @@ def compress_(
                 fallen.extend([layer.name] * fell_back(statistics, layer))
             if of_layer is not None:
                 importances.check_finite(of_layer.squares, name=layer.name, what="inputs")
-            options = {"random": stream, "seed": found.seed, "name": layer.name}
+            options = {"random": generator(found.seed, "pruning", layer.name), "seed": found.seed, "name": layer.name}
             weight = layer.module.weight.detach()
             if crosses is not None and of_layer is not None:
                 given = {"damping": own.method.damping, "name": layer.name}
@@ -270,12 +268,14 @@ def model_bytes(model: LanguageModel, compressed: Mapping[str, Compressed], reci
 def measured(found: Calibrations, name: str, recipe: Recipe) -> Measured:
     """Compress, measure and restore one model."""
     model = found.bench.model
+    if recipe.needs_calibration:
+        found.set_of(recipe.method)
     with pruner.restored(model):
         fallen: list[str] = []
-        compressed = compress_(found, recipe, fallen=fallen)
+        compressed, took = watched(partial(compress_, found, recipe, fallen=fallen), device=model.device)
         size = model_bytes(model, compressed, dict.fromkeys(compressed, recipe))
         zeros = pruner.measured_sparsity(model)
-        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench), len(fallen))
+        return Measured(model.name, name, recipe, found.seed, zeros, size, runs.loss(found.bench), len(fallen), took)
 
 
 def compare(found: Sequence[Calibrations], recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,13 +15,14 @@ from lib.calibration.reads import statistics_of
 from lib.calibration.sets import GRID_STEPS, NOISED
 from lib.core.errors import InputError
 from lib.core.runtime import generator
-from lib.models.language_model import LanguageModel, LinearLayer
+from lib.models.language_model import LanguageModel
 from lib.pruning import allocation, matrices, phases, pruner
 from lib.pruning.methods import Method, Target
 from lib.pruning.phases import GentleAt, StoredBytes
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations, Outcome
 from lib.studies.variance.sink_effect import text_loss
+from lib.timing.effort import watched
 
 BYTES_PER_WEIGHT = 2.0  # bfloat16, the type of the released checkpoints
 POLICIES = ("uniform", "early is sparser", "late is sparser", "OWL", "sink variance", "sink variance, reversed")
@@ -114,14 +117,17 @@ def allocation_outcomes(
     outcomes, shown = [], {}
     for seed in seeds:
         found = Calibrations(bench, seed)
+        found.share(method)
         for policy in policies:
+            given: dict[str, Any] = {"sparsity": sparsity, "spread": spread}
             if policy in ("ATP", "EvoPress"):
-                by_block = searched(found, method, policy, sparsity=sparsity, spread=spread, generations=generations)
+                choose = partial(searched, found, method, policy, generations=generations, **given)
             else:
-                by_block = block_sparsities(found, policy, sparsity=sparsity, spread=spread, levels=levels)
+                choose = partial(block_sparsities, found, policy, levels=levels, **given)
+            by_block, took = watched(choose, device=bench.model.device)
             shown.setdefault(policy, by_block)
-            target = exact_target(bench.model, by_block, sparsity=sparsity)
-            outcomes.append(runs.measured(found, policy, method, target))
+            outcome = runs.measured(found, policy, method, exact_target(bench.model, by_block, sparsity=sparsity))
+            outcomes.append(replace(outcome, effort=took.then(outcome.effort)))
     return outcomes, shown
 
 
@@ -144,9 +150,8 @@ def block_sparsities(
 
     Source: EIS and DIS of Layer Collapse in DLMs (arXiv 2605.06366); OWL (arXiv 2310.05175); by sink variance: ours.
     """
-    model = found.bench.model
-    blocks = 1 + max(layer.block for layer in model.layers)
-    sizes = [sum(layer.module.weight.numel() for layer in model.layers if layer.block == block) for block in range(blocks)]
+    sizes = block_sizes(found.bench.model)
+    blocks = len(sizes)
     if policy == "uniform":
         wanted = torch.zeros(blocks, dtype=torch.float64)
     elif policy in ("early is sparser", "late is sparser"):
@@ -162,6 +167,11 @@ def block_sparsities(
     else:
         raise InputError(f"a policy must be one of {', '.join((*POLICIES, *COMPARATORS))}, got {policy!r}: choose one of them")
     return allocation.with_total(wanted, sizes, sparsity=sparsity)
+
+
+def block_sizes(model: LanguageModel) -> list[int]:
+    """Return how many weights each block has that can go."""
+    return [sum(layer.module.weight.numel() for layer in layers) for layers in model.by_block.values()]
 
 
 def outlier_scores(found: Calibrations) -> Float[Tensor, "block"]:
@@ -199,30 +209,33 @@ def searched(
         spread: largest distance from it.
         generations: of EvoPress.
     """
-    bench, blocks = found.bench, 1 + found.bench.model.layers[-1].block
+    bench, sizes = found.bench, block_sizes(found.bench.model)
     pruned = BlockDatabase(found, method)
 
     def loss(offsets: Tensor, stage: int) -> float:
-        """Measure on a quarter of the windows first, then on all."""
+        """Measure on a quarter of the windows first, then on all; each time exactly as many weights are gone."""
         windows = found.windows[: max(1, len(found.windows) // 4)] if stage == 0 else found.windows
         with pruner.restored(bench.model) as model:
-            pruned.write_(sparsity + offsets)
+            pruned.write_(exact_target(model, sparsity + offsets, sparsity=sparsity))
             return float(text_loss(model, windows, draws=bench.draws, seed=found.seed).mean())
 
     if policy == "ATP":
-        return sparsity + allocation.best_ramp(lambda offsets: loss(offsets, 1), blocks, steepest=spread)[0]
-    step, sizes = spread / LEVELS, [len(pruned.layers(block)) for block in range(blocks)]
+        offsets = allocation.best_ramp(lambda offsets: loss(offsets, 1), len(sizes), steepest=spread)[0]
+        return allocation.with_total(offsets, sizes, sparsity=sparsity)
+    step = spread / LEVELS
 
     def of_levels(levels: tuple[int, ...], stage: int) -> float:
+        """Measure levels."""
         return loss(step * torch.tensor(levels, dtype=torch.float64), stage)
 
-    given = {"generator": generator(found.seed, "evolution"), "generations": generations, "kinds": sizes}
-    best = allocation.evolve(of_levels, blocks, most=LEVELS, **given)
-    return sparsity + step * torch.tensor(best.levels, dtype=torch.float64)
+    kinds = sizes if len(set(sizes)) < len(sizes) else None  # blocks of one size trade levels; all of them where no two are equal
+    given = {"generator": generator(found.seed, "evolution"), "generations": generations, "kinds": kinds}
+    best = allocation.evolve(of_levels, len(sizes), most=LEVELS, **given)
+    return allocation.with_total(step * torch.tensor(best.levels, dtype=torch.float64), sizes, sparsity=sparsity)
 
 
 class BlockDatabase:
-    """Every block as a one-shot method prunes it, made when a sparsity is first asked for.
+    """Every matrix as a one-shot method prunes it, made when a number of weights is first asked for.
 
     Attributes:
         found: calibrations of a model, which must be dense now.
@@ -238,23 +251,20 @@ class BlockDatabase:
         self.found, self.method = found, method
         self._dense = [layer.module.weight.detach().clone() for layer in found.bench.model.layers]
         self._statistics = found.statistics_for(method)
-        self._pruned: dict[tuple[str, float], Tensor] = {}
+        self._pruned: dict[tuple[str, int], Tensor] = {}
 
-    def layers(self, block: int) -> list[LinearLayer]:
-        """Return the layers of a block."""
-        return [layer for layer in self.found.bench.model.layers if layer.block == block]
-
-    def write_(self, by_block: Float[Tensor, "block"]) -> None:
-        """Put blocks of these sparsities into the model."""
+    def write_(self, target: Target) -> None:
+        """Put matrices without these numbers of weights into the model."""
+        removed = target.removed
+        assert removed is not None
         for layer, dense in zip(self.found.bench.model.layers, self._dense, strict=True):
-            sparsity = round(float(by_block[layer.block]), 9)
-            if (layer.name, sparsity) not in self._pruned:
-                target = Target(sparsity, removed={layer.name: round(sparsity * dense.numel())})
+            key = (layer.name, removed[layer.name])
+            if key not in self._pruned:
                 found = None if self._statistics is None else self._statistics[layer.block]
                 own = None if found is None else statistics_of(found, layer.role, layer.expert)
                 given = {"random": generator(self.found.seed, "pruning", layer.name), "seed": self.found.seed, "name": layer.name}
-                self._pruned[layer.name, sparsity] = matrices.pruned(dense, self.method, target, own, **given)[0]
-            layer.module.weight.data.copy_(self._pruned[layer.name, sparsity])
+                self._pruned[key] = matrices.pruned(dense, self.method, target, own, **given)[0]
+            layer.module.weight.data.copy_(self._pruned[key])
 
 
 @torch.inference_mode()

@@ -71,6 +71,15 @@ class Calibrations:
         """Collect the statistics of several methods together, of those that are one-shot: what reads one text shares the pass."""
         self._collect([method for method in chosen if uses_dense_statistics(method)])
 
+    def share(self, method: Method) -> None:
+        """Collect what a method shares with others, which is then there for all of them."""
+        if not method.needs_calibration:
+            return
+        self.set_of(method)
+        self.prepare([method])
+        if method.is_structured:
+            self.moments_of(method.inputs)
+
     def statistics_of(self, method: Method) -> list[dict[Role, InputStatistics]]:
         """Return the norms that the dense model's layers read of a method's text, weighted as it says."""
         self._collect([method])

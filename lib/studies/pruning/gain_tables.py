@@ -12,7 +12,6 @@ from torch import Tensor
 from lib.evaluation import paired
 from lib.evaluation.paired import PairedDifference
 from lib.evaluation.recovered import Recovered
-from lib.pruning.importances import UNSTRUCTURED
 from lib.report import claims
 from lib.report.results import NO_EFFECT
 from lib.studies.pruning.runs import Outcome
@@ -81,31 +80,6 @@ def comparison_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
         }
         for index, found in enumerate(listed)
     ], columns=None if listed else pd.Index(COMPARISON_COLUMNS))  # fmt: skip
-
-
-def compared(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, seed: int) -> list[Comparison]:
-    """Compare pairs of methods in every model and at every target that both were measured at.
-
-    Args:
-        outcomes: of any models and targets.
-        pairs: names of the method and of what it is compared with.
-        seed: of the bootstrap.
-    """
-    results, cells = [], dict[tuple[str, float, str], dict[str, list[Tensor]]]()
-    for found in outcomes:
-        cells.setdefault((found.model, found.sparsity, found.pattern), {}).setdefault(found.method, []).append(found.loss)
-    for (model, sparsity, pattern), there in cells.items():
-        for first, second in pairs:
-            if {first, second} <= there.keys():
-                where = "" if pattern == UNSTRUCTURED else f", {pattern}"
-                given = {"name": f"{first} - {second}{where}", "model": model, "sparsity": sparsity, "seed": seed}
-                results.append(gain(torch.stack(there[first]), torch.stack(there[second]), **given))
-    return results
-
-
-def pairs_table(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, seed: int) -> pd.DataFrame:
-    """Tabulate the gains of `compared`, with p-values adjusted over all rows; empty where nothing was measured."""
-    return comparison_table(compared(outcomes, pairs, seed=seed))
 
 
 def mcnemar_table(results: Results, pairs: Sequence[tuple[Condition, Condition]], *, seed: int) -> pd.DataFrame:

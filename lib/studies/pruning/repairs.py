@@ -1,8 +1,11 @@
 """Is it the mask or the repair that counts, and do sinks matter to either: four masks, each with four repairs."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,12 +22,15 @@ from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, matrices, pruner
 from lib.pruning import repairs as ways
 from lib.pruning.methods import REPAIRS, SINKS, Method, Target, without_noise
-from lib.studies.pruning import gain_tables, runs
+from lib.studies.pruning import pairs, runs
 from lib.studies.pruning.runs import Bench, Calibrations, Outcome
 from lib.studies.pruning.tables import loss_columns
+from lib.timing.effort import watched
 
 ALONE = "mask alone"
 SINK, RIVAL, CONTROL, WANDA = "sink-weighted Wanda", "noised Wanda", "random-position-weighted Wanda", "Wanda"
+CLEAN_RIVAL = "Wanda, sum of norms"  # the rival of an autoregressive model, which reads clean text
+MASKS = (WANDA, RIVAL, CLEAN_RIVAL, SINK, CONTROL)
 ALPS = "ALPS"  # finds mask and weights together: one row without a repair
 ITS_OWN = "its own"
 Statistics = Sequence[Mapping[Role, InputStatistics]]
@@ -44,10 +50,10 @@ def masks(model: LanguageModel, *, noised: Inputs = NOISED) -> dict[str, Method]
         SINK: replace(plain, weighting=SINKS),
         CONTROL: replace(plain, weighting=Weighting("random")),
     }
-    if model.is_causal:
-        del found[WANDA]  # without noise it is the rival but for how norms are added up
-        return {name: without_noise(method) for name, method in found.items()}
-    return found
+    if not model.is_causal:
+        return found
+    del found[WANDA]  # without noise it is the rival but for how norms are added up
+    return {CLEAN_RIVAL if name == RIVAL else name: without_noise(method) for name, method in found.items()}
 
 
 def name_of(mask: str, repair: str) -> str:
@@ -82,7 +88,7 @@ def measure(
         swaps: of every row at most.
 
     Returns:
-        Outcomes named by `name_of`.
+        Outcomes named by `name_of`; their peak memory is that of all cells together.
 
     Raises:
         InputError: another repair, or a target that does not fit.
@@ -96,8 +102,10 @@ def measure(
         found = Calibrations(bench, seed)
         found.prepare(chosen.values())
         errors_of = found.hessians_of(CLEAN if bench.model.is_causal else noised)
-        ranked = [found.statistics_of(method) for method in chosen.values()]
-        weights = repaired(bench.model, list(chosen.values()), target, ranked, errors_of, repairs=repairs, swaps=swaps)
+        ranked, spent = [found.statistics_of(method) for method in chosen.values()], dict[tuple[int, str], float]()
+        given: dict[str, Any] = {"repairs": repairs, "swaps": swaps, "spent": spent}
+        work = partial(repaired, bench.model, list(chosen.values()), target, ranked, errors_of, **given)
+        weights, together = watched(work, device=bench.model.device)
         cells = [(index, repair) for index in range(len(chosen)) for repair in repairs]
         for index, repair in tqdm(cells, desc=f"{bench.model.name}, repairs", leave=False, disable=None):
             with pruner.restored(bench.model) as model:
@@ -105,7 +113,8 @@ def measure(
                     layer.module.weight.data.copy_(weight)
                 measured = runs.outcome(bench, name_of(list(chosen)[index], repair), target, seed=seed)
                 used = (ranked[index],) if repair == ALONE else (ranked[index], errors_of)
-                outcomes.append(replace(measured, fallbacks=_fallbacks(model, used)))
+                took = replace(together, seconds=spent[index, repair])
+                outcomes.append(replace(measured, fallbacks=_fallbacks(model, used), effort=took))
     return outcomes
 
 
@@ -118,6 +127,7 @@ def repaired(
     *,
     repairs: Sequence[str] = tuple(REPAIRS),
     swaps: int = ways.SWAPS,
+    spent: dict[tuple[int, str], float] | None = None,
 ) -> list[dict[str, list[Tensor]]]:
     """Return the weights of every layer, by method and repair; what they share is done once.
 
@@ -129,25 +139,31 @@ def repaired(
         errors_of: statistics with Hessians that repairs measure errors with.
         repairs: names of `methods.REPAIRS`.
         swaps: of every row at most.
+        spent: gets the seconds of every method and repair; what several share counts for each, refits in equal parts.
     """
     results: list[dict[str, list[Tensor]]] = [{repair: [] for repair in repairs} for _ in ranking]
+    spent = {} if spent is None else spent
     for layer in model.layers:
         weight = layer.module.weight.detach()
         hessian = statistics_of(errors_of[layer.block], layer.role, layer.expert).hessian()
         masks: dict[tuple[int, bool], Tensor] = {}
+        seconds: dict[tuple[int, bool], float] = {}
         for index, (method, ranked) in enumerate(zip(ranking, found, strict=True)):
-            own = statistics_of(ranked[layer.block], layer.role, layer.expert)
+            own, began = statistics_of(ranked[layer.block], layer.role, layer.expert), time.perf_counter()
             masks[index, False] = matrices.pruned(weight, method, target, own, name=layer.name)[1]
+            seconds[index, False] = time.perf_counter() - began
             if any(REPAIRS[repair]["swaps"] for repair in repairs):
                 masks[index, True] = ways.swap(weight, masks[index, False], hessian, swaps=swaps, pattern=target.pattern)
+                seconds[index, True] = time.perf_counter() - began
         wanted = {bool(REPAIRS[repair]["swaps"]) for repair in repairs if REPAIRS[repair]["repair"] == "refit"}
-        keys = [key for key in masks if key[1] in wanted]
+        keys, began = [key for key in masks if key[1] in wanted], time.perf_counter()
         stacked = torch.stack([masks[key] for key in keys]) if keys else None
         solved = {} if stacked is None else dict(zip(keys, ways.refits(weight, stacked, hessian, name=layer.name), strict=True))
+        share = (time.perf_counter() - began) / max(1, len(keys))
         for index, repair in product(range(len(ranking)), repairs):
-            key = (index, bool(REPAIRS[repair]["swaps"]))
-            new = solved[key] if REPAIRS[repair]["repair"] == "refit" else importances.prune(weight, masks[key])
-            results[index][repair].append(new)
+            key, refits = (index, bool(REPAIRS[repair]["swaps"])), REPAIRS[repair]["repair"] == "refit"
+            results[index][repair].append(solved[key] if refits else importances.prune(weight, masks[key]))
+            spent[index, repair] = spent.get((index, repair), 0.0) + seconds[key] + share * refits
     return results
 
 
@@ -187,16 +203,17 @@ def gain_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
         One row a model, target, repair and rival: the gain in nats per token (positive when sink weights are better), its
         interval, and p-values adjusted over all rows.
     """
-    pairs = [(SINK, other, repair) for repair in REPAIRS for other in (RIVAL, CONTROL, WANDA)]
-    return gain_tables.pairs_table(outcomes, [(name_of(a, repair), name_of(b, repair)) for a, b, repair in pairs], seed=seed)
+    others = [(other, repair) for repair in REPAIRS for other in (RIVAL, CLEAN_RIVAL, CONTROL, WANDA)]
+    named = [(name_of(SINK, repair), name_of(other, repair)) for other, repair in others]
+    controls = [name_of(CONTROL, repair) for repair in REPAIRS]
+    return pairs.pairs_table(outcomes, named, seed=seed, controls=controls)
 
 
 def repair_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
     """Tabulate by how much every repair lowers the loss of each mask, over the mask alone; and ALPS, over all of both repairs."""
-    names = (WANDA, RIVAL, SINK, CONTROL)
-    pairs = [(name_of(mask, repair), mask) for mask in names for repair in REPAIRS if repair != ALONE]
-    pairs += [(ALPS, name_of(mask, "swaps, refit")) for mask in names]
-    return gain_tables.pairs_table(outcomes, pairs, seed=seed)
+    named = [(name_of(mask, repair), mask) for mask in MASKS for repair in REPAIRS if repair != ALONE]
+    named += [(ALPS, name_of(mask, "swaps, refit")) for mask in MASKS]
+    return pairs.pairs_table(outcomes, named, seed=seed, controls=MASKS)
 
 
 def weaker_gain(outcomes: Sequence[Outcome], *, model: str, repair: str, seed: int) -> PairedDifference:
@@ -211,15 +228,13 @@ def weaker_gain(outcomes: Sequence[Outcome], *, model: str, repair: str, seed: i
         seed: of the bootstrap.
     """
     own = [found for found in outcomes if found.model == model]
-    pairs = [(name_of(SINK, repair), name_of(other, repair)) for other in (RIVAL, CONTROL)]
-    both = [found.result for found in gain_tables.compared(own, pairs, seed=seed)]
-    weaker = min(both, key=lambda result: result.interval[0])
-    return replace(weaker, p_value=max(result.p_value for result in both))
+    named = [(name_of(SINK, repair), name_of(other, repair)) for other in (RIVAL, CLEAN_RIVAL, CONTROL)]
+    return pairs.weakest([found.result for found in pairs.compared(own, named, seed=seed)])
 
 
 def _cells(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, float, str]]:
     """List (model, mask, repair, sparsity, pattern) of what was measured, once each."""
-    named = {name_of(mask, repair): (mask, repair) for mask in (WANDA, RIVAL, SINK, CONTROL) for repair in REPAIRS}
+    named = {name_of(mask, repair): (mask, repair) for mask in MASKS for repair in REPAIRS}
     named[ALPS] = (ALPS, ITS_OWN)
     measured = [found for found in outcomes if found.method in named]
     return list(dict.fromkeys((found.model, *named[found.method], found.sparsity, found.pattern) for found in measured))

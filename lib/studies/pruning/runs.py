@@ -19,6 +19,7 @@ from lib.pruning.methods import Method, Target
 from lib.studies.pruning.bench import READERS, Bench, Calibrations, uses_dense_statistics
 from lib.studies.variance.sink_effect import text_loss
 from lib.timing import clock
+from lib.timing.effort import Effort, watched
 
 DENSE, STRUCTURED = "dense", "structured"
 TIMED_WINDOWS = 4
@@ -38,6 +39,7 @@ class Outcome:
         measured_sparsity: share of the linear layers' weights that are gone.
         loss: NELBO, or exact negative log-likelihood, of each held-out window in nats per token.
         fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
+        effort: of pruning, without what methods share: text, token weights, and passes over the dense model.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Outcome:
     measured_sparsity: float
     loss: Float[Tensor, "window"] = field(repr=False)
     fallbacks: int = 0
+    effort: Effort = Effort()  # noqa: RUF009 - frozen
 
 
 def held_out(windows: Int[Tensor, "held_out position"], *, count: int) -> Int[Tensor, "window position"]:
@@ -119,9 +122,10 @@ def compare(
 
 def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:
     """Prune, measure and restore one model with calibrations that are already there."""
-    with pruner.restored(found.bench.model):
-        fallen = prune_(found, method, target)
-        return replace(outcome(found.bench, name, target, seed=found.seed), fallbacks=len(fallen))
+    found.share(method)
+    with pruner.restored(found.bench.model) as model:
+        fallen, took = watched(partial(prune_, found, method, target), device=model.device)
+        return replace(outcome(found.bench, name, target, seed=found.seed), fallbacks=len(fallen), effort=took)
 
 
 def outcome(bench: Bench, name: str, target: Target, *, seed: int) -> Outcome:
@@ -186,9 +190,13 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
         for name, method in chosen.items():
             asked = sparsities if seed in seeds_that_matter(method, seeds) else ()
             for sparsity in (each for each in asked if (name, each) not in left_out):
-                small = shrunk(found, method, sparsity=sparsity)
+                found.share(method)
+                if method.repair == "refit":
+                    found.hessians_of(method.inputs)
+                small, took = watched(partial(shrunk, found, method, sparsity=sparsity), device=bench.model.device)
                 gone = 1.0 - _weights(small) / _weights(bench.model)
-                outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small)))
+                measured = Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small), effort=took)
+                outcomes.append(measured)
     return outcomes
 
 

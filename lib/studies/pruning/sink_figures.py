@@ -16,7 +16,7 @@ from lib.models.language_model import ROLES
 from lib.report import figures, panels
 from lib.report.figures import METHODS, OTHER_MARKERS, Style
 from lib.studies.pruning import figures as pf
-from lib.studies.pruning.repairs import ALPS, CONTROL, RIVAL, SINK, WANDA
+from lib.studies.pruning.repairs import ALPS, CLEAN_RIVAL, CONTROL, RIVAL, SINK, WANDA
 
 GAIN = "decrease of the loss (nats per token)"
 SINK_COLOR = METHODS["sink-aware"].color
@@ -36,7 +36,7 @@ CONTROLS: Mapping[str, Style] = MappingProxyType({
     "sinks kept": METHODS["ar-sink-preserve"],
 })  # fmt: skip
 REPAIRED: Mapping[str, Style] = MappingProxyType({
-    WANDA: METHODS["wanda"], RIVAL: Style("#000000", "v"), SINK: METHODS["sink-aware"],
+    WANDA: METHODS["wanda"], RIVAL: Style("#000000", "v"), CLEAN_RIVAL: Style("#000000", "^"), SINK: METHODS["sink-aware"],
     CONTROL: Style(METHODS["magnitude"].color, "D"), ALPS: Style("#CC79A7", "P"),
 })  # fmt: skip
 ROLE_ORDER: list[str] = list(ROLES)

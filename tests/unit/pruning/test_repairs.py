@@ -407,3 +407,19 @@ def test_a_random_mask_with_a_refit_is_that_of_its_seed(tmp_path: Path) -> None:
             found.append([layer.module.weight.clone() for layer in model.layers])
     assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
     assert not any(torch.equal(one != 0, other != 0) for one, other in zip(found[1], found[2], strict=True))
+
+
+def test_a_random_mask_is_the_same_with_and_without_a_repair(tmp_path: Path) -> None:
+    """So that the repair is the only difference; and each matrix has numbers of its own."""
+    model, found = tiny.model(tmp_path, causal=False), dict[str, list[torch.Tensor]]()
+    target = pruner.exact_target(model, 0.5)
+    for name in REPAIRS:
+        if not REPAIRS[name]["swaps"]:  # swaps change a mask
+            with pruner.restored(model):
+                pruner.prune_(model, repaired(Method("random"), name), target, windows=tiny.ids(4, 12), seed=3)
+                found[name] = [layer.module.weight.clone() for layer in model.layers]
+    alone, refitted = found["mask alone"], found["refit"]
+    assert all(torch.equal(one != 0, other != 0) for one, other in zip(alone, refitted, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(alone, refitted, strict=True))
+    like_first = [one != 0 for one in alone if one.shape == alone[0].shape]
+    assert len(like_first) > 1 and not torch.equal(like_first[0], like_first[1])

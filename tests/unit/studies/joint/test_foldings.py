@@ -1,7 +1,7 @@
 """Rewritings before rounding: the dense loss stays, the rounded one is that of the rewritten model, and sinks are left out."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel
 from lib.quantization import folding
 from lib.quantization.rounding import Grid, round_to_nearest
-from lib.studies.joint import comparisons, foldings
+from lib.studies.joint import foldings
+from lib.studies.joint import runs as joint_runs
 from lib.studies.joint.runs import Recipe
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations
+from lib.timing.effort import Effort
 from tests import tiny
 
 INT3 = Grid(3, group_size=8)
@@ -67,30 +69,36 @@ def test_scales_lower_the_error_on_the_calibration_and_see_which_tokens_count(fo
     assert not torch.allclose(sizes[1][0, "q"], sizes[2][0, "q"], rtol=1e-3)
 
 
+def test_a_rewritten_model_takes_the_time_of_its_rewriting_too(found: Calibrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(call: Any, *, device: torch.device) -> tuple[Any, Effort]:
+        """Do the work, and say what was written down for it."""
+        return call(), {"_rewrite_": Effort(10.0, 7.0), "compress_": Effort(1.0, 3.0)}[call.func.__name__]
+
+    for module in (foldings, joint_runs):
+        monkeypatch.setattr(module, "watched", told)
+    got = foldings.measured(found, "RTN", Recipe(INT3, rounding="nearest"), rewriting=foldings.AWQ)
+    assert got.effort == Effort(11.0, 7.0)
+
+
 def test_all_pairs_are_measured_and_others_refused(found: Calibrations) -> None:
     recipes = {"RTN": Recipe(INT3, rounding="nearest"), "GPTQ": Recipe(INT3)}
     got = foldings.compare([found], recipes, [foldings.NONE, foldings.ROTATED])
     assert [each.name for each in got] == ["RTN", "RTN, rotated", "GPTQ", "GPTQ, rotated"]
-    with pytest.raises(InputError, match="a rewriting must be of as it is, AWQ"):
+    with pytest.raises(InputError, match="a rewriting must be among as it is, AWQ"):
         foldings.measured(found, "RTN", recipes["RTN"], rewriting="turned")
 
 
 def test_what_a_model_cannot_take_is_left_out_and_named(found: Calibrations) -> None:
     """40 features are no power of two; a mixture's experts read what would be rewritten, too."""
-    assert foldings.refusals(found.bench.model) == {}
+    every = list(foldings.FOLDINGS)
+    assert foldings.possible(found.bench.model, every) == (every, {})
     odd, mixture = tiny.of_network(tiny.network(causal=False, hidden_size=40)), tiny.mixture("qwen3_moe")
-    assert list(foldings.refusals(odd)) == [foldings.ROTATED]
-    assert "a rotated width must be a power of two, got 40" in foldings.refusals(odd)[foldings.ROTATED]
-    assert set(foldings.refusals(mixture)) == {*foldings.SCALED, foldings.ROTATED}
-    for model, names, rows in ((odd, ["RTN"], 1), (mixture, ["RTN"], 0)):
-        other = Calibrations(Bench(model, tiny.ids(8, 16, seed=3), tiny.ids(3, 16, seed=4), 4, 2, 5), seed=1)
-        recipes = {"RTN": Recipe(Grid(3, group_size=8), rounding="nearest")}
-        assert [each.name for each in foldings.compare([other], recipes, [foldings.NONE, foldings.ROTATED])] == names
-        assert len(foldings.outlier_table(other)) == rows
-    recipes = {"GPTQ": Recipe(INT3), "GPTQ, shifted": Recipe(INT3, shifted=True)}
-    taken, left_out = comparisons.fitting(mixture, list(recipes.items()))
-    assert [name for name, _ in taken] == ["GPTQ"] and "two streams" in left_out["GPTQ, shifted"]
-    assert comparisons.fitting(odd, list(recipes.items())) == (list(recipes.items()), {})
+    taken, left_out = foldings.possible(odd, every)
+    assert taken == every[:-1] and "a rotated width must be a power of two, got 40" in left_out[foldings.ROTATED]
+    taken, left_out = foldings.possible(mixture, every)
+    assert taken == [foldings.NONE] and set(left_out) == {*foldings.SCALED, foldings.ROTATED}
+    with pytest.raises(InputError, match="two streams"):
+        joint_runs.check(mixture, Recipe(INT3, shifted=True))
 
 
 def test_rotations_spread_outliers_of_channels_and_not_of_tokens(found: Calibrations) -> None:

@@ -123,11 +123,10 @@ def test_masks_and_repairs_use_the_statistics_of_experts(found: Calibrations) ->
 @pytest.mark.parametrize("method", [Method("wanda", sequential=False), Method("sparsegpt", sequential=False)])
 def test_blocks_of_a_search_are_pruned_as_the_model_is(found: Calibrations, method: Method) -> None:
     model = found.bench.model
-    blocks = len(model.by_block)
+    blocks, target = len(model.by_block), pruner.exact_target(model, 0.5)
     with pruner.restored(model):
-        adaptive_runs.BlockDatabase(found, method).write_(torch.full((blocks,), 0.5).double())
+        adaptive_runs.BlockDatabase(found, method).write_(target)
         got = [layer.module.weight.clone() for layer in model.layers]
-    target = pruner.exact_target(model, 0.5)
     with pruner.restored(model):
         pruner.prune_with_(model, method, target, found.statistics_for(method) or [])
         assert all(torch.equal(layer.module.weight, own) for layer, own in zip(model.layers, got, strict=True))

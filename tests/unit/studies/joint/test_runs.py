@@ -177,6 +177,24 @@ def test_bytes_are_those_of_the_packed_matrices_and_the_rest(found: Calibrations
     assert at["2:4"] == at["pruned"]
 
 
+def test_a_random_mask_is_that_of_pruning_alone(found: Calibrations) -> None:
+    """Whether anything is rounded or not, so that the rounding is the only difference."""
+    method, masks = Method("random"), []
+    for recipe in (Recipe(target=HALF, method=method), EVERY["random"]):
+        with pruning_runs.pruner.restored(found.bench.model):
+            masks.append([each.kept for each in runs.compress_(found, recipe).values()])
+    with pruning_runs.pruner.restored(found.bench.model) as model:
+        pruning_runs.pruner.prune_(model, method, HALF, seed=found.seed)
+        masks.append([layer.module.weight != 0 for layer in model.layers])
+    for other in masks[1:]:
+        assert all(torch.equal(one, own) for one, own in zip(masks[0], other, strict=True))
+
+
+def test_a_compressed_model_says_what_it_took(found: Calibrations) -> None:
+    took = runs.measured(found, "GPTQ", EVERY["gptq"]).effort
+    assert 0 < took.seconds < 60 and took.peak >= 0
+
+
 def test_one_calibration_is_enough_for_what_reads_and_draws_nothing(found: Calibrations) -> None:
     other = Calibrations(found.bench, seed=2)
     results = runs.compare([found, other], [(name, EVERY[name]) for name in ("magnitude", "random", "gptq", "dense")])

@@ -18,6 +18,7 @@ from lib.studies.pruning import adaptive_runs, runs
 from lib.studies.pruning.adaptive_runs import POLICIES, PhasePlan
 from lib.studies.pruning.runs import Bench, Calibrations
 from lib.studies.variance.sink_effect import text_loss
+from lib.timing.effort import Effort
 from tests import tiny
 from tests.unit import slow_pruning as slow
 
@@ -333,21 +334,20 @@ def test_blocks_put_together_are_the_pruned_model(bench: Bench, method: Method) 
     found = Calibrations(bench, 1)
     database = adaptive_runs.BlockDatabase(found, method)
     by_block = torch.tensor([0.3, 0.5, 0.7, 0.4]).double()
+    target = adaptive_runs.exact_target(bench.model, by_block, sparsity=0.475)
     with pruner.restored(bench.model) as model:
-        database.write_(by_block)
+        database.write_(target)
         got = [layer.module.weight.clone() for layer in model.layers]
-        database.write_(by_block)  # the model is not dense now, and what is asked for is there
+        database.write_(target)  # the model is not dense now, and what is asked for is there
         assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
-    for layer, each in zip(bench.model.layers, got, strict=True):
-        assert int((each == 0).sum()) == round(float(by_block[layer.block]) * each.numel())
-    if method.importance != "random":
-        counts = {layer.name: int((each == 0).sum()) for layer, each in zip(bench.model.layers, got, strict=True)}
-        with pruner.restored(bench.model) as model:
-            if method.needs_calibration:
-                pruner.prune_with_(model, method, Target(0.5, removed=counts), database.found.statistics_for(method) or [])
-            else:
-                pruner.prune_(model, method, Target(0.5, removed=counts))
-            assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
+    counts = {layer.name: int((each == 0).sum()) for layer, each in zip(bench.model.layers, got, strict=True)}
+    assert counts == target.removed
+    with pruner.restored(bench.model) as model:
+        if method.needs_calibration:
+            pruner.prune_with_(model, method, target, database.found.statistics_for(method) or [])
+        else:
+            pruner.prune_(model, method, target, seed=1)
+        assert all(torch.equal(layer.module.weight, each) for layer, each in zip(model.layers, got, strict=True))
 
 
 def test_searches_never_do_worse_on_their_own_windows_than_uniform(bench: Bench) -> None:
@@ -355,7 +355,8 @@ def test_searches_never_do_worse_on_their_own_windows_than_uniform(bench: Bench)
 
     def loss(by_block: Tensor) -> float:
         with pruner.restored(bench.model) as model:
-            adaptive_runs.BlockDatabase(found, ONE_SHOT).write_(by_block)
+            target = adaptive_runs.exact_target(model, by_block, sparsity=0.5)
+            adaptive_runs.BlockDatabase(found, ONE_SHOT).write_(target)
             return float(text_loss(model, found.windows, draws=bench.draws, seed=1).mean())
 
     uniform = loss(torch.full((4,), 0.5).double())
@@ -374,3 +375,42 @@ def test_comparators_are_measured_like_policies(bench: Bench) -> None:
     outcomes, shown = adaptive_runs.allocation_outcomes(bench, ONE_SHOT, ["uniform", *adaptive_runs.COMPARATORS], **given)
     assert [found.method for found in outcomes] == ["uniform", *adaptive_runs.COMPARATORS] == list(shown)
     assert len({round(found.measured_sparsity, 4) for found in outcomes}) == 1
+
+
+@pytest.mark.parametrize("first", ["one larger block", "all blocks differ"])
+def test_a_search_compares_equal_numbers_of_removed_weights(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where blocks have unequal sizes a ramp, or a trade of levels, alone would remove other numbers."""
+    few: Any = {"num_hidden_layers": 3, "num_experts": 4, "mlp_only_layers": [0]}  # a small dense block before two mixtures
+    if first == "all blocks differ":
+        few["num_hidden_layers"] = 2
+    model = tiny.of_network(tiny.stacked("qwen3_moe", **few))
+    sizes = adaptive_runs.block_sizes(model)
+    assert len(set(sizes)) == 2 and sum(sizes) == sum(layer.module.weight.numel() for layer in model.layers)
+    found = Calibrations(Bench(model, tiny.ids(6, 8), tiny.ids(2, 8, seed=1), 2, 1, 0), 1)
+    totals: list[int] = []
+
+    def noted(database: adaptive_runs.BlockDatabase, target: Target) -> None:
+        """Write, and count the zeros that are there then."""
+        write(database, target)
+        totals.append(sum(int((layer.module.weight == 0).sum()) for layer in model.layers))
+
+    write = adaptive_runs.BlockDatabase.write_
+    monkeypatch.setattr(adaptive_runs.BlockDatabase, "write_", noted)
+    for policy in ("ATP", "EvoPress"):
+        got = adaptive_runs.searched(found, Method("magnitude"), policy, sparsity=0.5, spread=0.2, generations=1)
+        assert float((got * torch.tensor(sizes)).sum()) == pytest.approx(0.5 * sum(sizes))
+    assert len(totals) > 10 and set(totals) == {round(0.5 * sum(sizes))}
+
+
+def test_a_policy_takes_the_time_of_its_search(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"searched": Effort(10.0, 5.0), "block_sparsities": Effort(1.0, 1.0), "prune_": Effort(0.5, 2.0)}
+
+    def told(call: Any, *, device: torch.device) -> tuple[Any, Effort]:
+        """Do the work, and say what was written down for it."""
+        return call(), spent[call.func.__name__]
+
+    for module in (adaptive_runs, runs):
+        monkeypatch.setattr(module, "watched", told)
+    given = {"sparsity": 0.5, "seeds": [1], "spread": 0.1, "generations": 1}
+    outcomes, _ = adaptive_runs.allocation_outcomes(bench, MAGNITUDE, ["uniform", "ATP"], **given)
+    assert [found.effort for found in outcomes] == [Effort(1.5, 2.0), Effort(10.5, 5.0)]

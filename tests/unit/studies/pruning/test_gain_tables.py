@@ -312,19 +312,3 @@ def test_there_is_no_share_of_a_loss_that_did_not_rise(change: float) -> None:
     table = gain_tables.gain_by_sparsity(measured, [("new", "old")], model="m", seed=1)
     assert table["gain"].item() == pytest.approx(0.5 + change)
     assert math.isnan(table["gain, % of what the baseline loses"].item())
-
-
-def test_pairs_are_compared_wherever_both_were_measured() -> None:
-    """Not across models, sparsities or patterns; p-values are adjusted over all rows."""
-    listed = [
-        *outcomes("a", losses(0.0)), *outcomes("b", losses(0.5, draw=1)), *outcomes("a", losses(0.2, draw=2), pattern="2:4"),
-        *outcomes("b", losses(0.1, draw=3), pattern="2:4"), *outcomes("a", losses(0.0), model="n"),
-        *outcomes("b", losses(0.0), sparsity=0.7),
-    ]  # fmt: skip
-    table = gain_tables.pairs_table(listed, [("a", "b"), ("a", "c")], seed=0)
-    assert table["comparison"].tolist() == ["a - b", "a - b, 2:4"]
-    assert table["gain"].tolist() == pytest.approx([
-        mean_gain(losses(0.5, draw=1), losses(0.0)), mean_gain(losses(0.1, draw=3), losses(0.2, draw=2)),
-    ])  # fmt: skip
-    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
-    assert list(gain_tables.pairs_table([], [("a", "b")], seed=0).columns)[:2] == ["comparison", "model"]

@@ -11,7 +11,7 @@ from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel
 from lib.pruning import methods, pruner
 from lib.pruning.methods import REPAIRS, Target
-from lib.studies.pruning import repairs, runs
+from lib.studies.pruning import repairs, runs, sink_figures
 from lib.studies.pruning.bench import Bench, Calibrations
 from lib.studies.pruning.runs import Outcome
 from tests import tiny
@@ -120,3 +120,20 @@ def test_an_autoregressive_model_reads_clean_text(tmp_path: pytest.TempPathFacto
     assert all(method.inputs == CLEAN for method in repairs.masks(model).values())
     found = repairs.measure(bench, Target(0.5), seeds=[0], repairs=["mask alone", "refit"])
     assert len(found) == 6 and len(repairs.gain_table(found, seed=0)) == 4
+    assert not any("noised" in each.method for each in found)  # it says what was done
+    table = repairs.loss_table([runs.dense(bench), *found], seed=0)
+    assert table["mask"].unique().tolist() == [repairs.CLEAN_RIVAL, repairs.SINK, repairs.CONTROL]
+    assert set(repairs.MASKS) <= set(sink_figures.REPAIRED)
+    better = [replace(each, loss=each.loss - 3.0) if each.method.startswith(repairs.CLEAN_RIVAL) else each for each in found]
+    assert repairs.weaker_gain(better, model=model.name, repair="refit", seed=0).estimate < -2.0  # no weights are a rival too
+
+
+def test_controls_are_told_from_rivals_and_every_cell_says_what_it_took(outcomes: list[Outcome]) -> None:
+    gains = repairs.gain_table(outcomes, seed=0)
+    controls = gains["comparison"].str.contains(f" - {repairs.CONTROL}", regex=False)
+    assert (gains["against"] == "control").tolist() == controls.tolist() and 0 < int(controls.sum()) < len(gains)
+    seconds = {found.method: found.effort.seconds for found in outcomes[1:17]}
+    for mask in (repairs.WANDA, repairs.SINK):
+        alone, swaps, refit, both = (seconds[repairs.name_of(mask, repair)] for repair in REPAIRS)
+        assert 0 < alone < min(swaps, refit) and max(swaps, refit) < both
+    assert len({found.effort.peak for found in outcomes[1:17]}) == 1  # of all cells of a calibration together

@@ -1,9 +1,11 @@
 """Prune, measure, restore: common masks, shared calibrations against pruning from scratch, and nothing left behind."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -459,3 +461,21 @@ def test_rankings_of_groups_that_are_not_defined_are_refused(noisy: Bench, name:
 def test_a_pruned_copy_does_not_pass_for_the_checkpoint(noisy: Bench) -> None:
     copied = runs.pruned_copy(Calibrations(noisy, 0), MIXED["magnitude"], HALF)
     assert noisy.model.fingerprint and not copied.fingerprint
+
+
+def test_a_bias_without_a_flag_for_it_is_left_out_before_any_work(diffusion_model: LanguageModel, tmp_path: Path) -> None:
+    other = tiny.model(tmp_path, family="qwen2", causal=False)
+    chosen = {name: methods.STRUCTURES[name] for name in ("FLAP's score alone", "FLAP")}
+    assert not runs.refusals(diffusion_model, chosen, [0.5])
+    reasons = runs.refusals(other, chosen, [0.5])
+    assert list(reasons) == [("FLAP", 0.5)] and "a layout that has the flag" in reasons["FLAP", 0.5]
+    assert not runs.structured(bench_of(other), {"FLAP": chosen["FLAP"]}, [0.5], seeds=[0])
+
+
+def test_every_model_says_what_pruning_it_took(diffusion_model: LanguageModel) -> None:
+    """Not what measuring its loss took, nor what methods share."""
+    bench = bench_of(diffusion_model)
+    one = runs.measured(Calibrations(bench, 0), "Wanda", Method("wanda", sequential=False), HALF)
+    cut = runs.structured(bench, {"FLAP": methods.STRUCTURES["FLAP"]}, [0.5], seeds=[0])[0]
+    assert all(0 < found.effort.seconds < 60 and found.effort.peak >= 0 for found in (one, cut))
+    assert math.isnan(runs.dense(bench).effort.seconds)

@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib import models
 from lib.checkpoints import files, lookup
@@ -183,7 +182,7 @@ def blocks_counted(model: LanguageModel, what: str, *, passes: int) -> Iterator[
     """
     blocks: Any = model.network.get_decoder()
     blocks = list(blocks.layers)
-    bar = tqdm(total=passes * len(blocks), desc=what, unit="block", leave=False, disable=None)
+    bar = runtime.progress(total=passes * len(blocks), desc=what, unit="block")
     hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
     try:
         yield

@@ -7,13 +7,13 @@ from itertools import product
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.calibration.reads import fell_back, statistics_of
 from lib.calibration.sets import CLEAN, NOISED, Inputs
 from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
+from lib.core.runtime import progress
 from lib.evaluation.paired import PairedDifference
 from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, matrices, pruner
@@ -99,7 +99,7 @@ def measure(
         ranked = [found.statistics_of(method) for method in chosen.values()]
         weights = repaired(bench.model, list(chosen.values()), target, ranked, errors_of, repairs=repairs, swaps=swaps)
         cells = [(index, repair) for index in range(len(chosen)) for repair in repairs]
-        for index, repair in tqdm(cells, desc=f"{bench.model.name}, repairs", leave=False, disable=None):
+        for index, repair in progress(cells, desc=f"{bench.model.name}, repairs"):
             with pruner.restored(bench.model) as model:
                 for layer, weight in zip(model.layers, weights[index][repair], strict=True):
                     layer.module.weight.data.copy_(weight)

@@ -49,10 +49,7 @@ EVIDENCE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
         ("noise-*", "noise", "noise"),
         ("blocking-*", "blocking", "dose_response"),
     ),
-    "03": (
-        ("*structured*", "structures", "patterns"),
-        ("*", "gains", "quality_curves"),
-    ),
+    "03": (("*", "gains", "quality_curves"),),
     "04": (
         ("accuracy-*", "accuracy_pairs", ""),
         ("better-weights-*", "repairs_gains", "repairs"),
@@ -196,7 +193,7 @@ def claim_sentence(claim: Mapping[str, Any]) -> str:
     >>> claim_sentence({"verdict": "reproduced", "model": "dlm", "statement": "Sinks move", **numbers})
     '✓ **reproduced** on `dlm`: Sinks move, 0.500 [0.400, 0.600] share of steps.'
     """
-    said = f"{SIGNS[claim['verdict']]} **{claim['verdict']}** on `{claim['model']}`: {claim['statement']}"
+    said = f"{SIGNS[claim['verdict']]} **{claim['verdict']}** on `{claim['model']}`: {claim['statement'].rstrip('.')}"
     if claim["estimate"] is None:
         return f"{said}."
     return f"{said}, {interval_text(claim['estimate'], claim['interval'])} {claim['unit']}".rstrip() + "."

@@ -33,10 +33,10 @@ def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **options: Any) -> re
     return report.start(NAME, **options)
 
 
-def line_figure(rows: int = 1) -> tuple[Any, pd.DataFrame]:
+def line_figure(rows: int = 1, *, width: float = 5) -> tuple[Any, pd.DataFrame]:
     """Draw a small figure; return it with its numbers."""
     data = pd.DataFrame({"mask_ratio": [1.0, 0.5, 0.0], "mass": [1.0, 1 / 3, 2.0]})
-    fig, axes = figures.subplots(rows, 1, width=5, height=2.5 * rows)
+    fig, axes = figures.subplots(rows, 1, width=width, height=2.5 * rows)
     for ax in np.atleast_1d(axes):
         ax.plot(data["mask_ratio"], data["mass"])
         ax.set(xlabel="mask ratio", ylabel="mass")

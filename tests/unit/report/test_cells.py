@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ class Shell:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shown: list[tuple[dict[str, str], Any]] = []
         self.events = SimpleNamespace(
-            callbacks={"pre_run_cell": []},
+            callbacks=defaultdict(list),
             register=lambda name, call: self.events.callbacks[name].append(call),
             unregister=lambda name, call: self.events.callbacks[name].remove(call),
         )

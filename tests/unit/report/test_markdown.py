@@ -90,9 +90,9 @@ def test_a_notebook_says_under_its_title_what_the_full_run_found(pages: Path) ->
     markdown.update(pages)
     after = json.loads(path.read_text())
     lines = "".join(after["cells"][0]["source"]).splitlines()
-    assert lines[:3] == ["Note", f"# 01 · {TITLE}", "<!-- found:begin -->"] and lines[-1] == "<!-- found:end -->"
-    assert lines[3].startswith(f"**What the full run found** (commit {provenance.commit()}; models: dlm (9 M); ")
-    assert lines[5:7] == [
+    assert lines[:4] == ["Note", f"# 01 · {TITLE}", "", "<!-- found:begin -->"] and lines[-1] == "<!-- found:end -->"
+    assert lines[4].startswith(f"**What the full run found** (commit {provenance.commit()}; models: dlm (9 M); ")
+    assert lines[6:8] == [
         "- ✓ **reproduced** on `dlm`: Sinks move, 2.00 [1.50, 2.50] positions.",
         "- – **not tested** on `smollm2`: Sinks move.",
     ]

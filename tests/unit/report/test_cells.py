@@ -25,7 +25,9 @@ class Shell:
             unregister=lambda name, call: self.events.callbacks[name].remove(call),
         )
         display = SimpleNamespace(display=lambda data, raw, metadata: self.shown.append((data, metadata)))
-        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: self, display=display))
+        ipython = SimpleNamespace(get_ipython=lambda: self, display=display)
+        # Only for the module that is tested: matplotlib asks IPython, too.
+        monkeypatch.setattr(cells, "sys", SimpleNamespace(modules={"IPython": ipython}, stderr=sys.stderr))
 
     def run(self, source: str) -> None:
         for call in self.events.callbacks["pre_run_cell"]:

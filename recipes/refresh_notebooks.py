@@ -95,8 +95,12 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def _stripped(output: Any) -> Any:
+    """Keep what an output shows and its text for those who cannot see it; of a whole page in a frame, the name of its file."""
     if "metadata" in output:
-        output.metadata = nbformat.from_dict({})
+        alt = {kind: {"alt": said["alt"]} for kind, said in output.metadata.items() if isinstance(said, dict) and "alt" in said}
+        output.metadata = nbformat.from_dict(alt)
+    if "<iframe srcdoc=" in output.get("data", {}).get("text/html", ""):
+        del output.data["text/html"]
     return output
 
 
@@ -133,7 +137,8 @@ def refresh_each(numbers: list[str]) -> int:
     def run(number: str) -> int:
         own = threads if number in lanes.ALONE else threads // at_once
         environ = {**os.environ, "OMP_NUM_THREADS": str(own)}
-        return subprocess.run([sys.executable, "-m", "recipes.refresh_notebooks", number], env=environ, check=False).returncode
+        words = [sys.executable, "-m", "recipes.refresh_notebooks", "--outputs-only", number]
+        return subprocess.run(words, env=environ, check=False).returncode
 
     with ThreadPoolExecutor(at_once) as pool:
         failed = list(pool.map(run, beside))
@@ -153,19 +158,23 @@ def main(arguments: list[str] | None = None) -> int:
     known = config.notebooks()
     parser = argparse.ArgumentParser(prog="python -m recipes.refresh_notebooks", description=__doc__)
     parser.add_argument("numbers", nargs="*", help="such as 01 04; default: all")
-    chosen = parser.parse_args(arguments).numbers or list(known)
+    parser.add_argument("--outputs-only", action="store_true", help="leave the generated blocks alone")
+    given = parser.parse_args(arguments)
+    chosen = given.numbers or list(known)
     for number in chosen:
         if number not in known:
             parser.error(f"numbers must be among {', '.join(known)}, got {number!r}")
     # In force for the kernels, which inherit them.
     os.environ.update(variables.settings())
+    failed = 0
     if len(chosen) > 1:
-        return refresh_each(chosen)
-    changed = refresh(known[chosen[0]])
-    sys.stdout.write(f"{known[chosen[0]].name}: {'changed' if changed else 'unchanged'}\n")
-    for page in markdown.update(config.ROOT):
+        failed = refresh_each(chosen)
+    else:
+        changed = refresh(known[chosen[0]])
+        sys.stdout.write(f"{known[chosen[0]].name}: {'changed' if changed else 'unchanged'}\n")
+    for page in [] if given.outputs_only else markdown.update(config.ROOT):  # once all are written, or one would undo another
         sys.stdout.write(f"{page}: changed\n")
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

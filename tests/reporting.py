@@ -14,6 +14,7 @@ from lib.report import notebook as report
 
 NAME = "01_sink_traces"
 TITLE = "Do sinks move?"
+BLOCK = "\n<!-- found:begin -->\nold\n<!-- found:end -->"
 CLAIM: dict[str, Any] = {
     "statement": "Sinks move.", "rule": "reproduced if the interval lies above 1", "model": "dlm", "estimate": 2.0,
     "interval": (1.5, 2.5), "n": 8, "unit": "positions", "verdict": "reproduced", "source": "paper, abstract",
@@ -25,17 +26,17 @@ def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **options: Any) -> re
     """Start a run whose notebook and outputs lie below `tmp_path`."""
     notebook = tmp_path / "notebooks" / f"{NAME}.ipynb"
     notebook.parent.mkdir(exist_ok=True, parents=True)
-    cells = [{"cell_type": "markdown", "source": ["Note\n", f"# 01 · {TITLE}\n"], "metadata": {}}]
+    cells = [{"cell_type": "markdown", "source": ["Note\n", f"# 01 · {TITLE}\n", BLOCK], "metadata": {}}]
     notebook.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     monkeypatch.setattr(config, "notebooks", lambda root=None: {"01": notebook})
     monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path))
     return report.start(NAME, **options)
 
 
-def line_figure(rows: int = 1) -> tuple[Any, pd.DataFrame]:
+def line_figure(rows: int = 1, *, width: float = 5) -> tuple[Any, pd.DataFrame]:
     """Draw a small figure; return it with its numbers."""
     data = pd.DataFrame({"mask_ratio": [1.0, 0.5, 0.0], "mass": [1.0, 1 / 3, 2.0]})
-    fig, axes = figures.subplots(rows, 1, width=5, height=2.5 * rows)
+    fig, axes = figures.subplots(rows, 1, width=width, height=2.5 * rows)
     for ax in np.atleast_1d(axes):
         ax.plot(data["mask_ratio"], data["mass"])
         ax.set(xlabel="mask ratio", ylabel="mass")

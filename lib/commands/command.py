@@ -54,6 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     terminal.use_utf8()
+    chosen = argparse.Namespace()  # for what goes wrong before the words are read
     try:
         chosen = parse(words)
         _enter(words)
@@ -63,15 +64,30 @@ def main(words: Sequence[str] | None = None) -> int:
         return terminal.complain(error, 2)
     except BrokenPipeError:
         return terminal.reader_gone()
-    except KeyboardInterrupt:
-        return terminal.interrupted("nothing that was written before is lost, run again to begin anew")
+    except KeyboardInterrupt as stop:
+        return terminal.interrupted(str(stop) or "nothing that was written before is lost, run again to begin anew")
     except Exception as error:
         if terminal.is_disk_full(error):
             return terminal.complain(f"the disk must have room for what is written, got {error}: free some and run again", 1)
-        if "out of memory" in str(error).lower():
-            return terminal.complain(f"the model must fit into memory, got {error}: use --device cpu or a smaller --batch", 1)
+        if terminal.is_out_of_memory(error):
+            return terminal.complain(f"the work must fit into memory, got {_first_line(error)}: {_smaller(chosen, error)}", 1)
         raise
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    """Return what went wrong without the advice on allocators that torch adds."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _smaller(chosen: argparse.Namespace, error: Exception) -> str:
+    """Say what takes less memory, of what this command has."""
+    batch, length = getattr(chosen, "batch", 1), getattr(chosen, "length", None)
+    ways = [f"--batch {batch // 2}"] if batch > 1 else []
+    ways += ["a smaller --length"] if length else []
+    ways += ["--dtype bfloat16"] if getattr(chosen, "dtype", "") != "bfloat16" else []
+    ways += ["--device cpu"] if "cuda" in str(error).lower() else []
+    return f"use {', '.join(ways)}" if ways else "close other programs, or take a smaller model"
 
 
 def _enter(words: Sequence[str]) -> None:

@@ -32,7 +32,9 @@ def run(chosen: argparse.Namespace) -> None:
     kind = kinds.pop()
     ways = {"evaluate": _tasks, "losses": _losses, "notebook": _claims}
     rows, lines = ways[kind](first, second, seed=chosen.seed)
-    session.finish(chosen, {"kind": kind, "rows": rows}, lines, begun=begun)
+    other = _differing(_settings_of(first), _settings_of(second)) if kind == "notebook" else []
+    lines += [f"settings differ: {', '.join(other)}"] if other else []
+    session.finish(chosen, {"kind": kind, "rows": rows, "settings_that_differ": other}, lines, begun=begun)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,6 +58,37 @@ def _kind(found: dict[str, Any], name: str) -> str:
     raise UsageError(f"a result must be of sinks evaluate, prune or quantize, or of a notebook, got {name!r}: check the path")
 
 
+def _settings_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a notebook's run was told, without the sections of other notebooks."""
+    own = str(result["notebook"])[3:]
+    said = {key: value for key, value in result["config"].items() if not isinstance(value, dict) or key in (own, "models")}
+    return {**said, "profile": result["profile"], "seed": result["seed"]}
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
+    """List the settings that two results do not share, each with both values."""
+    found: list[str] = []
+    for key in sorted({*first, *second}):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found.append(f"{prefix}{key} {one} and {other}")
+    return found
+
+
+def _require_equal(first: dict[str, Any], second: dict[str, Any], *, what: str) -> None:
+    """Refuse to pair what was measured in two ways.
+
+    Raises:
+        UsageError: it names the settings that differ.
+    """
+    differing = _differing(first, second)
+    if differing:
+        got = ", ".join(differing)
+        raise UsageError(f"{what} must be measured with equal settings to be paired, got {got}: measure both in the same way")
+
+
 def _tasks(first: dict[str, Any], second: dict[str, Any], *, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Pair models of the same name, or the only one of each, task by task."""
     from lib.commands.evaluate import mcnemar_rows, paired_lines
@@ -67,8 +100,13 @@ def _tasks(first: dict[str, Any], second: dict[str, Any], *, seed: int) -> tuple
     for own, other in matched:
         for task in first["results"][own]:
             if task in second["results"][other]:
-                marks = (first["results"][own][task]["correct"], second["results"][other][task]["correct"])
-                pairs[f"{own} - {other}", task] = marks
+                found = (first["results"][own][task], second["results"][other][task])
+                told = [
+                    {**one["settings"], "batch_size": None, "metric": one["metric"]} for one in found
+                ]  # rows at one time: equal numbers
+                told = [{**one, "limit": result.get("limit")} for one, result in zip(told, (first, second), strict=True)]
+                _require_equal(*told, what=f"results of {task}")
+                pairs[f"{own} - {other}", task] = (found[0]["correct"], found[1]["correct"])
     if not pairs:
         raise UsageError(
             f"two results must share a model (or have one each) and a task, got {names[0]} and {names[1]}: evaluate both"
@@ -83,6 +121,7 @@ def _losses(first: dict[str, Any], second: dict[str, Any], *, seed: int) -> tupl
 
     from lib.evaluation import paired
 
+    _require_equal(first.get("loss_settings", {}), second.get("loss_settings", {}), what="two losses")
     if len(first["losses_before"]) != len(second["losses_before"]) or not torch.allclose(
         torch.tensor(first["losses_before"]), torch.tensor(second["losses_before"]), rtol=1e-3
     ):

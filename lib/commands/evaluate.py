@@ -29,6 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> None:
     """Evaluate each model, then compare."""
     from lib.commands import session, terminal
+    from lib.core.errors import require
     from lib.core.provenance import write_json
     from lib.evaluation import tasks
     from lib.evaluation.scoring import EvaluationSettings
@@ -40,9 +41,12 @@ def run(chosen: argparse.Namespace) -> None:
         raise UsageError("--tasks must name a task, got none: write it like --tasks tiny_topic,tiny_sums")
     if len(chosen.models) > 1 and chosen.limit == 1:
         raise UsageError("--limit must be at least 2 where models are compared, got 1: one document tells nothing apart")
+    known = dict.fromkeys((*tasks.local_names(), *(name for family in tasks.OFFICIAL.values() for name in family)))
+    for name in names:  # before minutes of the first model
+        require(name in known, f"a task must be one of {', '.join(known)}", name, "use one of these")
     sources = {text: session.source_of(text) for text in chosen.models}
     for source in sources.values():
-        session.check(source)  # before minutes of the first one
+        session.check(source)
     base = EvaluationSettings(draws=chosen.draws, seed=chosen.seed, batch_size=chosen.batch)
     results: dict[str, dict[str, TaskResult]] = {}
     facts: list[dict[str, Any]] = []
@@ -63,7 +67,7 @@ def run(chosen: argparse.Namespace) -> None:
     paired = compared(results, seed=chosen.seed)
     lines = [*paired_lines(paired), *([] if path is None else [f"wrote {path}"])]
     if path is not None:
-        write_json(path, {"command": "evaluate", **whole_result, "pairs": paired})
+        write_json(path, terminal.finite({"command": "evaluate", **whole_result, "pairs": paired}))
     session.finish(chosen, {**whole_result, "pairs": paired}, lines, begun=begun)
 
 

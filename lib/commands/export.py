@@ -41,7 +41,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.form == "transformers":
         export.save_plain(model, path)
     elif chosen.form == "sparse":
-        containers.save_sparse(model, path)
+        containers.save_sparse(model, path, quantized=codes)
     elif chosen.form == "packed":
         export.save_packed(model, path, quantized=codes)
     elif chosen.form == "gguf":
@@ -77,7 +77,7 @@ def _codes(model: "LanguageModel", chosen: argparse.Namespace) -> "dict[str, Qua
     from lib.checkpoints import lookup
     from lib.models import containers
 
-    if chosen.form not in ("gguf", "packed"):
+    if chosen.form not in ("gguf", "packed", "sparse"):
         return {}
     stored = containers.read_codes(lookup.resolve(model.source))
     if not stored and chosen.form == "packed":

@@ -3,6 +3,7 @@
 import argparse
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.commands.words import MODEL, UsageError, add_common, pattern, share, whole
@@ -54,13 +55,24 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Prune, write, read back, measure."""
+    """Prune, write, read back, measure; the folder takes its name when all of that is in it."""
+    from lib.commands import session
+
+    begun = time.monotonic()
+    folder, target, method = session.new_folder(chosen.output), target_of(chosen), method_of(chosen.method)
+    session.check_held_out(chosen)
+    with session.finished(folder) as partial:
+        facts, lines = _pruned(chosen, partial, method, target)
+    lines += [f"wrote {folder} ({facts['layout']})"]
+    session.finish(chosen, {**facts, "output": str(folder)}, lines, begun=begun)
+
+
+def _pruned(chosen: argparse.Namespace, folder: Path, method: "Method", target: "Target") -> tuple[dict[str, Any], list[str]]:
+    """Fill a folder; return the facts of it, and lines for people."""
     from lib.commands import session
     from lib.evaluation import model_card
     from lib.pruning import pruner
 
-    begun = time.monotonic()
-    folder, target, method = session.new_folder(chosen.output), target_of(chosen), method_of(chosen.method)
     model = session.open_model(chosen.model, chosen)
     method = fitting(method, model)
     pruner.check(model, target)
@@ -84,17 +96,16 @@ def run(chosen: argparse.Namespace) -> None:
     model_card.write(folder, model=pruned, license_id=session.license_of(dense), **card)
     sparsity = pruner.measured_sparsity(pruned)
     facts = {
-        "model": session.facts_of(dense), "output": str(folder), "method": chosen.method, "pattern": target.pattern,
+        "model": session.facts_of(dense), "method": chosen.method, "pattern": target.pattern,
         "sparsity": sparsity, "sparsity_asked": target.sparsity, "layout": note, "fallbacks": len(fallen),
         "windows": None if windows is None else len(windows), "length": length,
-        **session.loss_facts(before, after, chosen),
+        **session.loss_facts(before, after, chosen, dense=dense, length=length),
     }  # fmt: skip
     lines = [
         f"{dense.name}: {chosen.method}, {sparsity:.2%} of the weights of its linear layers are zero ({target.pattern})",
         session.loss_line(before, after, chosen),
-        f"wrote {folder} ({note})",
     ]
-    session.finish(chosen, facts, lines, begun=begun)
+    return facts, lines
 
 
 def target_of(chosen: argparse.Namespace) -> "Target":
@@ -150,8 +161,6 @@ def fitting(method: "Method", model: "LanguageModel") -> "Method":
 
 def reading_of(chosen: argparse.Namespace, length: int) -> Any:
     """Describe the calibration for the model card, without a path of this machine."""
-    from pathlib import Path
-
     from lib.commands import session
     from lib.evaluation.model_card import Reading
     from lib.texts import corpora

@@ -2,6 +2,8 @@
 
 import argparse
 import time
+from pathlib import Path
+from typing import Any
 
 from lib.commands import prune
 from lib.commands.words import MODEL, UsageError, add_common, whole
@@ -26,7 +28,22 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Round, write, read back, measure."""
+    """Round, write, read back, measure; the folder takes its name when that is done."""
+    from lib.commands import session
+
+    begun = time.monotonic()
+    if chosen.prune is None and (chosen.sparsity is not None or chosen.pattern is not None):
+        raise UsageError("--sparsity and --pattern must go with --prune, got no method: add --prune sparsegpt")
+    folder = session.new_folder(chosen.output)
+    session.check_held_out(chosen)
+    with session.finished(folder) as partial:
+        facts, lines = _rounded(chosen, partial)
+    lines += [f"wrote {folder} ({facts['bytes'] / 1e6:.1f} MB)"]
+    session.finish(chosen, {**facts, "output": str(folder)}, lines, begun=begun)
+
+
+def _rounded(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Fill a folder; return the facts of it, and lines for people."""
     import torch
 
     from lib.checkpoints import lookup
@@ -38,10 +55,6 @@ def run(chosen: argparse.Namespace) -> None:
     from lib.studies.joint import exported, runs
     from lib.studies.pruning.runs import Bench, Calibrations
 
-    begun = time.monotonic()
-    if chosen.prune is None and (chosen.sparsity is not None or chosen.pattern is not None):
-        raise UsageError("--sparsity and --pattern must go with --prune, got no method: add --prune sparsegpt")
-    folder = session.new_folder(chosen.output)
     method = runs.PLAIN if chosen.prune is None else prune.method_of(chosen.prune)
     target = Target(0.0) if chosen.prune is None else prune.target_of(chosen)
     rounding = "nearest" if chosen.nearest else "gptq"
@@ -70,14 +83,14 @@ def run(chosen: argparse.Namespace) -> None:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     zeros = pruner.measured_sparsity(rounded)
     facts = {
-        "model": session.facts_of(model), "output": str(folder), "bits": chosen.bits, "group": chosen.group,
+        "model": session.facts_of(model), "bits": chosen.bits, "group": chosen.group,
         "rounding": rounding, "order": order, "method": chosen.prune, "sparsity_asked": target.sparsity,
-        "pattern": target.pattern, "zeros": zeros, "bytes": size, **session.loss_facts(before, after, chosen),
+        "pattern": target.pattern, "zeros": zeros, "bytes": size,
+        **session.loss_facts(before, after, chosen, dense=model, length=length),
     }  # fmt: skip
     what = f"{chosen.bits} bits, groups of {chosen.group}, {rounding}" + (f", {chosen.prune} {order}" if chosen.prune else "")
     lines = [
         f"{model.name}: {what}; {zeros:.2%} of the weights of its linear layers are zero",
         session.loss_line(before, after, chosen),
-        f"wrote {folder} ({size / 1e6:.1f} MB)",
     ]
-    session.finish(chosen, facts, lines, begun=begun)
+    return facts, lines

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib import models
 from lib.checkpoints import files, lookup
 from lib.commands import terminal
+from lib.commands.words import UsageError
 from lib.core import config, runtime
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
+from lib.core.provenance import file_hash
 from lib.evaluation import paired
 from lib.evaluation.model_card import Measure
 from lib.models import export, official
@@ -100,6 +102,37 @@ def new_folder(text: str) -> Path:
     return folder
 
 
+@contextmanager
+def finished(folder: Path) -> Iterator[Path]:
+    """Give a hidden place beside an output, which takes its name when the block ends: half of it never looks whole.
+
+    Raises:
+        KeyboardInterrupt: somebody pressed Ctrl-C; it says what is left on disk.
+        InputError: somebody else wrote the output meanwhile.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        yield partial
+        require(not folder.exists(), "the output must be a new folder", f"{folder}, written by another run", "name another")
+        partial.rename(folder)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{folder} was not written and nothing of it is left on disk, run again to begin anew") from stop
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_held_out(chosen: argparse.Namespace) -> None:
+    """Refuse a loss on the text that the calibration reads: it would look smaller than it is.
+
+    Raises:
+        UsageError: both are one file, or copies of one.
+    """
+    files = [typed(text) for text in (chosen.calibration, chosen.loss_text) if text not in CORPORA]
+    if len(files) == 2 and all(path.is_file() for path in files) and len({file_hash(path) for path in files}) == 1:
+        rule = "--loss-text must be another text than --calibration, or its loss is not held out"
+        raise UsageError(f"{rule}, got {chosen.loss_text!r} for both: name another file, split yours, or leave --loss-text out")
+
+
 def typed(text: str) -> Path:
     """Return the absolute path that somebody typed."""
     try:
@@ -150,7 +183,7 @@ def blocks_counted(model: LanguageModel, what: str, *, passes: int) -> Iterator[
     """
     blocks: Any = model.network.get_decoder()
     blocks = list(blocks.layers)
-    bar = tqdm(total=passes * len(blocks), desc=what, unit="block", leave=False, disable=None)
+    bar = runtime.progress(total=passes * len(blocks), desc=what, unit="block")
     hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
     try:
         yield
@@ -199,15 +232,27 @@ def loss(model: LanguageModel, windows: Int[Tensor, "window position"], *, seed:
         return text_loss(model, windows, draws=DRAWS, seed=seed)
 
 
-def loss_facts(before: Float[Tensor, "window"], after: Float[Tensor, "window"], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return both losses for a result file, window by window, so that `sinks compare` can pair them."""
+def loss_facts(
+    before: Float[Tensor, "window"],
+    after: Float[Tensor, "window"],
+    chosen: argparse.Namespace,
+    *,
+    dense: LanguageModel,
+    length: int,
+) -> dict[str, Any]:
+    """Return both losses for a result file, window by window, and how they were measured: `sinks compare` pairs equal ones."""
+    file = None if chosen.loss_text in CORPORA else typed(chosen.loss_text)
     return {
-        "loss_text": chosen.loss_text,
+        "loss_settings": {
+            "text": chosen.loss_text if file is None else f"{file.name}, SHA-256 {file_hash(file)}",
+            "windows": len(before), "length": length, "masks": DRAWS, "seed": chosen.seed,
+            "dtype": str(dense.network.dtype).removeprefix("torch."), "dense model": dense.fingerprint,
+        },
         "loss_before": float(before.mean()),
         "loss_after": float(after.mean()),
         "losses_before": before.tolist(),
         "losses_after": after.tolist(),
-    }
+    }  # fmt: skip
 
 
 def loss_line(before: Float[Tensor, "window"], after: Float[Tensor, "window"], chosen: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -63,7 +64,20 @@ def say(line: str) -> None:
 
 def show_json(value: object) -> None:
     """Print one JSON object; a number that is not finite becomes null, since other readers refuse it."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(finite(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """Return plain values with None for every number that JSON has no word for.
+
+    >>> finite({"loss": float("nan"), "losses": [1.5, float("inf")]})
+    {'loss': None, 'losses': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def complain(problem: object, code: int) -> int:
@@ -87,6 +101,12 @@ def is_disk_full(error: BaseException) -> bool:
     """Tell whether an error is a disk without room; safetensors says it in words only."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is a machine without memory: torch says so in words, other ones for a CPU than for a GPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def use_utf8() -> None:

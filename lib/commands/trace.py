@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EPILOG = (
     "Without --prompt, the openings of articles that ship with this project are continued; the figure shows the first of them."
 )
-FIGURE, MOVIE, TABLE = "sinks_by_step.png", "attention.gif", "sinks_by_step.csv"
+FIGURE, MOVIE, STILL, TABLE, PAGE = "sinks_by_step.png", "attention.gif", "attention.png", "sinks_by_step.csv", "sinks.html"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -40,20 +40,17 @@ def run(chosen: argparse.Namespace) -> None:
     """Trace, draw, tabulate."""
     from lib.commands import session
     from lib.core import config, provenance
-    from lib.core.errors import require
     from lib.core.runtime import generator
     from lib.diffusion import traces
-    from lib.report import animation, canvas, tables
-    from lib.studies.traces import figures
+    from lib.report import animation, canvas, explorer, tables
+    from lib.studies.traces import figures, views
 
     begun = time.monotonic()
     model = session.open_model(chosen.model, chosen)
     default = config.output_root() / "runs" / f"sinks-trace-{model.name}"
     folder = default if chosen.output is None else session.typed(chosen.output)
     prompts = _prompts(model, chosen)
-    longest = int(getattr(model.network.config, "max_position_embeddings", prompts.shape[1] + chosen.tokens)) - prompts.shape[1]
-    rule = f"--tokens must be at most {longest} for {model.name} and this prompt"
-    require(chosen.tokens <= longest, rule, str(chosen.tokens), "lower it, or shorten the prompt")
+    _check_room(model, chosen, prompts.shape[1])
     steps = chosen.steps or max(1, chosen.tokens // 2)
     with session.blocks_counted(model, "tracing", passes=chosen.tokens + steps if model.is_causal else steps):
         positions, random = prompts.shape[1] + chosen.tokens, generator(chosen.seed, "sampling")
@@ -63,14 +60,18 @@ def run(chosen: argparse.Namespace) -> None:
     canvas.add_footer(figure, footer)
     provenance.write_bytes(folder / FIGURE, canvas.png_bytes(figure))
     provenance.write_text(folder / "mass_by_step.csv", tables.csv_text(numbers))
-    provenance.write_bytes(folder / MOVIE, animation.gif_bytes(_movie(model, trace), footer=footer))
+    movie = animation.gif_bytes(_movie(model, trace), footer=footer)
+    provenance.write_bytes(folder / MOVIE, movie)
+    provenance.write_bytes(folder / STILL, animation.still(movie))
+    title = f"Attention sinks of {model.name}, step by step"
+    provenance.write_text(folder / PAGE, explorer.render([views.scene(model, trace)], title=title, footer=footer))
     found = sinks_by_step(trace, model, k=chosen.top)
     provenance.write_text(folder / TABLE, tables.csv_text(found))
     rows: Any = found.to_dict("records")
     of_first = [row for row in rows if row["prompt"] == 0]
     facts = {
         "model": session.facts_of(model), "output": str(folder), "prompts": len(prompts), "steps": steps,
-        "text": _text(model, trace.texts[0]), "files": [FIGURE, "mass_by_step.csv", MOVIE, TABLE],
+        "text": _text(model, trace.texts[0]), "files": [PAGE, FIGURE, "mass_by_step.csv", MOVIE, STILL, TABLE],
         "sinks": of_first,
     }  # fmt: skip
     shown = [row for row in of_first if row["step"] in {0, *trace.mark_steps, steps - 1}]
@@ -96,6 +97,17 @@ def sinks_by_step(trace: "SinkTrace", model: "LanguageModel", *, k: int) -> "pd.
                 is_masked, value = bool(trace.is_masked[prompt, step, position]), float(mass[position])
                 rows.append((prompt, step, rank, position, token, is_masked, value))
     return pd.DataFrame(rows, columns=pd.Index(["prompt", "step", "rank", "position", "token", "masked", "mass"]))
+
+
+def _check_room(model: "LanguageModel", chosen: argparse.Namespace, given: int) -> None:
+    """Refuse a text without a token, one that leaves no room for an answer, and answers longer than the room."""
+    from lib.core.errors import require
+
+    longest = int(getattr(model.network.config, "max_position_embeddings", given + chosen.tokens))
+    rule = f"--prompt must have 1 to {longest - 2} tokens for {model.name}"
+    require(1 <= given <= longest - 2, rule, str(given), "shorten it" if given else "write some words")
+    rule = f"--tokens must be at most {longest - given} for {model.name} and this prompt"
+    require(chosen.tokens <= longest - given, rule, str(chosen.tokens), "lower it, or shorten the prompt")
 
 
 def _prompts(model: "LanguageModel", chosen: argparse.Namespace) -> "Int[Tensor, 'prompt position']":

@@ -1,7 +1,8 @@
 """Words of a command line: a parser that complains in one line, and what all commands take. Only the standard library."""
 
 import argparse
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -22,6 +23,16 @@ class Parser(argparse.ArgumentParser):
             UsageError: always.
         """
         raise UsageError(f"{message}: {self.prog} --help lists what is known")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would not notice, or only after the last line of the program, that nobody reads it.
+
+        Raises:
+            BrokenPipeError: nobody does.
+        """
+        file = file or sys.stdout
+        file.write(self.format_help())
+        file.flush()
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

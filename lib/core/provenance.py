@@ -20,6 +20,7 @@ DECIDING = ("lib", "configs", "data", "models", "notebooks")  # folders whose co
 SETTINGS_MODULES = ("lib/core/config.py", "lib/core/sections.py")  # what they return counts by its values
 # Text about data and weights changes no number, and neither do files that the system leaves behind.
 IGNORED_SUFFIXES = frozenset({".md", ".pyc"})
+GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)  # written from results, so no input of them
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def code_hash(paths: Iterable[Path], root: Path) -> str:
 
 
 def notebook_source_hash(path: Path | str) -> str:
-    """Hash what a notebook does: cell types, sources and tags; outputs and execution counts do not matter.
+    """Hash what a notebook does: cell types, sources and tags; outputs, execution counts and generated blocks do not matter.
 
     Args:
         path: a notebook file.
@@ -177,7 +178,7 @@ def notebook_source_hash(path: Path | str) -> str:
     Returns:
         SHA-256 in hexadecimal.
     """
-    return _digest([[kind, source, tags] for kind, source, tags in _cells(Path(path))])
+    return _digest([[kind, GENERATED.sub("", source), tags] for kind, source, tags in _cells(Path(path))])
 
 
 def modules_reached(notebook: Path | str, *, lib: Path = LIB) -> list[Path]:

@@ -2,9 +2,14 @@
 
 import hashlib
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
+from tqdm.auto import tqdm as auto_tqdm
 
 from lib.core import processor
 from lib.core.config import Config
@@ -61,6 +66,25 @@ def set_threads() -> int:
     if wanted.isdigit() and int(wanted) > 0:
         torch.set_num_threads(int(wanted))
     return torch.get_num_threads()
+
+
+def is_watched() -> bool:
+    """Tell whether a notebook runs under somebody's eyes: JupyterLab and editors name their session, nbclient does not."""
+    return "ipykernel" in sys.modules and any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID"))
+
+
+def progress(work: Iterable[Any] | None = None, **options: Any) -> Any:
+    """Show a bar over long work that goes away at the end: on a terminal, and in a notebook that somebody watches.
+
+    Elsewhere there is none, so that no dead bar stays in a committed output or a log.
+
+    Args:
+        work: what is gone through; None for a bar that is moved by hand.
+        options: as of tqdm.
+    """
+    if is_watched():
+        return auto_tqdm(work, leave=False, **options)
+    return tqdm(work, leave=False, disable=None, **options)
 
 
 def generator(seed: int, *stream: str | int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.attention import masses, sinks
 from lib.core.errors import require
+from lib.core.runtime import progress
 from lib.diffusion import block_sampler, commits, sampler
 from lib.diffusion.block_reader import viewers_of
 from lib.diffusion.commits import DenoisingStep, Remasking
@@ -246,7 +247,7 @@ def _trace_prefixes(
     lengths = prefix_lengths(prompt_tokens=prompt_tokens, positions=texts.shape[1], steps=steps)
     marks = mark_steps(steps)
     kept, at_marks, parts, value_norms = [], [], [], []
-    for text in texts:  # one at a time: all prefixes of all heads of one text are already 10^8 numbers for a large model
+    for text in progress(texts, desc=model.name, unit="text"):  # all prefixes of all heads of one are up to 10^8 numbers
         recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
         by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
         kept.append(_reduce(by_step, by_step, keys=lengths, is_causal=True))

@@ -10,9 +10,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.core.errors import require
+from lib.core.runtime import progress
 from lib.diffusion import ragged, sampler
 from lib.evaluation import generation_options
 from lib.evaluation.scoring import EvaluationSettings, Passage, batched, grouped, score
@@ -120,7 +120,7 @@ class HarnessModel(LM):
         """
         asked = [self._generation(*cast(tuple[str, dict[str, Any]], request.args)) for request in requests]
         answers = [""] * len(requests)
-        bar = tqdm(total=len(requests), desc="generations", unit="text", disable=None, leave=False)
+        bar = progress(total=len(requests), desc="generations", unit="text")
         for part in self._batches(asked):
             rows = self._generate([asked[index][0] for index in part], asked[part[0]][1])
             for index, row in zip(part, rows.tolist(), strict=True):

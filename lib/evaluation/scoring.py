@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.core.errors import require
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.diffusion import likelihood, sampler
 from lib.models.language_model import LanguageModel, own_mask
 
@@ -83,7 +82,7 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
     Source: LLaDA (arXiv 2502.09992), Eq. 6, and its `get_log_likelihood`; counts stratified as in `diffusion.exact_counts`.
     """
     totals, is_greedy = [0.0] * len(passages), [model.is_causal] * len(passages)
-    bar = tqdm(total=len(passages), desc="likelihoods", unit="text", disable=None, leave=False)
+    bar = progress(total=len(passages), desc="likelihoods", unit="text")
     for indices in grouped([len(passage.ids) for passage in passages]):
         if not (model.is_causal or model.noise.is_masked):
             for index in indices:

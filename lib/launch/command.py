@@ -212,8 +212,9 @@ def _sinks(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     """Build the report of a profile from the results that are there, without running anything."""
-    asked = " ".join(words[1:]) or "quick"
-    if asked not in PROFILES:
+    parser = Parser(prog="./run_all.sh report", description="Build results/PROFILE/report.html without running anything.")
+    parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help=f"{', '.join(PROFILES)} (default quick)")
+    if (asked := parser.parse_args(words[1:]).profile) not in PROFILES:
         raise UsageError(f"report must name one of {', '.join(PROFILES)}, got {asked!r}: {_nearest(asked, PROFILES)}")
     _enter(words)
     from lib.core.errors import InputError

@@ -60,6 +60,15 @@ def gif_bytes(movie: Movie, *, footer: str) -> bytes:
     raise InputError(f"an animation must have at most {MAX_BYTES} bytes, got {len(data)}: show fewer frames or positions")
 
 
+def still(gif: bytes) -> bytes:
+    """Return the frame in the middle of a GIF as PNG, for paper and for those who want nothing to move."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(gif)) as picture:
+        picture.seek(getattr(picture, "n_frames", 1) // 2)
+        picture.convert("RGB").save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def _check(movie: Movie) -> None:
     shape = np.shape(movie.frames)
     if len(shape) != 3 or not 1 <= shape[0] <= MAX_FRAMES or not np.isfinite(movie.frames).any():

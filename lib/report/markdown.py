@@ -1,13 +1,15 @@
-"""The generated blocks of README.md and of docs/verdicts.md, written from the result files and the embedded models' recipes."""
+"""The generated blocks of README.md, docs/verdicts.md and the notebooks' titles, from result files and the models' recipes."""
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib.core import config, provenance
 from lib.core.errors import InputError
-from lib.report.results import SIGNS, interval_text, load_results
+from lib.report import cells
+from lib.report.results import SIGNS, in_words, interval_text, load_results
 
 PROFILE = "full"  # the only profile with enough prompts, windows and calibrations for a verdict, and whose results git tracks
 README, VERDICT_PAGE = "README.md", "docs/verdicts.md"
@@ -76,6 +78,21 @@ def models_block(*, root: Path | None = None) -> str:
     return "The embedded models: " + "; ".join(lines) + "."
 
 
+def found_block(notebook: str, *, root: Path | None = None) -> str:
+    """Write what the `full` run of one notebook found, a sentence a claim, with its commit.
+
+    Args:
+        notebook: its name, such as `01_sink_traces`.
+        root: folder that holds `results/`; the output folder when None.
+    """
+    for result in load_results(PROFILE, root=root):
+        if result["notebook"] == notebook:
+            models = ", ".join(map(in_words, result["models"]))
+            where = f"commit {result['commit']}; models: {models}; rules and notes: [verdicts](../docs/verdicts.md)"
+            return f"**What the {PROFILE} run found** ({where})\n\n{cells.sentences(result['claims'])}"
+    return _nothing_yet()
+
+
 BLOCKS: dict[tuple[str, str], Callable[..., str]] = {
     (README, "models"): models_block,
     (README, "headlines"): headline_block,
@@ -97,21 +114,41 @@ def update(folder: Path, *, root: Path | None = None) -> list[str]:
         InputError: a page lacks its marks, or a result file is damaged.
     """
     changed = []
-    for (page, name), block in BLOCKS.items():
+    for (page, name), block in _blocks(folder).items():
         path = folder / page
         before, current, after = _parts(path, name)
         text = f"\n{block(root=root)}\n"
         if text != current:
-            provenance.write_text(path, before + _begin(name) + text + _end(name) + after)
+            _put(path, before + _begin(name) + text + _end(name) + after)
             changed.append(page)
     return sorted(set(changed))
 
 
 def stale(folder: Path, *, root: Path | None = None) -> list[str]:
     """Return the blocks that `update` would change, as `page: block`."""
-    return [
-        f"{page}: {name}" for (page, name), block in BLOCKS.items() if _parts(folder / page, name)[1] != f"\n{block(root=root)}\n"
-    ]
+    blocks = _blocks(folder).items()
+    return [f"{page}: {name}" for (page, name), block in blocks if _parts(folder / page, name)[1] != f"\n{block(root=root)}\n"]
+
+
+def _blocks(folder: Path) -> dict[tuple[str, str], Callable[..., str]]:
+    """List all blocks: those of the pages, and one under the title of each notebook that is there."""
+    notebooks = sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return {**BLOCKS, **{(f"notebooks/{path.name}", "found"): partial(found_block, path.stem) for path in notebooks}}
+
+
+def _text(path: Path) -> str:
+    """Read a page, of a notebook the first cell."""
+    text = path.read_text(encoding="utf-8")
+    return "".join(json.loads(text)["cells"][0]["source"]) if path.suffix == ".ipynb" else text
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a page anew, of a notebook the first cell; all else stays byte for byte, as nbformat writes."""
+    if path.suffix == ".ipynb":
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["cells"][0]["source"] = text.splitlines(keepends=True)
+        text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    provenance.write_text(path, text)
 
 
 def _begin(name: str) -> str:
@@ -128,7 +165,7 @@ def _nothing_yet() -> str:
 
 def _parts(path: Path, name: str) -> tuple[str, str, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except OSError as error:
         raise InputError(f"{path.name} must be a readable file, got {error.strerror}: restore it") from error
     begin, end = _begin(name), _end(name)

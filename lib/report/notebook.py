@@ -1,9 +1,8 @@
 """What a notebook writes: tables, figures, animations, claims, and one result file that says where they came from."""
 
-import base64
 import re
-import sys
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from matplotlib.figure import Figure
 
 from lib.core import config, outputs, provenance, runtime
 from lib.core.errors import InputError
-from lib.report import animation, canvas
+from lib.report import animation, canvas, cells
 from lib.report.claims import Claim, bootstrap_mean, check_claim, claims_table, mean_verdict, verdict
-from lib.report.results import MODEL_FIELDS, SCHEMA_VERSION, known_outputs, notebook_title
+from lib.report.results import MODEL_FIELDS, SCHEMA_VERSION, in_words, known_outputs, notebook_title
 from lib.report.tables import Table, csv_text, display_table, plain, text_columns
 
 __all__ = ["Claim", "Run", "bootstrap_mean", "mean_verdict", "start", "verdict"]
@@ -109,7 +108,7 @@ class Run:
             "name": name, "kind": "figure", "caption": caption,
             "file": self._relative(path), "data": self._relative(path.with_suffix(".csv")),
         }  # fmt: skip
-        _show("image/png", canvas.inline(drawn), f"{self._relative(path)}: {caption}")
+        cells.show_image("image/png", canvas.inline(drawn), f"{self._relative(path)}: {caption}", alt=caption)
 
     def animation(
         self,
@@ -125,7 +124,7 @@ class Run:
         log: bool = True,
         models: Sequence[str] | None = None,
     ) -> None:
-        """Write an animated map to `figures/<profile>/NN_name.gif` (at most 3 MB) and show it.
+        """Write an animated map to `figures/<profile>/NN_name.gif` (at most 3 MB), a still of it as `.png`, and show the map.
 
         Args:
             name: lower-case words joined by underscores.
@@ -147,10 +146,32 @@ class Run:
         movie = animation.Movie(_array(frames), titles, x_label, y_label, value_label, strip, log)
         data = animation.gif_bytes(movie, footer=self._footer(models))
         self._write(path, data)
+        self._write(path.with_suffix(".png"), animation.still(data))
         self._figures[name] = {
-            "name": name, "kind": "animation", "caption": caption, "file": self._relative(path), "frames": len(movie.titles)
+            "name": name, "kind": "animation", "caption": caption, "frames": len(movie.titles),
+            "file": self._relative(path), "still": self._relative(path.with_suffix(".png")),
         }  # fmt: skip
-        _show("image/gif", data, f"{self._relative(path)}: {caption}")
+        cells.show_image("image/gif", data, f"{self._relative(path)}: {caption}", alt=caption)
+
+    def page(self, name: str, html: str, caption: str) -> None:
+        """Write a self-contained page to `figures/<profile>/NN_name.html` and show it in a frame.
+
+        The frame holds the whole page, since a notebook does not know from where it will be read; a committed notebook keeps the
+        name of the file alone, see `recipes/refresh_notebooks`.
+
+        Args:
+            name: lower-case words joined by underscores.
+            html: the whole page.
+            caption: what it shows.
+
+        Raises:
+            InputError: a bad name, or no caption.
+        """
+        path = self._path("figures", name, ".html", caption)
+        self._write(path, html.encode())
+        self._figures[name] = {"name": name, "kind": "page", "caption": caption, "file": self._relative(path)}
+        frame = f'<iframe srcdoc="{escape(html)}" title="{escape(caption)}" width="100%" height="700" style="border:0"></iframe>'
+        cells.show({"text/html": frame, "text/plain": f"{self._relative(path)}: {caption}"})
 
     def claim(
         self,
@@ -195,7 +216,7 @@ class Run:
         return claim
 
     def finish(self) -> Table:
-        """Write `results/<profile>/NN_notebook.json` and return the claims as a table.
+        """Write `results/<profile>/NN_notebook.json`, say what was found, and return the claims as a table.
 
         The file holds neither dates nor durations: two runs of one commit from the same inputs give the same bytes. Files that
         only an earlier run of this notebook wrote are removed.
@@ -204,10 +225,13 @@ class Run:
             One row a claim.
         """
         record = self._record()
-        names = [entry[part] for entry in (*record["tables"], *record["figures"]) for part in ("file", "data") if part in entry]
+        entries = (*record["tables"], *record["figures"])
+        names = [entry[part] for entry in entries for part in ("file", "data", "still") if part in entry]
         record["outputs"] = {name: provenance.file_hash(self._outputs.root / name) for name in names}
         self._write(self._result, provenance.json_text(plain(record)).encode())
         self._outputs.finish()
+        text = f"**What this run found** ({self._where()})\n\n{cells.sentences(record['claims'])}"
+        cells.show({"text/markdown": text, "text/plain": text})
         return claims_table(self._claims.values())
 
     def _record(self) -> dict[str, Any]:
@@ -239,8 +263,13 @@ class Run:
     def _relative(self, path: Path) -> str:
         return path.relative_to(config.output_root()).as_posix()
 
+    def _where(self) -> str:
+        """Say what ran, and where its commit is written: in the notebook it would change with every commit."""
+        return f"profile {self.profile}, seed {self.seed}; its commit stands in `{self._relative(self._result)}`"
+
     def _footer(self, models: Sequence[str] | None) -> str:
-        names = [str(entry["name"]) for entry in self._models] if models is None else list(models)
+        words = {str(entry["name"]): in_words(entry) for entry in self._models}
+        names = list(words.values()) if models is None else [words.get(name, name) for name in models]
         parts = [f"notebook {self.number}", f"profile {self.profile}", f"seed {self.seed}"]
         if names:
             parts.append(f"{'models' if len(names) > 1 else 'model'} {', '.join(names)}")
@@ -269,17 +298,8 @@ def start(name: str, *, profile: str = "quick", seed: int | None = None, overrid
         raise InputError(f"a run must bear the name of a notebook, got {name!r}: known are {known}")
     settings = config.load(profile, seed=seed, overrides=overrides)
     canvas.use_style()
+    cells.announce(name, profile)
     return Run(name, settings, overrides or {}, notebook)
-
-
-def _show(kind: str, data: bytes, text: str) -> None:
-    """Show an image in a notebook; elsewhere do nothing.
-
-    The bytes are handed over as they are, not through `plt.show`, which warns without a screen and depends on the back end.
-    """
-    ipython = sys.modules.get("IPython")
-    if ipython is not None and ipython.get_ipython() is not None:
-        ipython.display.display({kind: base64.b64encode(data).decode(), "text/plain": text}, raw=True)
 
 
 def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import jinja2
 
 from lib.core import config, provenance
 from lib.core.errors import InputError
-from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, interval_text, load_results
+from lib.report import animation
+from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, evidence_of, in_words, interval_text, load_results
 from lib.report.tables import NO_ROWS, significant
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -68,6 +70,7 @@ def render(profile: str, *, root: Path) -> str:
         claims=claims,
         counts=count_verdicts(claims),
         signs=SIGNS,
+        kinds={"figure": "Figure", "animation": "Animation", "page": "To try"},
         tables=sum(len(notebook["tables"]) for notebook in notebooks),
         figures=sum(len(notebook["figures"]) for notebook in notebooks),
         no_rows=NO_ROWS,
@@ -79,12 +82,32 @@ def _notebook_view(result: dict[str, Any], root: Path) -> dict[str, Any]:
     """Add to a result what the page shows: texts of intervals, rows of tables, images as data."""
     return {
         **result,
-        "claims": [{**claim, "shown": interval_text(claim["estimate"], claim["interval"])} for claim in result["claims"]],
+        "claims": [_claim_view(claim, result) for claim in result["claims"]],
         "tables": [_table_view(table, root) for table in result["tables"]],
-        "figures": [{"data": None, **figure, "src": _data_uri(root / figure["file"])} for figure in result["figures"]],
-        "models": [{**dict.fromkeys(MODEL_FIELDS), **model} for model in result["models"]],
+        "figures": [_figure_view(figure, root) for figure in result["figures"]],
+        "models": [{**dict.fromkeys(MODEL_FIELDS), **model, "words": in_words(model)} for model in result["models"]],
         "settings": json.dumps(result["config"], indent=2, sort_keys=True, ensure_ascii=False),
     }
+
+
+def _claim_view(claim: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Add the text of the interval, and the places of the rule, the table and the figure on the page."""
+    place, number = f"claim-{result['number']}-{claim['key']}-{claim['model']}", result["number"]
+    links = {kind: f"n{number}-{kind}-{name}" for kind, name in evidence_of(result, claim).items()}
+    return {
+        **claim, "shown": interval_text(claim["estimate"], claim["interval"]), "links": links,
+        "place": re.sub(r"[^a-z0-9]+", "-", place.lower()),
+    }  # fmt: skip
+
+
+def _figure_view(figure: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Add the picture as data, a still one of an animation, or the whole of an interactive page."""
+    path = root / figure["file"]
+    view = {"data": None, **figure}
+    if figure["kind"] == "page":
+        return {**view, "html": _read(path).decode()}
+    still = animation.still(_read(path)) if figure["kind"] == "animation" else None
+    return {**view, "src": _data_uri(path), "still": None if still is None else _as_uri(".png", still)}
 
 
 def _table_view(table: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -123,7 +146,11 @@ def _is_number(text: str) -> bool:
 def _data_uri(path: Path) -> str:
     if path.suffix not in MEDIA:
         raise InputError(f"a figure must be a PNG or GIF file, got {path}: run its notebook again")
-    return f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(_read(path)).decode()}"
+    return _as_uri(path.suffix, _read(path))
+
+
+def _as_uri(suffix: str, data: bytes) -> str:
+    return f"data:{MEDIA[suffix]};base64,{base64.b64encode(data).decode()}"
 
 
 def _read(path: Path) -> bytes:

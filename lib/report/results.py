@@ -1,8 +1,9 @@
-"""Result files: what they must hold, reading them for the report page, the README and the launcher."""
+"""Result files: what they must hold, reading them for pages, README and launcher, and what a claim says and rests on."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,51 @@ REQUIRED_ENTRIES = {
     "figures": ("name", "kind", "file", "caption"),
     "claims": ("key", "statement", "rule", "model", "estimate", "interval", "n", "unit", "verdict", "source", "note"),
     "models": ("name",),
+}
+
+# By notebook: a pattern of claim keys, the table and the figure; the first that fits is taken. A model's figure bears its name.
+EVIDENCE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "01": (
+        ("dlm-less-concentrated", "rates", "layers"),
+        ("*", "rates", "position_by_step"),
+    ),
+    "02": (
+        ("*-temporal-variance", "paper_quantities", "centroid_paths"),
+        ("*-spatial-variance", "paper_quantities", "variance_by_layer"),
+        ("heads-*", "head_quantities", "overlap_by_distance"),
+        ("noise-*", "noise", "noise"),
+        ("blocking-*", "blocking", "dose_response"),
+    ),
+    "03": (("*", "gains", "quality_curves"),),
+    "04": (
+        ("accuracy-*", "accuracy_pairs", ""),
+        ("better-weights-*", "repairs_gains", "repairs"),
+        ("gains-grow", "released", "gain_by_sparsity"),
+        ("due-to-the-sinks", "controls", "controls"),
+        ("sinks-not-random", "controls_against_random", "controls"),
+        ("keeping-sinks-*", "controls", "controls"),
+        ("*", "released", "attribution"),
+    ),
+    "05": (
+        ("gptq-*", "rounding", "rounding"),
+        ("half-and-*", "equal_bytes", "front"),
+        ("prune-first", "orders", "interaction"),
+        ("joint-sweep", "orders", "interaction"),
+        ("errors-*", "interactions", "interaction"),
+        ("sink-weights-*", "hessians", "by_noise"),
+        ("solver-*", "allocations", "allocations"),
+        ("*-bits", "baselines", ""),
+        ("awq-*", "outliers", ""),
+    ),
+    "06": (
+        ("digest-*", "models", "models"),
+        ("structured-*", "models", "models"),
+        ("*-accuracy", "accuracy", "decoders"),
+        ("cache*", "decoders", "decoders"),
+        ("*-step", "late_steps", ""),
+        ("speed-ups-*", "composition", "composition"),
+        ("sinks-out-*", "sink_control", ""),
+    ),
 }
 
 
@@ -140,6 +186,51 @@ def interval_text(estimate: float | None, interval: Sequence[float | None] | Non
     return f"{significant(estimate)} [{low}, {high}]"
 
 
+def claim_sentence(claim: Mapping[str, Any]) -> str:
+    """Write a claim as one sentence in Markdown: verdict, model, statement, estimate with interval and unit.
+
+    >>> numbers = {"estimate": 0.5, "interval": (0.4, 0.6), "unit": "share of steps"}
+    >>> claim_sentence({"verdict": "reproduced", "model": "dlm", "statement": "Sinks move", **numbers})
+    '✓ **reproduced** on `dlm`: Sinks move, 0.500 [0.400, 0.600] share of steps.'
+    """
+    said = f"{SIGNS[claim['verdict']]} **{claim['verdict']}** on `{claim['model']}`: {claim['statement'].rstrip('.')}"
+    if claim["estimate"] is None:
+        return f"{said}."
+    return f"{said}, {interval_text(claim['estimate'], claim['interval'])} {claim['unit']}".rstrip() + "."
+
+
+def evidence_of(result: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, str]:
+    """Name the table and the figure that a claim's numbers stand in.
+
+    Args:
+        result: the result file of a notebook.
+        claim: one of its claims.
+
+    Returns:
+        `table` and `figure` by name, without what the result does not hold.
+    """
+    for pattern, table, figure in EVIDENCE.get(result["number"], ()):
+        if fnmatchcase(claim["key"], pattern):
+            found = {
+                "table": _present(result["tables"], (table,)),
+                "figure": _present(result["figures"], (f"{figure}_{claim['model']}", figure)),
+            }
+            return {kind: name for kind, name in found.items() if name}
+    return {}
+
+
+def in_words(model: Mapping[str, Any]) -> str:
+    """Say what a model is: its name, its kind and its size, as far as a run recorded them.
+
+    >>> in_words({"name": "dlm", "kind": "masked diffusion", "parameters": 8_917_248}), in_words({"name": "planted"})
+    ('dlm (masked diffusion, 9 M)', 'planted')
+    """
+    count = model.get("parameters")
+    size = None if not count else f"{count / 1e9:.0f} B" if count >= 999_500_000 else f"{count / 1e6:.{int(count < 999_500)}f} M"
+    said = [str(part) for part in (model.get("kind"), size) if part]
+    return f"{model['name']} ({', '.join(said)})" if said else str(model["name"])
+
+
 def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Count claims by verdict.
 
@@ -154,3 +245,9 @@ def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _broken(path: Path, rule: str, got: str) -> InputError:
     return InputError(f"{path} must be {rule}, got {got}: delete it and run the notebook again")
+
+
+def _present(entries: Iterable[Mapping[str, Any]], wanted: Iterable[str]) -> str:
+    """Return the first wanted name that there is."""
+    names = {entry["name"] for entry in entries}
+    return next((name for name in wanted if name in names), "")

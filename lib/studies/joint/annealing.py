@@ -8,9 +8,8 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.evaluation import paired
 from lib.studies.joint import measured_formats, search
 from lib.studies.joint.configurations import DENSE, Prepared
@@ -142,7 +141,7 @@ def compare(
     same = _increase(prepared, windows, draws=draws, seed=seed)
     choosing = _increase(prepared, prepared.found.windows, draws=draws, seed=seed)
     more, listed = [], []
-    for budget in tqdm(dict.fromkeys(one.budget for one in tried), desc="annealing", leave=False, disable=None):
+    for budget in progress(dict.fromkeys(one.budget for one in tried), desc="annealing"):
         own = {one.strategy: one for one in tried if one.budget == budget and one.allocation is not None}
         if "optimum" not in own:
             continue

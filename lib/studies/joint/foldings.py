@@ -6,14 +6,13 @@ from functools import partial
 from types import MappingProxyType
 
 import pandas as pd
-from tqdm import tqdm
 
 from lib.attention import masses
 from lib.calibration.reads import statistics_of
 from lib.calibration.sets import CLEAN, Inputs
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import refusal, require_known
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.models.language_model import LanguageModel
 from lib.pruning.methods import Method
 from lib.quantization import folding
@@ -110,7 +109,7 @@ def compare(
     work = [(each, name, rewriting) for each in found for name, rewriting in pairs]
     return [
         measured(each, name, recipes[name], rewriting=rewriting, inputs=inputs)
-        for each, name, rewriting in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None)
+        for each, name, rewriting in progress(work, desc=found[0].bench.model.name)
     ]
 
 

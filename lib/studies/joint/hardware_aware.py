@@ -11,10 +11,9 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.core.errors import InputError, require
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.evaluation import paired
 from lib.evaluation.paired import PairedDifference
 from lib.models.language_model import LanguageModel
@@ -134,7 +133,7 @@ def compare_allocations(
         stream = generator(seed, "random allocations", index)
         rows += [(budget, *found) for found in _searched(floored, limits, draws=draws, stream=stream)]
     fitting = {changed(found): found for _, _, found, _ in rows if found}
-    listed = tqdm(fitting.items(), desc=f"{prepared.model.name}, allocations", leave=False, disable=None)
+    listed = progress(fitting.items(), desc=f"{prepared.model.name}, allocations")
     losses = {key: loss_in(prepared, found.formats) for key, found in listed}
     untimed = {f"random {draw + 1}" for draw in range(timed_draws, draws)}
     timed = {changed(found): found for _, name, found, _ in rows if found and name not in untimed}

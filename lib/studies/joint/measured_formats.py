@@ -12,10 +12,9 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.core.errors import require
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.models import experts, prefix
 from lib.models.language_model import LanguageModel, LinearLayer
 from lib.quantization.rounding import stored_bytes
@@ -77,7 +76,7 @@ def sensitivity(
     results, blocks = [], {layer.name: layer.block for layer in prepared.model.layers}
     with prefix.recorded(prepared.model) as kept:
         dense = runs.loss(bench)
-    for layers, form in tqdm(prepared.offers(), desc=f"{prepared.model.name}, sensitivity", leave=False, disable=None):
+    for layers, form in progress(prepared.offers(), desc=f"{prepared.model.name}, sensitivity"):
         with prefix.reused(prepared.model, kept, first=min(blocks[name] for name in layers)):
             own = dense if form == DENSE else loss_in(prepared, dict.fromkeys(layers, form), bench=bench)
         results.append(Sensitivity(layers, form, own - dense))

@@ -8,14 +8,13 @@ from typing import Literal, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.calibration import statistics as calibration
 from lib.calibration import two_streams
 from lib.calibration.reads import READS, fell_back, ready, statistics_of
 from lib.calibration.sums import InputStatistics
 from lib.core.errors import InputError
-from lib.core.runtime import generator
+from lib.core.runtime import generator, progress
 from lib.diffusion.block_reader import block_logits
 from lib.diffusion.noise import process_of
 from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
@@ -282,7 +281,7 @@ def compare(found: Sequence[Calibrations], recipes: Sequence[tuple[str, Recipe]]
     """Measure every (name, recipe) with every calibration; recipes that read nothing and draw nothing once only."""
     results = []
     work = [(index, name, recipe) for index in range(len(found)) for name, recipe in recipes]
-    for index, name, recipe in tqdm(work, desc=found[0].bench.model.name, leave=False, disable=None):
+    for index, name, recipe in progress(work, desc=found[0].bench.model.name):
         if recipe.needs_calibration or recipe.method.importance == "random" or index == 0:
             results.append(measured(found[index], name, recipe))
     return results
@@ -293,7 +292,7 @@ def while_compressed(
 ) -> dict[Name, Result]:
     """Measure something else than the loss, such as answers to tasks, under some recipes, by their names."""
     results = {}
-    for name, recipe in tqdm(recipes.items(), desc=f"{found.bench.model.name}, compressed", leave=False, disable=None):
+    for name, recipe in progress(recipes.items(), desc=f"{found.bench.model.name}, compressed"):
         with pruner.restored(found.bench.model) as model:
             compress_(found, recipe)
             results[name] = measure(model)

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.calibration.reads import fell_back, statistics_of
 from lib.calibration.sets import CLEAN, NOISED, Inputs
 from lib.calibration.sums import InputStatistics
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
+from lib.core.runtime import progress
 from lib.evaluation.paired import PairedDifference
 from lib.models.language_model import LanguageModel, Role
 from lib.pruning import importances, matrices, pruner
@@ -107,7 +107,7 @@ def measure(
         work = partial(repaired, bench.model, list(chosen.values()), target, ranked, errors_of, **given)
         weights, together = watched(work, device=bench.model.device)
         cells = [(index, repair) for index in range(len(chosen)) for repair in repairs]
-        for index, repair in tqdm(cells, desc=f"{bench.model.name}, repairs", leave=False, disable=None):
+        for index, repair in progress(cells, desc=f"{bench.model.name}, repairs"):
             with pruner.restored(bench.model) as model:
                 for layer, weight in zip(model.layers, weights[index][repair], strict=True):
                     layer.module.weight.data.copy_(weight)

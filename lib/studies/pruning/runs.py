@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.core.errors import InputError, require
+from lib.core.runtime import progress
 from lib.models.language_model import LanguageModel, linear_layers, network_body
 from lib.pruning import expert_removal, pruner, shrink
 from lib.pruning.importances import UNSTRUCTURED
@@ -110,7 +110,7 @@ def compare(
     outcomes = []
     work = [(seed, name) for seed in seeds for name in chosen if seed in seeds_that_matter(chosen[name], seeds)]
     calibrations: dict[int, Calibrations] = {}
-    for seed, name in tqdm(work, desc=bench.model.name, leave=False, disable=None):
+    for seed, name in progress(work, desc=bench.model.name):
         if seed not in calibrations:
             calibrations = {seed: Calibrations(bench, seed)}  # of one seed at a time
             calibrations[seed].prepare(chosen.values())
@@ -154,7 +154,7 @@ def while_pruned(
     """
     found, results = Calibrations(bench, seed), {}
     found.prepare(method for method in conditions.values() if method is not None)
-    for (name, sparsity), method in tqdm(conditions.items(), desc=f"{bench.model.name}, tasks", leave=False, disable=None):
+    for (name, sparsity), method in progress(conditions.items(), desc=f"{bench.model.name}, tasks"):
         with pruner.restored(bench.model):
             if method is not None:
                 prune_(found, method, Target(sparsity))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ import pandas as pd
 import pytest
 
 from lib import decoding
-from lib.commands import command, decode, terminal, words
+from lib.commands import command, decode, session, terminal, words
 from lib.core.environment import ROOT
 from lib.core.errors import InputError
 from tests.unit.commands.conftest import answer
+
+RESULT = str(ROOT / "results" / "full" / "01_sink_traces.json")
 
 
 @pytest.mark.parametrize("name", ["llada", "llama"])
@@ -70,6 +73,91 @@ def test_losses_are_paired_by_window_and_refused_for_other_windows(tmp_path: Pat
     assert (row["n"], row["p"]) == (3, 0.25), "all signs alike: 2 of 8 patterns"
     assert command.main(["compare", "a.json", "c.json"]) == 2
     assert "of one dense model on the same windows, got 2.0000 and 4.0000 before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"length": 64}, "length 32 and 64"),
+        ({"seed": 1, "text": "c4"}, "seed 0 and 1, text articles and c4"),
+        ({"dense model": "b"}, "dense model a and b"),
+    ],
+)
+def test_losses_measured_in_two_ways_are_not_paired(
+    changed: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses of the dense models agree, so that nothing but the settings can tell them apart."""
+    settings = {"text": "articles", "windows": 3, "length": 32, "masks": 16, "seed": 0, "dtype": "float32", "dense model": "a"}
+    losses = {"losses_before": [1.0, 2.0], "losses_after": [1.5, 2.5], "loss_before": 1.5, "loss_after": 2.0}
+    (tmp_path / "a.json").write_text(json.dumps({**losses, "loss_settings": settings}))
+    (tmp_path / "b.json").write_text(json.dumps({**losses, "loss_settings": {**settings, **changed}}))
+    assert command.main(["compare", "a.json", "b.json"]) == 2
+    assert f"two losses must be measured with equal settings to be paired, got {said}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "refused"), [("draws", True), ("seed", True), ("batch_size", False)])
+def test_tasks_asked_in_two_ways_are_not_paired(
+    key: str, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"draws": 2, "seed": 0, "batch_size": 32}
+    for name, told in (("a", settings), ("b", {**settings, key: 7})):
+        found = {"tiny_sums": {"correct": [True, False, True], "metric": "exact", "settings": told}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"models": [], "limit": 3, "results": {name: found}}))
+    assert command.main(["compare", "a.json", "b.json"]) == (2 if refused else 0)
+    said = f"results of tiny_sums must be measured with equal settings to be paired, got {key} {settings[key]} and 7: "
+    assert (said in capsys.readouterr().err) == refused
+
+
+def test_claims_of_a_notebook_are_shown_with_the_settings_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads((ROOT / "results" / "full" / "01_sink_traces.json").read_text())
+    result["config"]["sink_traces"]["prompts"] = 7
+    result["config"]["timing"]["repeats"] = 99  # of another notebook
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    found = answer(capsys, "compare", ROOT / "results" / "full" / "01_sink_traces.json", "other.json")
+    assert found["settings_that_differ"] == ["sink_traces.prompts 48 and 7"]
+
+
+def test_a_task_that_is_none_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "open_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert command.main(["evaluate", "dlm", "--tasks", "tiny_topic,mmul"]) == 2
+
+
+def test_a_number_that_is_none_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_json({"loss": float("nan"), "losses": [1.0, float("-inf")], "n": 3, "name": None})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "losses": [1.0, None], "n": 3, "name": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "remedy"),
+    [
+        (["evaluate", "dlm", "--tasks", "tiny_topic"], "CUDA out of memory. Tried to allocate 2 GiB", "use --batch 16, "),
+        (["evaluate", "dlm", "--tasks", "tiny_topic", "--batch", "1"], "CUDA out of memory.", "use --dtype bfloat16"),
+        (["trace", "dlm"], "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", "use --dtype"),
+        (["trace", "dlm", "--dtype", "bfloat16"], "out of memory", "close other programs"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_what_this_command_can_do(
+    given: list[str], error: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{error}\nSee documentation for the allocator")
+
+    monkeypatch.setattr(session, "open_model", fail)
+    assert command.main(given) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"got {error}: {remedy}" in said
+    assert "--batch" in said or "--batch" not in remedy
+
+
+@pytest.mark.parametrize("words", [["--help"], ["prune", "--help"], ["compare", RESULT, RESULT]])
+def test_a_reader_that_went_away_ends_a_command_quietly(words: list[str]) -> None:
+    """As in `sinks ... | head`: the pipe is closed before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-P", str(ROOT / "sink_aware_pruning_command.py"), *words]
+    done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_claims_of_a_notebook_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +258,9 @@ WRONG = [
     (["decode", "dlm", "--prompt", "a", "--tokens", "63", "--block", "16"], "block_length must divide new_tokens"),
     (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions"),
     (["trace", "dlm", "--prompt", "a", "--articles", "2"], "not allowed with argument --prompt"),
+    (["trace", "dlm", "--prompt", "water " * 300], "--prompt must have 1 to 254 tokens for dlm, got "),
+    (["prune", "dlm", "-o", "x", "--calibration", NO_RESULT, "--loss-text", NO_RESULT], "--loss-text must be another text than"),
+    (["quantize", "dlm", "-o", "x", "--bits", "4", "--calibration", NO_RESULT, "--loss-text", NO_RESULT], "is not held out"),
     (["trace", "dlm", "--tokens", "999"], "--tokens must be at most 240 for dlm and this prompt, got 999"),
     (["trace", "dlm", "--articles", "99999"], "prompts must be at most"),
     (["compare", "no.json", "no.json"], "a result must be a JSON file, got "),

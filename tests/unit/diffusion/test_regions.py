@@ -162,3 +162,8 @@ def test_maps_of_a_step_are_read_under_its_mask(model: LanguageModel, trace: Sin
         last = int(cast(Tensor, trace.opened)[-1])
         mask = visibility.open_block(cast(Tensor, trace.blocks)[None] == last)[0, 0]
     assert not frame[~mask].any() and (frame[mask] > 0).all()
+
+
+def test_single_heads_of_any_step_are_those_of_the_trace(model: LanguageModel, trace: SinkTrace) -> None:
+    heads = views.head_masses(model, trace, prompt=1, steps=list(trace.mark_steps))
+    torch.testing.assert_close(heads, trace.head_mass[1], rtol=1e-4, atol=1e-5)

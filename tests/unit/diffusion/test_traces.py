@@ -1,8 +1,10 @@
 """Traces of sinks along a generation: against separate forward passes, and on traces made by hand."""
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -277,3 +279,25 @@ def test_sampled_continuations_are_reproducible(causal):
     )
     assert torch.equal(first.texts, again.texts)
     assert not torch.equal(first.texts, other.texts) and not torch.equal(first.texts, greedy.texts)
+
+
+@pytest.mark.parametrize("kind", ["causal", "diffusion"])
+def test_single_heads_of_any_step_are_those_of_the_trace(kind, request):
+    model, trace = request.getfixturevalue(kind)
+    heads = views.head_masses(model, trace, prompt=1, steps=list(trace.mark_steps))
+    torch.testing.assert_close(heads, trace.head_mass[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "diffusion"])
+def test_a_scene_keeps_as_much_as_fits(kind, request):
+    model, trace = request.getfixturevalue(kind)
+    model = replace(model, tokenizer=tiny.words())
+    heads, positions = trace.head_mass.shape[3:]
+    steps, layers = trace.mass.shape[1], trace.head_mass.shape[2]
+    whole = views.scene(model, trace, prompt=1)
+    assert whole.mass.shape == (steps, layers, heads, positions) and whole.depth == layers
+    average = whole.mass[:, :, :, : int(trace.keys[0])].mean((1, 2))
+    np.testing.assert_allclose(average, trace.mass[1, :, : int(trace.keys[0])].numpy(), rtol=1e-4, atol=1e-5)
+    assert whole.masked.tolist() == trace.is_masked[1].tolist()
+    few = views.scene(model, trace, values=3 * heads * positions)
+    assert (len(few.steps), few.layers) == (3, ["layer 1"]) and few.steps[-1] == whole.steps[-1]

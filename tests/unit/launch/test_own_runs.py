@@ -162,6 +162,58 @@ def test_a_foreign_kernel_does_not_come_first() -> None:
     assert "JUPYTER_PATH" not in variables.settings({})
 
 
+def test_the_kernel_that_starts_is_our_own_beside_a_foreign_one_of_its_name(tmp_path: Path) -> None:
+    foreign = tmp_path / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text(json.dumps({"argv": ["/another/python"], "display_name": "x", "language": "python"}))
+    place = environ_of(ROOT) | {"JUPYTER_PATH": str(tmp_path)}
+    code = "from jupyter_client.kernelspec import KernelSpecManager as K; print(K().get_kernel_spec('python3').argv[0])"
+    found = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+        for env in (place, place | variables.settings(place))
+    ]
+    assert found[0] == "/another/python" != found[1] and "python" in found[1]
+
+
+def test_nothing_needs_a_home(project: Path) -> None:
+    place = {name: value for name, value in environ_of(project).items() if name != "HOME"}
+    command = [sys.executable, "-m", "lib.launch.command", "--list"]
+    done = subprocess.run(command, cwd=project, env=place, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout.split()[:2]) == (0, "", ["01", "toy"])
+
+
+def test_a_wheel_is_fetched_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from filelock import FileLock
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FileLock(tmp_path / "x.lock"):
+        pass
+
+
+def test_report_help_needs_no_environment(project: Path) -> None:
+    command = [sys.executable, "-S", "-m", "lib.launch.command", "report", "--help"]
+    place = {name: value for name, value in environ_of(project).items() if name != "SINKS_PYTHON"}
+    done = subprocess.run(command, cwd=project, env=place, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "PROFILE" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--help"], ["report", "--help"], ["sinks", "--help"]])
+def test_a_reader_that_left_before_the_first_word_is_told_by_the_exit_code(words: list[str], project: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lib.launch.command", *words]
+    done = subprocess.run(
+        command, cwd=project, env=environ_of(project), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_texts_are_utf8_whatever_the_locale_says(project: Path) -> None:
     assert variables.settings({})["PYTHONUTF8"] == "1"
     odd = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}

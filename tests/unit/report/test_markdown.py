@@ -8,7 +8,7 @@ import pytest
 from lib.core import config, provenance
 from lib.core.errors import InputError
 from lib.report import markdown
-from tests.reporting import CLAIM, begin, record_everything
+from tests.reporting import CLAIM, NAME, TITLE, begin, record_everything
 
 
 def page(*names: str) -> str:
@@ -70,8 +70,10 @@ def test_the_models_are_read_from_their_folders(tmp_path: Path) -> None:
 
 
 def test_update_replaces_only_the_blocks_and_notices_staleness(pages: Path) -> None:
-    assert markdown.stale(pages) == ["README.md: models", "README.md: headlines", "docs/verdicts.md: verdicts"]
-    assert markdown.update(pages) == ["README.md", "docs/verdicts.md"]
+    notebook = f"notebooks/{NAME}.ipynb"
+    stale = ["README.md: models", "README.md: headlines", "docs/verdicts.md: verdicts", f"{notebook}: found"]
+    assert markdown.stale(pages) == stale
+    assert markdown.update(pages) == ["README.md", "docs/verdicts.md", notebook]
     text = (pages / "docs" / "verdicts.md").read_text()
     assert text.startswith("# Title\n\n<!-- verdicts:begin -->\n| claim |")
     assert text.endswith("\n<!-- verdicts:end -->\n\nThe end.\n")
@@ -80,6 +82,31 @@ def test_update_replaces_only_the_blocks_and_notices_staleness(pages: Path) -> N
     assert (pages / "docs" / "verdicts.md").read_text() == text
     (pages / "docs" / "verdicts.md").write_text(text.replace("**reproduced**", "**not reproduced**"))
     assert markdown.stale(pages) == ["docs/verdicts.md: verdicts"]
+
+
+def test_a_notebook_says_under_its_title_what_the_full_run_found(pages: Path) -> None:
+    path = pages / "notebooks" / f"{NAME}.ipynb"
+    before, hashed = json.loads(path.read_text()), provenance.notebook_source_hash(path)
+    markdown.update(pages)
+    after = json.loads(path.read_text())
+    lines = "".join(after["cells"][0]["source"]).splitlines()
+    assert lines[:4] == ["Note", f"# 01 · {TITLE}", "", "<!-- found:begin -->"] and lines[-1] == "<!-- found:end -->"
+    assert lines[4].startswith(f"**What the full run found** (commit {provenance.commit()}; models: dlm (9 M); ")
+    assert lines[6:8] == [
+        "- ✓ **reproduced** on `dlm`: Sinks move, 2.00 [1.50, 2.50] positions.",
+        "- – **not tested** on `smollm2`: Sinks move.",
+    ]
+    assert provenance.notebook_source_hash(path) == hashed, "what is written from results is no input of them"
+    after["cells"][0]["source"] = before["cells"][0]["source"]
+    assert after == before
+
+
+def test_every_notebook_is_stored_as_the_block_is_written() -> None:
+    """Else an update would change bytes that it has nothing to do with."""
+    for path in config.notebooks().values():
+        text = path.read_text(encoding="utf-8")
+        assert json.dumps(json.loads(text), indent=1, sort_keys=True, ensure_ascii=False) + "\n" == text
+        assert (f"notebooks/{path.name}", "found") in markdown._blocks(config.ROOT)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_results_may_lie_in_another_folder(pages: Path) -> None:

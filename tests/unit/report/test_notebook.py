@@ -265,6 +265,7 @@ def test_run_writes_what_the_result_file_names(run: notebook.Run, tmp_path: Path
     assert result["models"] == [{**dict.fromkeys(results.MODEL_FIELDS), **MODEL}]
     assert set(result["outputs"]) == {
         "results/quick/01_top.csv", "figures/quick/01_line.png", "figures/quick/01_line.csv", "figures/quick/01_map.gif",
+        "figures/quick/01_map.png",
     }  # fmt: skip
     assert result["tables"][0]["columns"] == ["token", "count", "share"]
     assert result["tables"][0]["text"] == ["token"]
@@ -278,7 +279,7 @@ def test_two_runs_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path:
         shutil.rmtree(tmp_path / name)
     record_everything(begin(monkeypatch, tmp_path))
     assert snapshot(tmp_path) == first
-    assert len(first) == 7  # with the notebook and the list of files
+    assert len(first) == 8  # with the notebook and the list of files
 
 
 def test_same_name_replaces(run: notebook.Run) -> None:
@@ -320,10 +321,10 @@ def test_damaged_record_cannot_remove_foreign_files(run: notebook.Run, tmp_path:
 def test_footer_names_profile_seed_models_and_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = begin(monkeypatch, tmp_path, seed=3, overrides={"sink_traces.prompts": 4})
     run.models_used([MODEL])
-    fig, data = line_figure()
+    fig, data = line_figure(width=9)
     run.figure("line", fig, data, caption="Mass.")
     assert [text.get_text() for text in fig.texts] == [
-        "notebook 01  |  profile quick  |  seed 3  |  model dlm  |  set sink_traces.prompts=4"
+        "notebook 01  |  profile quick  |  seed 3  |  model dlm (9 M)  |  set sink_traces.prompts=4"
     ]
     fig, data = line_figure()
     run.figure("example", fig, data, caption="A worked example.", models=[])

@@ -12,7 +12,8 @@ from lib.core import config
 from lib.core.errors import InputError
 from lib.report import page as html_report
 from lib.report import tables
-from tests.reporting import NAME, TITLE, begin, record_everything
+from lib.report.results import evidence_of, load_results
+from tests.reporting import CLAIM, NAME, TITLE, begin, line_figure, record_everything
 
 
 class Page(HTMLParser):
@@ -53,7 +54,7 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Page:
 
 
 def test_page_refers_to_nothing_outside(page: Page) -> None:
-    assert not page.of("script")
+    assert all(set(script) == set() for script in page.of("script")), "what runs stands in the page"
     assert not page.of("link")
     ids = {attributes["id"] for _, attributes in page.tags if attributes.get("id")}
     for _, attributes in page.tags:
@@ -68,12 +69,56 @@ def test_page_refers_to_nothing_outside(page: Page) -> None:
 
 def test_page_embeds_every_figure_with_a_text(page: Page, tmp_path: Path) -> None:
     record = json.loads((tmp_path / f"results/quick/{NAME}.json").read_text())
-    images = {attributes["alt"]: str(attributes["src"]) for attributes in page.of("img")}
-    assert len(images) == len(record["figures"]) == 2
+    images = {attributes["alt"]: str(attributes["src"]) for attributes in page.of("img") if attributes["alt"]}
+    assert set(images) == {*(figure["caption"] for figure in record["figures"]), "Attention. One frame."}
+    assert base64.b64decode(images["Attention. One frame."].split(",")[1]) == (tmp_path / "figures/quick/01_map.png").read_bytes()
     for figure in record["figures"]:
         kind, data = images[figure["caption"]].split(";base64,")
         assert kind == ("data:image/gif" if figure["kind"] == "animation" else "data:image/png")
         assert base64.b64decode(data) == (tmp_path / figure["file"]).read_bytes()
+
+
+def test_a_verdict_leads_to_its_rule_table_and_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    run.table("rates", pd.DataFrame({"rate": [1.0]}), caption="Rates.")
+    run.figure("rates", *line_figure(), caption="A figure of the table's name.")
+    run.figure("position_by_step", *line_figure(), caption="Where.")
+    run.claim("sinks-move", **CLAIM)
+    run.claim("sinks-move", **{**CLAIM, "model": "dlm - ar"})
+    run.finish()
+    page = Page(html_report.build("quick").read_text(encoding="utf-8"))
+    leads = [str(attributes["href"]) for attributes in page.of("a")]
+    for model in ("dlm", "dlm-ar"):
+        assert f"#claim-01-sinks-move-{model}" in leads
+    assert leads.count("#n01-table-rates") == leads.count("#n01-figure-position_by_step") == 4
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids)) and {lead[1:] for lead in leads} <= set(ids)
+
+
+def test_answers_come_before_figures_and_figures_before_tables(page: Page) -> None:
+    places = [page.text.index(words) for words in ("What was found", "Figure: line", "Table: top", "Provenance of notebook")]
+    assert places == sorted(places)
+
+
+def test_captions_name_models_in_words(page: Page) -> None:
+    assert "Mass along denoising. Models: dlm (9 M)." in page.text
+
+
+def test_an_interactive_page_is_shown_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    inner = '<!DOCTYPE html><p title="a">1 &lt; 2</p>'
+    run.page("explorer", inner, caption="To click.")
+    run.finish()
+    page = Page(html_report.build("quick").read_text(encoding="utf-8"))
+    (frame,) = page.of("iframe")
+    assert (frame["srcdoc"], frame["title"]) == (inner, "To click.")
+    assert (tmp_path / "figures/quick/01_explorer.html").read_text() == inner
+
+
+def test_every_verdict_of_the_committed_results_rests_on_a_table_that_is_there() -> None:
+    for result in load_results("full", root=config.ROOT):
+        without = [claim["key"] for claim in result["claims"] if "table" not in evidence_of(result, claim)]
+        assert not without, "say in EVIDENCE where the numbers stand"
 
 
 def test_page_tells_everything(page: Page) -> None:

@@ -13,7 +13,7 @@ from lib.checkpoints import integrity
 from lib.core import config
 from lib.core.config import Config, ModelSource
 from lib.core.errors import InputError
-from lib.core.sections import CalibrationText
+from lib.core.settings.grid import CalibrationText
 from lib.core.wheels import UnavailableError
 from lib.evaluation import tasks
 from lib.evaluation.harness import BatchedHarness
@@ -39,6 +39,7 @@ def tiny_grid(files: Path, **changes: Any) -> Config:
     small: dict[str, Any] = {
         "models": {"llada": ModelSource(str(files / "models" / "llada"))},
         "references": {"llama": ModelSource(str(files / "models" / "llama"))},
+        "core": None,
         "families": {},
         "calibrations": {KEPT: CalibrationText("wikitext2", 2, 32)},
         "methods": ("magnitude", "sink-aware (Wanda)"),

@@ -68,7 +68,8 @@ def _core_lines(config: Config, made: plan.Plan, grid: Grid, *, code: str, finis
     shape = made.shapes.get(core.model)
     if shape is None:
         return [f"core: no shape of {core.model} is known, so it has no price"]
-    priced = listing.price(config, grid, shape, teraflops=made.speed.teraflops, finished=finished, code=code)
+    how = {"teraflops": made.speed.teraflops, "itemsize": made.speed.itemsize, "finished": finished, "code": code}
+    priced = listing.Priced(expansion.turns(config), core, grid, shape, **how)
     found = verdicts.of_profile(config)
     said = verdicts.lines(found, config) if any(record is not None for record in found.values()) else []
     return [*listing.lines(priced, origin=made.speed.origin), *missing, *said]

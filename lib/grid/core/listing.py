@@ -6,10 +6,10 @@ from itertools import accumulate
 
 import pandas as pd
 
-from lib.core.config import Config
 from lib.core.settings.grid import Core, Grid
+from lib.grid import costs
 from lib.grid.cells import LOSS, Cell
-from lib.grid.core import expansion, prices
+from lib.grid.core import prices
 from lib.grid.core.expansion import Turn
 from lib.grid.core.verdicts import PAIRS
 from lib.grid.costs import Shape
@@ -27,6 +27,7 @@ class Priced:
         grid: of which it is.
         shape: of its model.
         teraflops: assumed or measured speed.
+        itemsize: bytes of a weight on the device.
         finished: ids of cells that the store holds.
         code: version of the code, which the ids come from.
     """
@@ -36,6 +37,7 @@ class Priced:
     grid: Grid
     shape: Shape
     teraflops: float
+    itemsize: int
     finished: Collection[str]
     code: str
 
@@ -52,20 +54,6 @@ class Priced:
         return [cell for cell in turn.cells if cell.spec(code=self.code)["id"] not in self.finished]
 
 
-def price(config: Config, grid: Grid, shape: Shape, *, teraflops: float, finished: Collection[str], code: str) -> Priced:
-    """Price the core of a profile.
-
-    Args:
-        config: a profile with a core.
-        grid: its grid.
-        shape: of the core's model.
-        teraflops: of the device.
-        finished: ids in the store.
-        code: version of the code.
-    """
-    return Priced(expansion.turns(config), expansion.core_of(config), grid, shape, teraflops, finished, code)
-
-
 def lines(priced: Priced, *, origin: str) -> list[str]:
     """Return the plan as text.
 
@@ -78,6 +66,7 @@ def lines(priced: Priced, *, origin: str) -> list[str]:
     done = len(cells) - sum(len(priced.open(turn)) for turn in turns)
     whole, left = (sum(priced.hours(turn, left=left) for turn in turns) for left in (False, True))
     slowest = sum(priced.hours(turn, drawn=1.0) for turn in turns)
+    gigabytes = (f"{size / 1e9:.0f}" for size in _bytes(priced))
     fine = prices.resolution(core, priced.grid, prices.benchmarks(core))
     documents = sum(prices.asked(task, core, priced.grid)[0] for task in prices.benchmarks(core))
     tables = (by_round(priced), by_task(priced), by_variant(priced))
@@ -87,11 +76,21 @@ def lines(priced: Priced, *, origin: str) -> list[str]:
         f"speed: {priced.teraflops:.3g} TFLOP/s, {origin}",
         "",
         *(line for made in tables for line in (*made.to_string(index=False).splitlines(), "")),
+        "memory: at most {} GB on the device; {} GB of pruned weights on disk".format(*gigabytes),
         f"priced as if races made {core.drawn:.0%} of their draws; if none ended early, {slowest:.1f} hours",
         f"average over tasks, {documents:,} documents: a paired difference is resolved to {fine.here:.2f} points on these "
         f"benchmarks, to {fine.anew:.2f} for new documents ({fine.anew_at_best:.2f} at best, with all of them), "
         f"where {core.discordant:.0%} of the documents tell two variants apart",
     ]
+
+
+def _bytes(priced: Priced) -> tuple[int, int]:
+    """Return what the dearest variant takes on the device, and what all kept ones take on disk."""
+    variants, grid, shape = dict.fromkeys(turn.variant for turn in priced.turns), priced.grid, priced.shape
+    how = {"batch_size": grid.batch_size, "weights": grid.weights, "states": grid.states, "itemsize": priced.itemsize}
+    peak = max(costs.memory_bytes(variant, shape, **how) for variant in variants)
+    kept = [costs.kept_bytes(one, shape, itemsize=priced.itemsize) for one in variants if one.options is not None]
+    return peak, sum(kept) if priced.core.keep_weights else 0
 
 
 def by_round(priced: Priced) -> pd.DataFrame:

@@ -17,7 +17,6 @@ from pydantic_core import ErrorDetails
 
 from lib.core.errors import InputError, require
 from lib.core.sections import (
-    Grid,
     JointQuantization,
     ModelSource,
     PruningBaselines,
@@ -28,6 +27,7 @@ from lib.core.sections import (
     VarianceAnalysis,
     between,
 )
+from lib.core.settings.grid import Grid
 
 __all__ = ["PROFILES", "ROOT", "Config", "InputError", "ModelSource", "load", "notebooks", "output_root", "to_dict", "typed_path"]
 

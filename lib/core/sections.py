@@ -1,6 +1,6 @@
 """The settings of each notebook, with their ranges and what must hold between them."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -286,43 +286,3 @@ class Timing(Section):
         require(1 <= late < self.block_length, rule, f"{self.late_share:g}", remedy)
         rule = f"timed_prompts must be at most the {self.prompts} prompts"
         require(self.timed_prompts <= self.prompts, rule, str(self.timed_prompts), "lower it")
-
-
-@dataclass(frozen=True)
-class CalibrationText(Section):
-    """Where the calibration windows of the grid come from, how many there are, and how many tokens each has."""
-
-    corpus: Literal["wikitext2", "c4", "articles"]
-    windows: Annotated[StrictInt, between(1, 65536)]
-    positions: Annotated[StrictInt, between(8, 32768)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid(Section):
-    """The experiment grid of `./run_all.sh paper`, with models of its own: notebooks hold theirs in memory at the same time."""
-
-    models: dict[str, ModelSource]
-    references: dict[str, ModelSource]
-    families: dict[str, str]
-    calibrations: dict[str, CalibrationText]
-    methods: tuple[str, ...]
-    sparsities: tuple[Annotated[StrictFloat, between(0.01, 0.99)], ...]
-    patterns: tuple[str, ...]
-    structured_methods: tuple[str, ...]
-    structured_sparsities: tuple[Annotated[StrictFloat, between(0.01, 0.99)], ...]
-    other_methods: tuple[str, ...]
-    other_sparsity: Annotated[StrictFloat, between(0.01, 0.99)]
-    seeds: Annotated[StrictInt, between(1, 64)]
-    task_names: tuple[str, ...]
-    rows: str | None
-    limit: Annotated[StrictInt, between(1, 1000000)] | None
-    draws: Annotated[StrictInt, between(1, 4096)] | None
-    gen_length: Annotated[StrictInt, between(1, 8192)] | None
-    loss_windows: Annotated[StrictInt, between(0, 65536)]
-    loss_positions: Annotated[StrictInt, between(8, 32768)]
-    loss_draws: Annotated[StrictInt, between(1, 4096)]
-    batch_size: Annotated[StrictInt, between(1, 4096)]
-    weights: Literal["memory", "spread", "streamed"]
-    states: Literal["device", "cpu", "disk"]
-    keep_weights: StrictBool
-    teraflops: Annotated[StrictFloat, between(1e-6, 1e6)] | None

@@ -59,7 +59,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One row of a forward pass: which passage it scores, where, and what its log-probability counts."""
 
     index: int
@@ -91,7 +91,7 @@ def score(model: LanguageModel, passages: Sequence[Passage], *, settings: Evalua
             continue
         rows = itertools.chain.from_iterable(_rows(model, index, passages[index], settings) for index in indices)
         for part in batched(rows, settings.batch_size):
-            values, are_best = _log_likelihoods(model, part, cfg_scale=settings.cfg_scale)
+            values, are_best = log_likelihoods(model, part, cfg_scale=settings.cfg_scale)
             for row, value, is_best in zip(part, values.tolist(), are_best.tolist(), strict=True):
                 totals[row.index] += row.weight * value
                 is_greedy[row.index] &= is_best
@@ -108,24 +108,24 @@ def _noised_likelihood(model: LanguageModel, passage: Passage, settings: Evaluat
     return float(likelihood.masked_log_likelihood(model, ids, torch.arange(len(ids)) >= passage.start, **options).mean())
 
 
-def _rows(model: LanguageModel, index: int, passage: Passage, settings: EvaluationSettings) -> Iterator[_Row]:
+def _rows(model: LanguageModel, index: int, passage: Passage, settings: EvaluationSettings) -> Iterator[Row]:
     """Yield the rows that score one passage: one per draw (and block), or the only one of an autoregressive model."""
     ids = torch.tensor(passage.ids)
     target = torch.arange(len(ids)) >= passage.start
     if model.is_causal:
-        yield _Row(index, ids, target, passage.start, 1.0)
+        yield Row(index, ids, target, passage.start, 1.0)
         return
     stream = generator(settings.seed, *passage.stream)
     for part in likelihood.parts(model, target):
         count = int(part.sum())
         draws = 1 if count == 1 else settings.draws
         for mask in likelihood.exact_count_masks(part, draws, generator=stream):
-            yield _Row(index, ids, mask, passage.start, count / int(mask.sum()) / draws)
+            yield Row(index, ids, mask, passage.start, count / int(mask.sum()) / draws)
 
 
 @torch.inference_mode()
-def _log_likelihoods(
-    model: LanguageModel, rows: Sequence[_Row], *, cfg_scale: float
+def log_likelihoods(
+    model: LanguageModel, rows: Sequence[Row], *, cfg_scale: float
 ) -> tuple[Float[Tensor, "row"], Bool[Tensor, "row"]]:
     """Return each row's summed log-probability, and whether all its tokens are the likeliest ones.
 

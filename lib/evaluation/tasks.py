@@ -184,6 +184,7 @@ def evaluate(
     limit: int | None = None,
     adapter: Callable[..., HarnessModel] = HarnessModel,
     chat_template: bool = False,
+    documents: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, TaskResult]:
     """Evaluate a model on tasks.
 
@@ -194,6 +195,7 @@ def evaluate(
         limit: only the first documents of a task (of each part: of every subject of MMLU).
         adapter: called with model and settings, makes what answers lm_eval, such as `harness.BatchedHarness`.
         chat_template: write prompts as a chat, each example as a turn of its own; for generation only.
+        documents: by part, the numbers of those that are asked, rising; instead of a limit.
 
     Returns:
         Results by task name.
@@ -204,7 +206,7 @@ def evaluate(
     """
     require(limit is None or limit >= 1, "limit must be a number of documents from 1", str(limit), "raise it or leave it out")
     loaded = names if isinstance(names, Mapping) else load_tasks(names)
-    asking = {"limit": limit, "apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
+    asking = {"limit": limit, "samples": documents, "apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
     if chat_template:
         _check_generated(loaded)
     return {

@@ -18,7 +18,7 @@ from lib.core import provenance, python_code
 from lib.core.config import Config, ModelSource, cells_root
 from lib.core.errors import InputError, require
 from lib.core.runtime import choose_device
-from lib.core.sections import CalibrationText, Grid
+from lib.core.settings.grid import CalibrationText, Grid
 from lib.evaluation import tasks
 from lib.evaluation.scoring import EvaluationSettings
 from lib.grid.store import Store, cell_id
@@ -111,9 +111,9 @@ def expand(config: Config) -> list[Cell]:
     check(grid)
     cells = []
     for name, source, is_causal in _models(grid):
-        dense = Variant(name, source, _content(source), is_causal, cast(Family, grid.families.get(name, "llada")))
+        dense = dense_variant(name, source, grid, is_causal=is_causal)
         for variant in (dense, *_variants(dense, grid, seed=config.seed)):
-            cells += [_cell(variant, task, grid, config) for task in _tasks(grid, dense.published)]
+            cells += [measurement(variant, task, grid, config) for task in _tasks(grid, dense.published)]
     return cells
 
 
@@ -166,6 +166,11 @@ def code_version(root: Path) -> str:
     """Hash what computes a cell, whatever folder the clone lies in: the modules that it reaches, torch and transformers."""
     code = provenance.code_hash(python_code.modules_reached("import lib.grid.work", root / "lib"), root)
     return _digest([code, *(metadata.version(name) for name in ("torch", "transformers"))])
+
+
+def dense_variant(name: str, source: ModelSource, grid: Grid, *, is_causal: bool = False) -> Variant:
+    """Return a model of the grid as it is."""
+    return Variant(name, source, _content(source), is_causal, cast(Family, grid.families.get(name, "llada")))
 
 
 def _models(grid: Grid) -> Iterator[tuple[str, ModelSource, bool]]:
@@ -232,8 +237,8 @@ def _tasks(grid: Grid, family: tasks.Family) -> Iterator[str]:
 OTHER_NAME = {"gsm8k": "gsm8k_cot", "gsm8k_cot": "gsm8k"}
 
 
-def _cell(variant: Variant, task: str, grid: Grid, config: Config) -> Cell:
-    """Describe one measurement."""
+def measurement(variant: Variant, task: str, grid: Grid, config: Config) -> Cell:
+    """Describe one measurement: a task, or the loss, of a variant with the grid's settings."""
     dtype = str(choose_device(config).dtype).removeprefix("torch.")
     seen = {"dtype": dtype, "seed of masks": config.seed}
     corpus = "" if variant.calibration is None else _corpus(variant.calibration.corpus, grid)

@@ -116,7 +116,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Questions:
-    """How large a benchmark is: documents, texts to score for each, and tokens of one, prompt and examples included, roughly.
+    """How large a benchmark is: documents, texts to score for each, tokens of one with its prompt, and of its answer, roughly.
 
     A limit counts for each of its parts, as MMLU's subjects are.
     """
@@ -124,23 +124,24 @@ class Questions:
     documents: int
     texts: int
     tokens: int
+    answer: int
     parts: int = 1
 
 
 # Documents are the split that lm_eval asks; tokens are round assumptions for an English tokenizer, and say so in the plan.
 QUESTIONS: Mapping[str, Questions] = MappingProxyType({
-    "mmlu": Questions(14042, 1, 700, parts=57),  # four letters in the same place: one row
-    "arc_challenge": Questions(1172, 4, 45),
-    "arc_easy": Questions(2376, 4, 40),
-    "piqa": Questions(1838, 2, 45),
-    "winogrande": Questions(1267, 2, 160),
-    "gsm8k": Questions(1319, 1, 900),
-    "gsm8k_cot": Questions(1319, 1, 900),
-    "hellaswag": Questions(10042, 4, 110),
-    "gpqa_main_n_shot": Questions(448, 4, 1400),
-    "race": Questions(1045, 4, 500),
+    "mmlu": Questions(14042, 1, 700, 1, parts=57),  # four letters in the same place: one row
+    "arc_challenge": Questions(1172, 4, 45, 6),
+    "arc_easy": Questions(2376, 4, 40, 5),
+    "piqa": Questions(1838, 2, 45, 24),
+    "winogrande": Questions(1267, 2, 160, 8),
+    "gsm8k": Questions(1319, 1, 900, 256),
+    "gsm8k_cot": Questions(1319, 1, 900, 256),
+    "hellaswag": Questions(10042, 4, 110, 30),
+    "gpqa_main_n_shot": Questions(448, 4, 1400, 3),
+    "race": Questions(1045, 4, 500, 9),
 })  # fmt: skip
-LOCAL = Questions(240, 4, 60)
+LOCAL = Questions(240, 4, 60, 8)
 
 
 @dataclass(frozen=True)

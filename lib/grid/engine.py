@@ -134,8 +134,8 @@ def _drive(groups: Sequence[Group], order: Order, room: cluster.Room, gpus: floa
     task = _task(room.ray, order, gpus)
     try:
         while waiting or running:
-            while waiting and len(running) < room.groups:
-                group = waiting.pop(0)
+            while len(running) < room.groups and (group := _next(waiting, [group for group, _ in running.values()])) is not None:
+                waiting.remove(group)
                 running[task.remote(group, order, str(environment.ROOT))] = group, len(order.store.missing(group.cells))
             ready, _ = room.ray.wait(list(running), timeout=PROGRESS_SECONDS)
             for reference in ready:
@@ -147,6 +147,12 @@ def _drive(groups: Sequence[Group], order: Order, room: cluster.Room, gpus: floa
     finally:  # after an interrupt: what is finished stays
         for reference in running:
             room.ray.cancel(reference, force=True)
+
+
+def _next(waiting: Sequence[Group], running: Sequence[Group]) -> Group | None:
+    """Return the first group that waits for none of those at work."""
+    taken = {group.lane for group in running} - {""}
+    return next((group for group in waiting if group.lane not in taken), None)
 
 
 def _settle(ray: Any, reference: Any, group: Group, order: Order, *, before: int) -> None:

@@ -22,11 +22,19 @@ MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that one process computes one after another, because they share what is costly: the pruned weights."""
+    """Cells that one process computes one after another, because they share what is costly: the pruned weights.
+
+    Attributes:
+        key: its name.
+        cells: each with id, settings, code, data.
+        shared: what the work function gets.
+        lane: groups of one lane wait for each other, because the first one keeps what the next ones read; empty for none.
+    """
 
     key: str
-    cells: tuple[dict[str, Any], ...]  # each with id, settings, code, data
+    cells: tuple[dict[str, Any], ...]
     shared: dict[str, Any]
+    lane: str = ""
 
 
 @dataclass(frozen=True)

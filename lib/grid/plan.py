@@ -8,7 +8,7 @@ import pandas as pd
 
 from lib.core import runtime
 from lib.core.config import Config
-from lib.core.sections import Grid
+from lib.core.settings.grid import Grid
 from lib.evaluation import tasks
 from lib.grid import availability, cells, costs
 from lib.grid.availability import Found
@@ -78,6 +78,19 @@ def make(config: Config, *, code: str, finished: Iterable[str], grid: Grid) -> P
     return Plan(named, found, shapes, _speed(config, grid, shapes), models, _data(grid, list(named.values())))
 
 
+def hours(plan: Plan) -> float:
+    """Return the hours of what is open."""
+    open_cells = [cell for key, cell in plan.cells.items() if key not in plan.finished]
+    return sum(_hours(plan, cell) for cell in open_cells) + sum(_pruning_hours(plan, one) for one in cells.groups(open_cells))
+
+
+def missing_of_core(plan: Plan, own: Sequence[Cell]) -> list[str]:
+    """Say what some cells need that cannot be had."""
+    needed = {name for cell in own for name in (cell.variant.model, cell.task)}
+    needed |= {cell.variant.calibration.corpus for cell in own if cell.variant.calibration is not None}
+    return [_not_had(name, reason) for name, reason in plan.missing.items() if name in needed]
+
+
 def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str]:
     """Return the plan as text.
 
@@ -88,13 +101,11 @@ def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str
         gpus: of one cell, for weights that are spread over them.
     """
     variants = len({cell.variant for cell in plan.cells.values()})
-    open_cells = [cell for key, cell in plan.cells.items() if key not in plan.finished]
-    hours = sum(_hours(plan, cell) for cell in open_cells) + sum(_pruning_hours(plan, one) for one in cells.groups(open_cells))
     head = [
         f"{len(plan.cells)} cells on {variants} variants of {len(plan.shapes)} models: {len(plan.finished)} finished, "
-        f"{len(open_cells)} to compute",
+        f"{len(plan.cells) - len(plan.finished)} to compute",
         f"speed: {plan.speed.teraflops:.3g} TFLOP/s, {plan.speed.origin}; "
-        f"{_short(hours)} hours of one such device for what is open",
+        f"{_short(hours(plan))} hours of one such device for what is open",
         "",
     ]
     body = [
@@ -105,7 +116,7 @@ def lines(plan: Plan, grid: Grid, *, itemsize: int, gpus: float = 1) -> list[str
         by_data(plan),
     ]
     text = [line for table in body for line in (*table.to_string(index=False).splitlines(), "")]
-    notes = [f"cannot be had now, recorded as not tested: {name} ({reason})" for name, reason in plan.missing.items()]
+    notes = [_not_had(name, reason) for name, reason in plan.missing.items()]
     assumed = "a forward passes one batch; tokens of a text are round assumptions; hours leave out head and attention scores"
     return [*head, *text, *notes, *([""] if notes else []), assumed]
 
@@ -233,6 +244,10 @@ def _of(plan: Plan, model: str) -> list[Variant]:
 def _samples(grid: Grid) -> int:
     """Calibration windows of a forward pass."""
     return min(SAMPLES_AT_ONCE, grid.batch_size)
+
+
+def _not_had(name: str, reason: str) -> str:
+    return f"cannot be had now, recorded as not tested: {name} ({reason})"
 
 
 def _gigabytes(size: float) -> str:

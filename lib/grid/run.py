@@ -1,14 +1,15 @@
 """The experiment grid of a profile: its store, its groups of cells, a plan of it, and running it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lib.core import runtime
 from lib.core.config import ROOT, Config, output_root
 from lib.core.errors import InputError, require
-from lib.core.sections import Grid
+from lib.core.settings.grid import Grid
 from lib.grid import cells, engine, plan
 from lib.grid.cells import Cell, Variant
+from lib.grid.core import expansion, listing, verdicts
 from lib.grid.engine import Summary
 from lib.grid.group import Group
 
@@ -45,11 +46,33 @@ def show(config: Config, chosen: Engine | None = None, *, say: Say) -> None:
     Raises:
         InputError: no grid, or settings that cannot be used.
     """
-    grid = settings(config)
-    made = plan.make(config, code=cells.code_version(ROOT), finished=cells.store_of(config).ids(), grid=grid)
+    grid, store = settings(config), cells.store_of(config)
+    code, finished = cells.code_version(ROOT), store.ids()
+    made = plan.make(config, code=code, finished=finished, grid=grid)
+    if grid.core is not None:
+        for line in _core_lines(config, made, grid, code=code, finished=finished):
+            say(line)
+        if grid.scope == "core":
+            say("")
+            say(f"the rest of the grid, --set grid.scope=all: {len(made.cells):,} cells, {plan.hours(made):,.0f} hours of it")
+            return
+        say("")
     gpus = gpus_per_cell(config, chosen or Engine())
     for line in plan.lines(made, grid, itemsize=made.speed.itemsize, gpus=gpus):
         say(line)
+
+
+def _core_lines(config: Config, made: plan.Plan, grid: Grid, *, code: str, finished: Sequence[str]) -> list[str]:
+    """Return the plan of the core, its verdicts so far, and what it needs that cannot be had."""
+    core, missing = expansion.core_of(config), plan.missing_of_core(made, expansion.cells_of(config))
+    shape = made.shapes.get(core.model)
+    if shape is None:
+        return [f"core: no shape of {core.model} is known, so it has no price"]
+    how = {"teraflops": made.speed.teraflops, "itemsize": made.speed.itemsize, "finished": finished, "code": code}
+    priced = listing.Priced(expansion.turns(config), core, grid, shape, **how)
+    found = verdicts.of_profile(config)
+    said = verdicts.lines(found, config) if any(record is not None for record in found.values()) else []
+    return [*listing.lines(priced, origin=made.speed.origin), *missing, *said]
 
 
 def run(config: Config, chosen: Engine, *, say: Say) -> Summary:
@@ -67,7 +90,7 @@ def run(config: Config, chosen: Engine, *, say: Say) -> Summary:
         InputError: no grid, settings that cannot be used, or a damaged store.
     """
     grid, store = settings(config), cells.store_of(config)
-    return engine.run(
+    done = engine.run(
         groups(config, grid),
         store=store,
         work=WORK,
@@ -78,6 +101,10 @@ def run(config: Config, chosen: Engine, *, say: Say) -> Summary:
         gpus_per_group=gpus_per_cell(config, chosen),
         keep_failed=not chosen.retry,
     )
+    if grid.core is not None:
+        for line in verdicts.lines(verdicts.of_profile(config), config):
+            say(line)
+    return done
 
 
 def settings(config: Config) -> Grid:
@@ -92,14 +119,22 @@ def settings(config: Config) -> Grid:
 
 
 def groups(config: Config, grid: Grid) -> list[Group]:
-    """Return the cells of a grid, grouped by the weights they share, as the engine takes them."""
+    """Return the cells of a grid as the engine takes them, grouped by their weights: the core in its order, then the rest."""
     code = cells.code_version(ROOT)
-    return [_group(variant, found, config, grid, code=code) for variant, found in cells.groups(cells.expand(config)).items()]
+    turns = expansion.turns(config)
+    found = [_group(turn.variant, turn.cells, config, grid, code=code, turn=f" round {turn.round}") for turn in turns]
+    if not turns or grid.scope == "all":
+        known = {cell["id"] for group in found for cell in group.cells}  # the loss of a variant is in both
+        rest = [_group(one, own, config, grid, code=code) for one, own in cells.groups(cells.expand(config)).items()]
+        rest = [replace(group, cells=tuple(cell for cell in group.cells if cell["id"] not in known)) for group in rest]
+        found += [group for group in rest if group.cells]
+    return found
 
 
-def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, *, code: str) -> Group:
+def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, *, code: str, turn: str = "") -> Group:
     key, device = cells.variant_key(variant, code=code), runtime.choose_device(config)
-    kept = output_root() / "runs" / config.profile / "weights" / key if grid.keep_weights else None
+    keep = grid.keep_weights if not turn or grid.core is None else grid.core.keep_weights
+    kept = output_root() / "runs" / config.profile / "weights" / key if keep else None
     place = {
         "source": asdict(variant.source),
         "device": device.device.type,
@@ -110,7 +145,8 @@ def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, 
         "rows": None if grid.rows is None else str(cells.rows_folder(grid)),
     }
     specs = tuple(cell.spec(code=code) for cell in found)
-    return Group(key=key, cells=specs, shared={"variant": cells.to_plain(variant), "place": place, "label": variant.label})
+    shared = {"variant": cells.to_plain(variant), "place": place, "label": variant.label}
+    return Group(key=f"{key}{turn}", cells=specs, shared=shared, lane=key)
 
 
 def gpus_per_cell(config: Config, chosen: Engine) -> float:

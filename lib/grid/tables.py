@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from lib.core.config import ROOT, Config
-from lib.core.sections import CalibrationText
+from lib.core.settings.grid import CalibrationText
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.evaluation.tasks import TaskResult
 from lib.grid import cells
 from lib.grid.cells import DENSE, LOSS, Cell, Variant
+from lib.grid.core import verdicts
 from lib.grid.store import Record
 from lib.pruning.importances import UNSTRUCTURED
 from lib.texts import articles
@@ -31,7 +32,7 @@ WHAT = ("model", "method", "pattern", "sparsity", "calibration")
 
 
 def of_profile(config: Config) -> dict[Cell, Record | None]:
-    """Read what the present code has computed of a profile's grid; nothing when the profile has no grid.
+    """Read what the present code has computed of a profile's grid, or of its core where that is the scope; without one nothing.
 
     Args:
         config: any profile.
@@ -44,6 +45,8 @@ def of_profile(config: Config) -> dict[Cell, Record | None]:
     """
     if config.grid is None:
         return {}
+    if config.grid.scope == "core" and config.grid.core is not None:
+        return verdicts.of_profile(config)
     store, code = cells.store_of(config), cells.code_version(ROOT)
     return {cell: store.read(cell.spec(code=code)["id"]) for cell in cells.expand(config)}
 

@@ -22,6 +22,8 @@ from lib.evaluation.harness import BatchedHarness
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.grid.cells import LOSS, STRUCTURED_PATTERN, Variant, from_plain, to_plain
+from lib.grid.core import answering
+from lib.grid.core.racing import Race
 from lib.models import language_model, loading, streaming
 from lib.models.language_model import LanguageModel
 from lib.pruning import expert_removal, pruner, shrink
@@ -207,8 +209,28 @@ def accuracy(
         task = tasks.load_tasks([name], family=variant.published)[name]
     else:
         task = standins.load(name, place.rows, family=variant.published)
+    if "core" in settings:
+        return _of_core(model, task, settings["core"], settings=known, chat_template=chat_template)
     asking: dict[str, Any] = {"limit": settings["limit"], "chat_template": chat_template, "adapter": BatchedHarness}
-    found = tasks.evaluate(model, {name: task}, settings=known, **asking)[name]
+    return _marked(tasks.evaluate(model, {name: task}, settings=known, **asking)[name])
+
+
+def _of_core(
+    model: LanguageModel, task: tasks.LoadedTask, own: Mapping[str, Any], *, settings: EvaluationSettings, chat_template: bool
+) -> dict[str, Any]:
+    """Answer a task as the core does; kept besides is what audited documents were in the end, and what the race drew."""
+    rule = Race(**own["race"]) if "race" in own else None
+    given: dict[str, Any] = {"rule": rule, "cache": own.get("cache", "none"), "documents": own["documents"]}
+    found = answering.answer(model, task, settings=settings, chat_template=chat_template, **given)
+    result = {**_marked(found.shown), "asked of": found.asked, "rows": found.rows}
+    if found.race is not None:
+        counts = {name: getattr(found.race, name) for name in ("draws", "all_draws", "stopped", "audited")}
+        result |= {"race": counts, "final": _marks(found.final)}
+    return result
+
+
+def _marked(found: tasks.TaskResult) -> dict[str, Any]:
+    """Return what is kept of a task."""
     low, high = share_interval(sum(found.correct), len(found.correct))
     return {
         "metric": found.metric,
@@ -219,8 +241,13 @@ def accuracy(
         "chance": found.chance,
         "truncated": found.truncated,
         "merged": found.merged,
-        "scores": {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()},
+        "scores": _marks(found),
     }
+
+
+def _marks(found: tasks.TaskResult) -> dict[str, str]:
+    """Write every score document by document."""
+    return {score: "".join("01"[mark] for mark in marks) for score, marks in found.scores.items()}
 
 
 def _place(made: Mapping[str, Any]) -> Place:

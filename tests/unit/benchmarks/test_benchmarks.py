@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import attention_recorder, pruning_methods, references, streaming
+from benchmarks import attention_recorder, plan_speed, pruning_methods, references, streaming
 from lib.diffusion import sampler
 
 
@@ -59,3 +59,33 @@ def test_the_streaming_benchmark_prints_both_paths(capsys: pytest.CaptureFixture
     assert [line[:35].split() for line in lines[1:]] == [["streamed", "Wanda"], ["in", "memory", "Wanda"]]
     for line in lines[1:]:
         assert len(line[35:].split()) == 6 and all(float(value) >= 0 for value in line[35:].split())
+
+
+def test_the_plans_speed_is_measured_beside_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "--device",
+        "cpu",
+        "--hidden",
+        "16",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--mlp",
+        "32",
+        "--longest",
+        "8",
+        "--repeats",
+        "1",
+    ]
+    plan_speed.main([*small, "--teraflops", "0.001"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line[:22].strip() for line in lines[1:-1]]
+    assert names == [
+        "calibration", "nelbo", "mmlu", "arc_challenge", "piqa", "winogrande", "gsm8k, all", "gsm8k, block", "gpqa_main_n_shot",
+        "race", "hellaswag",
+    ]  # fmt: skip
+    for line in lines[1:-1]:
+        predicted, measured, _, ratio = (float(word) for word in line.split()[-4:])
+        assert measured > 0 and ratio == pytest.approx(measured / predicted, rel=0.05, abs=0.01)
+    assert lines[-1].startswith("the core with a network of this shape: ") and lines[-1].endswith("as measured")

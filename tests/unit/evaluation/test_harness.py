@@ -491,8 +491,8 @@ def test_settings_are_checked(change: dict[str, Any], rule: str) -> None:
 
 def test_batches_are_as_large_as_allowed(dlm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    keep: Callable[..., Any] = scoring._log_likelihoods
-    monkeypatch.setattr(scoring, "_log_likelihoods", lambda m, rows, **o: sizes.append(len(rows)) or keep(m, rows, **o))
+    keep: Callable[..., Any] = scoring.log_likelihoods
+    monkeypatch.setattr(scoring, "log_likelihoods", lambda m, rows, **o: sizes.append(len(rows)) or keep(m, rows, **o))
     likelihoods(dlm, PAIRS, EvaluationSettings(draws=5, batch_size=4))
     # By length: the pair with one target token alone, then four pairs of five draws each.
     assert sizes == [1, *[4] * 5]

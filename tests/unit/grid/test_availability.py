@@ -156,7 +156,7 @@ def test_a_network_that_fails_later_is_a_reason_too(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("no_network")
 def test_the_plan_of_the_paper_is_made_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = config.load("paper", overrides={"grid.teraflops": "100"})
+    loaded = config.load("paper", overrides={"grid.teraflops": "100", "grid.scope": "all"})
     said: list[str] = []
     run.show(loaded, say=said.append)
     lost = [line for line in said if line.startswith("cannot be had now")]

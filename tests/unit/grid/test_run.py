@@ -13,7 +13,7 @@ from lib.checkpoints import integrity
 from lib.core import config
 from lib.core.config import Config, ModelSource
 from lib.core.errors import InputError
-from lib.core.sections import CalibrationText
+from lib.core.settings.grid import CalibrationText
 from lib.core.wheels import UnavailableError
 from lib.evaluation import tasks
 from lib.evaluation.harness import BatchedHarness
@@ -39,6 +39,7 @@ def tiny_grid(files: Path, **changes: Any) -> Config:
     small: dict[str, Any] = {
         "models": {"llada": ModelSource(str(files / "models" / "llada"))},
         "references": {"llama": ModelSource(str(files / "models" / "llama"))},
+        "core": None,
         "families": {},
         "calibrations": {KEPT: CalibrationText("wikitext2", 2, 32)},
         "methods": ("magnitude", "sink-aware (Wanda)"),
@@ -224,7 +225,7 @@ def test_data_that_cannot_be_had_costs_its_own_cells(files: Path, output: Path, 
 
 
 def test_the_plan_says_what_there_is_and_what_is_missing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = config.load("paper", overrides={"grid.teraflops": 300.0, "grid.limit": 100})
+    loaded = config.load("paper", overrides={"grid.teraflops": 300.0, "grid.limit": 100, "grid.core": None})
     lines: list[str] = []
     run.show(loaded, say=lines.append)
     text = "\n".join(lines)
@@ -343,7 +344,7 @@ def test_memory_and_files_of_a_cell_stand_beside_its_method() -> None:
 
 def test_the_page_prices_the_whole_grid_as_the_plan_does() -> None:
     said: list[str] = []
-    run.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=said.append)
+    run.show(config.load("paper", overrides={"grid.teraflops": 300.0, "grid.core": None}), say=said.append)
     count, hours = said[0].split()[0], said[1].split("; ")[1].split()[0]
     assert (
         f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "docs" / "paper.md").read_text()
@@ -353,9 +354,9 @@ def test_the_page_prices_the_whole_grid_as_the_plan_does() -> None:
 def test_a_machine_without_a_gpu_prices_large_models_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.costs, "measured_teraflops", lambda *_, **__: pytest.fail("a block of 8B on a CPU tells nothing"))
     said: list[str] = []
-    run.show(config.load("paper"), say=said.append)
+    run.show(config.load("paper", overrides={"grid.core": None}), say=said.append)
     stated: list[str] = []
-    run.show(config.load("paper", overrides={"grid.teraflops": 300.0}), say=stated.append)
+    run.show(config.load("paper", overrides={"grid.teraflops": 300.0, "grid.core": None}), say=stated.append)
     assert said[1].startswith("speed: 300 TFLOP/s, assumed for a GPU of 80 GB, as this machine has none")
     assert said[2:] == stated[2:] and said[1].split("; ")[1] == stated[1].split("; ")[1]  # hours and memory of a GPU in bfloat16
 

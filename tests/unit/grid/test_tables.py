@@ -36,7 +36,7 @@ def profile(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Con
     assert loaded.grid is not None
     models = {name: dataclasses.replace(source, source=str(files / "models" / Path(source.source).name))
               for name, source in loaded.grid.models.items() if name in ("llada-8b", "dream-7b")}  # fmt: skip
-    small: dict[str, Any] = {"models": models, "references": {}, "families": {"dream-7b": "dream"}, "seeds": 2}
+    small: dict[str, Any] = {"models": models, "references": {}, "families": {"dream-7b": "dream"}, "seeds": 2, "core": None}
     small |= {"task_names": ("piqa", "arc_challenge"), "rows": str(files / "rows"), "patterns": ("2:4",)}
     return dataclasses.replace(loaded, grid=dataclasses.replace(loaded.grid, **small))
 

@@ -251,7 +251,8 @@ SMALL = {
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
                            "annealing": 1, "timed_rows": 16},
     "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,
-               "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2},
+               "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2,
+               "system_tokens": 4, "system_blocks": "[4]", "answering_systems": "[]", "curve_rules": "[threshold]"},
 }  # fmt: skip
 SECTIONS: dict[str, str] = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
 REWRITTEN = {"rewritten", "outliers", "shifts_and_planes"}

@@ -217,8 +217,8 @@ def test_decoders_are_compared_where_masks_are_filled_in(model: LanguageModel) -
     exact = [each.name for each in listed if fidelity.is_exact(each.plan)]
     assert bool((table.loc[exact, "KL"] == 0).all()) and bool((table["KL"] > -1e-9).all())
     assert table.loc["FreeDave, 4 drafts", "agreement"] == 1
-    for options in ({"cache": "prefix"}, {"cache": "dual"}, {"suffix_blocks": 0}):
-        plan = published.fast_plan(**options, steps_per_block=4)
+    kept = [published.fast_plan("prefix", steps_per_block=4), published.fast_plan("dual", steps_per_block=4)]
+    for plan in (*kept, published.fast_plan(steps_per_block=4, suffix_blocks=0)):
         assert float(fidelity.measure(model, prompts, plan, new_tokens=8, block=4).divergence.mean()) > 0
 
 
@@ -251,7 +251,8 @@ SMALL = {
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
                            "annealing": 1, "timed_rows": 16},
     "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,
-               "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2},
+               "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2,
+               "system_tokens": 4, "system_blocks": "[4]", "answering_systems": "[]", "curve_rules": "[threshold]"},
 }  # fmt: skip
 SECTIONS: dict[str, str] = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
 REWRITTEN = {"rewritten", "outliers", "shifts_and_planes"}

@@ -1,6 +1,6 @@
 """The table of published decoders, and its control."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -67,17 +67,13 @@ def compare(
     Raises:
         InputError: answers in other blocks than the texts.
     """
-    other = sorted({found["block"] for found in (answered or {}).values()} - {float(block)})
-    rule, got = f"a row must hold what was measured in its block of {block}", ", ".join(f"{length:g}" for length in other)
-    require(not other, rule, f"answers in blocks of {got}", "answer in that block")
+    _check_blocks(answered or {}, block)
     every = [PLAIN_SYSTEM, *listed]
     total, sizes = prompts.shape[1] + new_tokens, {"new_tokens": new_tokens, "block_length": block, "batch_size": 1}
     runnable = [each for each in every if not _shows_all(each.plan, total=total, new_tokens=new_tokens, block=block)]
     plans: dict[str, Plan] = {each.name: PLAIN if each is PLAIN_SYSTEM else each.plan for each in runnable}
     runs = {name: _measured(model, prompts, plan, new_tokens=new_tokens, block=block) for name, plan in plans.items()}
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(run_decoder, model, prompts, plan, **sizes) for name, plan in plans.items()
-    }
+    calls = {name: partial(run_decoder, model, prompts, plan, **sizes) for name, plan in plans.items()}
     seconds = clock.interleaved(calls, repeats=repeats, warm_up=0, device=model.device)  # the texts have warmed up
     whole = torch.ones((len(prompts), new_tokens), dtype=torch.bool, device=model.device)
     nats = {name: None if judge is None else judged(judge, run.ids, whole) for name, run in runs.items()}
@@ -89,14 +85,25 @@ def compare(
         run = runs.get(each.name)
         row["not tested"] = "nothing is cut off at this length" if run is None else _idle(each.plan, run)
         if run is not None:
-            row |= {"forwards": sum(part.forwards for part in run.decoded), "seconds": float(seconds[each.name].median()),
-                    "rows": sum(part.computed_tokens for part in run.decoded)}  # fmt: skip
+            row |= _costs(run) | {"seconds": float(seconds[each.name].median())}
         if run is not None and not row["not tested"]:
             same = (run.ids == runs[PLAIN].ids)[:, prompts.shape[1] :].double().mean()
-            row |= {"top1": float(run.top1.mean()), "KL": float(run.divergence.mean()), "agreement": float(same)}
-            row |= _by_ratio(run) | _against(nats[each.name], nats.get(each.rival), seed=seed)
+            row |= {"agreement": float(same), **_fidelity(run), **_against(nats[each.name], nats.get(each.rival), seed=seed)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _check_blocks(answered: Mapping[str, dict[str, float]], block: int) -> None:
+    """Refuse answers in other blocks."""
+    other = sorted({found["block"] for found in answered.values()} - {float(block)})
+    rule, got = f"a row must hold what was measured in its block of {block}", ", ".join(f"{length:g}" for length in other)
+    require(not other, rule, f"answers in blocks of {got}", "answer in that block")
+
+
+def _costs(run: Fidelity) -> dict[str, int]:
+    """Return the passes over all prompts, and the query positions that they computed."""
+    forwards, computed = (sum(getattr(part, name) for part in run.decoded) for name in ("forwards", "computed_tokens"))
+    return {"forwards": forwards, "rows": computed}
 
 
 def _shows_all(plan: Plan, *, total: int, new_tokens: int, block: int) -> bool:
@@ -147,11 +154,12 @@ def _noting(plan: Plan, tally: list[Choice]) -> Plan:
     })  # fmt: skip
 
 
-def _by_ratio(run: Fidelity) -> dict[str, float]:
-    """Return top-1 and KL at each third of mask ratios, means over the prompts that have one."""
+def _fidelity(run: Fidelity) -> dict[str, float]:
+    """Return top-1 and KL, also at each third of mask ratios, means over the prompts that have one."""
     found = run.by_ratio.nanmean(0).T.tolist()
     names = [f"{what} {third}" for what in ("top1", "KL") for third in ("late", "middle", "early")]
-    return dict(zip(names, [*found[0], *found[1]], strict=True))
+    both = {"top1": float(run.top1.mean()), "KL": float(run.divergence.mean())}
+    return both | dict(zip(names, [*found[0], *found[1]], strict=True))
 
 
 def _against(values: Tensor | None, rival: Tensor | None, *, seed: int) -> dict[str, float]:

@@ -94,14 +94,15 @@ def _library() -> str:
 
 def _map(steps: int, positions: int) -> dict[str, Any]:
     """Describe the map to Bokeh: an image, a band on the chosen step, and rings on its sinks; the page's script fills them."""
+    from bokeh.core.types import ID
     from bokeh.embed import json_item
     from bokeh.models import ColorBar, ColumnDataSource, HoverTool, LogColorMapper, Range1d
     from bokeh.palettes import Cividis256
     from bokeh.plotting import figure
 
     mapper = LogColorMapper(palette=Cividis256, low=LIMITS[0], high=LIMITS[1], nan_color=ABSENT)
-    plot = figure(
-        x_range=Range1d(-0.5, positions - 0.5), y_range=Range1d(steps - 0.5, -0.5), height=360,
+    plot: Any = figure(
+        x_range=Range1d(start=-0.5, end=positions - 0.5), y_range=Range1d(start=steps - 0.5, end=-0.5), height=360,
         sizing_mode="stretch_width", x_axis_label="token position", y_axis_label="step that is shown",
         tools="box_zoom,reset", active_drag=None, toolbar_location="above",
     )  # fmt: skip
@@ -117,7 +118,7 @@ def _map(steps: int, positions: int) -> dict[str, Any]:
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
     plot.add_layout(ColorBar(color_mapper=mapper, title="sink mass (1 = mean over keys)", title_standoff=6), "below")
     plot.toolbar.logo = None
-    return _renumbered(json_item(plot, TARGET))
+    return _renumbered(json_item(plot, ID(TARGET)))
 
 
 def _renumbered(item: Any) -> dict[str, Any]:

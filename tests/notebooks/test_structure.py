@@ -114,6 +114,25 @@ def test_outputs_name_no_place_of_the_machine_that_made_them(path: Path) -> None
 
 
 @every_notebook
+def test_images_have_texts_and_no_dead_bar_stays(path: Path) -> None:
+    for output in (output for cell in code(path) for output in cell["outputs"]):
+        kinds = set(output.get("data", {}))
+        images = {kind for kind in kinds if kind.startswith("image/")}
+        assert all(output["metadata"].get(kind, {}).get("alt") for kind in images), "run python -m recipes.refresh_notebooks"
+        assert not {kind for kind in kinds if "widget" in kind} and output.get("name") != "stderr"
+
+
+@every_notebook
+def test_it_begins_with_what_the_full_run_found_and_ends_with_what_its_own_did(path: Path) -> None:
+    first, last = cells(path, "markdown")[0]["source"], code(path)[-1]
+    assert "<!-- found:begin -->\n**What the full run found** (commit " in first
+    said = ["".join(output["data"].get("text/markdown", "")) for output in last["outputs"] if "data" in output]
+    assert any("**What this run found** (profile quick, seed 0;" in text for text in said), (
+        "run python -m recipes.refresh_notebooks"
+    )
+
+
+@every_notebook
 def test_metadata_is_stripped_and_the_kernel_is_the_usual_one(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     assert set(content["metadata"]) == {"kernelspec", "language_info", "sinks"}

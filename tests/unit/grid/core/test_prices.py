@@ -141,6 +141,12 @@ def test_the_page_says_what_the_plan_says() -> None:
         next(line for line in lines if line.startswith("priced as if")).split()[-2],
     )
     assert f"its core is {hours} hours of one GPU at 300 TFLOP/s" in page and f"{slowest} hours if no race ended early" in page
+    words = next(line for line in lines if line.startswith("memory: ")).split()
+    assert f"with {words[3]} GB of its memory and {words[8]} GB of disk" in page
+    loaded, grid, core = paper()
+    made = listing.Priced(expansion.turns(loaded), core, grid, SHAPE, teraflops=300.0, itemsize=2, finished=(), code="c")
+    for row in listing.by_round(made).to_dict("records"):
+        assert f"| {row['hours']} | {row['first pair after']} | {row['all after']} |" in page
 
 
 def test_finished_cells_cost_nothing_more() -> None:

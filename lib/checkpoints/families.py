@@ -16,8 +16,8 @@ BlockOrigin = Literal["start", "prompt"]
 # Which tokens a step commits: its quota of the most confident, or of those of lowest entropy; all above the threshold if they are
 # the quota at least, else the quota's best; all above, or all at or above it, and always the best.
 Rule = Literal["quota", "entropy", "threshold or quota", "above or best", "at least or best"]
-Network = Literal["Llama", "Qwen2", "Qwen3", "Ministral3", "Qwen3Moe", "Glm4Moe"]
-Layout = Literal["plain", "llada", "dream", "llava", "copy", "nemotron", "llada-moe", "llada2", "qwen3-moe"]
+Network = Literal["Llama", "Qwen2", "Qwen3", "Ministral3", "Qwen3Moe", "Glm4Moe", "DistilBert"]
+Layout = Literal["plain", "encoder", "llada", "dream", "llava", "copy", "nemotron", "llada-moe", "llada2", "qwen3-moe"]
 Tokenizer = Literal["auto", "qwen2"]
 SAME_EVERYWHERE = ("default", "linear", "dynamic", "llama3")  # rotations that every version of transformers reads alike
 
@@ -59,7 +59,7 @@ class Family:
 
     Attributes:
         name: in `LanguageModel.family`.
-        network: class of transformers without `ForCausalLM`.
+        network: class of transformers without `ForCausalLM`, or an encoder's without `ForMaskedLM`.
         layout: name of the translation and of the renaming.
         architectures: what `architectures[0]` says.
         model_types: what `model_type` says; may be another family's too.
@@ -242,6 +242,11 @@ DIFFUSION = (
         "rnd1", "Qwen3Moe", "qwen3-moe", ("RND1LM",), ("rnd1", "RND1"), releases=("RND1-Base-0910",), mask_token_id=151669,
         logit_shift=1, stop_token_ids=(151645,), tokenizer="qwen2", sampler=SamplerDefaults("entropy"), options=NO_WINDOW,
         rope_types=SAME_EVERYWHERE,
+    ),
+    # An encoder that was trained to fill in masks: transformers' own class, with the whole of its masked head.
+    Family(
+        "distilbert", "DistilBert", "encoder", ("DistilBertForMaskedLM",), ("distilbert",), releases=("distilbert-base-cased",),
+        options={"sinusoidal_pos_embds": (False, True)}, state="experimental",
     ),
 )  # fmt: skip
 # Folders of transformers' own classes: autoregressive, or a diffusion model whose config.json says what no class of its own does.

@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from lib.attention import masses
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers.anatomy import require_decoder
 from lib.pruning.importances import check_sparsity
 
 AttentionMask = Int[Tensor, "batch position"] | Bool[Tensor, "batch position"] | None
@@ -145,12 +146,14 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
 
     Source: extension (A) of the digest, pruning adapted to the timestep; the paper has one mask for all timesteps.
     """
+    rule, instead = "phases must follow the mask ratio of masked diffusion", "prune it with one mask for all"
     if model.mask_token_id is None or not model.noise.is_masked:
-        rule = "phases must follow the mask ratio of masked diffusion"
-        raise InputError(f"{rule}, got {model.kind} with {model.name}: prune it with one mask for all")
+        raise InputError(f"{rule}, got {model.kind} with {model.name}: {instead}")
     if model.goes_by_blocks:
-        rule = "phases must follow one mask ratio of the whole text"
-        raise InputError(f"{rule}, got {model.attention} with {model.name}: prune it with one mask for all")
+        raise InputError(
+            f"phases must follow one mask ratio of the whole text, got {model.attention} with {model.name}: {instead}"
+        )
+    require_decoder(model.network, "a model of phases", name=model.name, instead=instead)
     phase_widths(borders, phases=len(phases))  # refuses bad ones before the work
     networks = [phase.network if isinstance(phase, LanguageModel) else phase for phase in phases]
     config = copy.deepcopy(model.network.config)

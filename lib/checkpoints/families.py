@@ -243,11 +243,6 @@ DIFFUSION = (
         logit_shift=1, stop_token_ids=(151645,), tokenizer="qwen2", sampler=SamplerDefaults("entropy"), options=NO_WINDOW,
         rope_types=SAME_EVERYWHERE,
     ),
-    # An encoder that was trained to fill in masks: transformers' own class, with the whole of its masked head.
-    Family(
-        "distilbert", "DistilBert", "encoder", ("DistilBertForMaskedLM",), ("distilbert",), releases=("distilbert-base-cased",),
-        options={"sinusoidal_pos_embds": (False, True)}, state="experimental",
-    ),
 )  # fmt: skip
 # Folders of transformers' own classes: autoregressive, or a diffusion model whose config.json says what no class of its own does.
 PLAIN = tuple(
@@ -263,7 +258,13 @@ PLAIN = tuple(
     )
     for kind, network in PLAIN_NETWORKS.items()
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in (*DIFFUSION, *PLAIN)}
+# Encoders that were trained to fill in masks: transformers' own classes, with the whole of their masked head.
+ENCODERS = (
+    Family(
+        "distilbert", "DistilBert", "encoder", ("DistilBertForMaskedLM",), ("distilbert",), releases=("distilbert-base-cased",)
+    ),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*DIFFUSION, *PLAIN, *ENCODERS)}
 
 
 def sampler_of(name: str) -> SamplerDefaults:

@@ -141,18 +141,15 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
         table of layers lists those of every phase. It is an experiment, not a checkpoint: no plain class could load it.
 
     Raises:
-        InputError: an autoregressive model, noise that is not all mask, bad borders, or phases that differ outside of the
-            prunable matrices.
+        InputError: an autoregressive model, an encoder, noise that is not all mask, bad borders, or phases of other models.
 
     Source: extension (A) of the digest, pruning adapted to the timestep; the paper has one mask for all timesteps.
     """
-    rule, instead = "phases must follow the mask ratio of masked diffusion", "prune it with one mask for all"
+    instead = "prune it with one mask for all"
     if model.mask_token_id is None or not model.noise.is_masked:
-        raise InputError(f"{rule}, got {model.kind} with {model.name}: {instead}")
-    if model.goes_by_blocks:
-        raise InputError(
-            f"phases must follow one mask ratio of the whole text, got {model.attention} with {model.name}: {instead}"
-        )
+        raise InputError(f"phases must follow the mask ratio of masked diffusion, got {model.kind} with {model.name}: {instead}")
+    rule, got = "phases must follow one mask ratio of the whole text", f"{model.attention} with {model.name}"
+    require(not model.goes_by_blocks, rule, got, instead)
     require_decoder(model.network, "a model of phases", name=model.name, instead=instead)
     phase_widths(borders, phases=len(phases))  # refuses bad ones before the work
     networks = [phase.network if isinstance(phase, LanguageModel) else phase for phase in phases]

@@ -105,7 +105,7 @@ def first_inputs(
     options: list[dict[str, Any]] = []
     numbers = iter(range(len(ids)))
 
-    def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+    def stop(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         states.put(0, next(numbers), arguments[0])
         named = named | dict(zip(("attention_mask",), arguments[1:], strict=False))  # an encoder's has no name
         before = options[-1] if options else named

@@ -187,7 +187,7 @@ def activation_norms(model: LanguageModel, input_ids: Int[Tensor, "sample positi
     """Return the L2 norm of each token's hidden state over the mean of its sample, averaged over the inputs of all blocks."""
     norms: list[Tensor] = []
 
-    def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         norm = arguments[0].float().norm(dim=-1)
         norms.append(norm / norm.mean(-1, keepdim=True))
 

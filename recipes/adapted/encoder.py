@@ -37,9 +37,11 @@ def tokenizer(wheel: Path) -> PreTrainedTokenizerFast:
 
 def configuration(weights: Mapping[str, Tensor], *, tok: PreTrainedTokenizerFast) -> DistilBertConfig:
     """Return the configuration of the model, which says that it is a masked diffusion model."""
-    config = DistilBertConfig(**settings(weights), pad_token_id=tok.pad_token_id, architectures=["DistilBertForMaskedLM"])
+    tokens: Any = tok
+    special = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config: Any = DistilBertConfig(**settings(weights), **special, architectures=["DistilBertForMaskedLM"])
     config.mask_token_id, config.is_causal = tok.mask_token_id, False
-    config.bos_token_id, config.eos_token_id = tok.bos_token_id, tok.eos_token_id
+    config.seen_token_ids = [tok.cls_token_id, tok.sep_token_id]
     return config
 
 

@@ -1,15 +1,17 @@
 """A tiny DistilBERT folder: logits, masses, pruning, bound, text and export equal what transformers' own class gives."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from lib.attention import masses
-from lib.calibration import one_shot, reads
+from lib.calibration import one_shot, reads, sets
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
+from lib.core.runtime import generator
 from lib.decoding import decoder, systems
 from lib.diffusion import likelihood, sampler
 from lib.models import export, loading, streaming
@@ -26,11 +28,18 @@ PADDED[0, 10:] = 0
 ROLES = ("q", "k", "v", "o", "up", "down")
 
 
-def network(**changes: object) -> DistilBertForMaskedLM:
+def network(**changes: Any) -> DistilBertForMaskedLM:
     """A network whose biases and norms are far from 0 and 1, so that leaving one out shows."""
-    shape = {"vocab_size": tiny.VOCAB, "dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+    shape: dict[str, Any] = {
+        "vocab_size": tiny.VOCAB,
+        "dim": 32,
+        "hidden_dim": 40,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+    }
     config = DistilBertConfig(**shape, initializer_range=0.3, **changes)
-    config.mask_token_id = tiny.MASK
+    config.mask_token_id = tiny.MASK  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = DistilBertForMaskedLM(config).eval()
@@ -155,6 +164,41 @@ def test_bound_and_text(model: LanguageModel) -> None:
     assert torch.equal(text[:, :8], IDS[:, :8]) and not bool((text == tiny.MASK).any())
     same = decoder.decode(model, IDS[:, :8], new_tokens=8, block_length=4, plan=systems.fast_plan(steps_per_block=4))
     assert torch.equal(same.ids, text)
+
+
+def test_tokens_that_are_always_shown_are_neither_masked_nor_counted(folder: Path, tmp_path: Path) -> None:
+    """[CLS] and [SEP] stand at the ends of a row and once within; a bound that masked or counted them would be another number."""
+    model = loading.load(tiny.edit_config(folder, seen_token_ids=[1, 2]))
+    assert model.seen_token_ids == (1, 2)
+    windows = tiny.ids(4, 12) % 20 + 3
+    windows[:, 0], windows[:, -1], windows[1, 5] = 1, 2, 2
+    found = likelihood.nelbo(model, windows, draws=6, seed=0)
+    slow = []
+    for index, window in enumerate(windows):
+        is_text = window > 2
+        masks = likelihood.exact_count_masks(is_text, 6, generator=generator(0, "nelbo", index))
+        assert not bool(masks[:, ~is_text].any())
+        costs = []
+        for mask in masks:
+            logits = logits_at(model, window.masked_fill(mask, tiny.MASK)[None], mask[None])
+            costs.append(torch.nn.functional.cross_entropy(logits, window[mask]))
+        slow.append(torch.stack(costs).mean())
+    torch.testing.assert_close(found.per_window.float(), torch.stack(slow), rtol=1e-5, atol=1e-5)
+    noised = sets.noised_windows(model, windows, seed=0)
+    shown = (windows < 3)[:, None].expand(noised.shape)
+    assert torch.equal(noised[shown], windows[:, None].expand(noised.shape)[shown])
+    assert bool((noised[:, -1][windows > 2] == tiny.MASK).all())  # the last level hides all others
+    again = loading.load(export.save_plain(model, tmp_path / "again"))
+    assert again.seen_token_ids == (1, 2)
+    with pytest.raises(InputError, match="seen_token_ids must be among the 31 tokens of the network, got"):
+        loading.load(tiny.edit_config(folder, seen_token_ids=[99]))
+
+
+def test_an_encoders_tokenizer_says_what_is_always_shown(folder: Path) -> None:
+    made = tiny.tokenizer()
+    made.add_special_tokens({"cls_token": "[BOS]", "sep_token": "[EOS]"})
+    made.save_pretrained(folder)
+    assert loading.load(folder).seen_token_ids == (made.cls_token_id, made.sep_token_id) == (1, 2)
 
 
 def test_a_head_of_its_own_is_kept(tmp_path: Path) -> None:

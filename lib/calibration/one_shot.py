@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.attention import masses
 from lib.calibration.hidden_states import States, waiting
-from lib.calibration.reads import READS, Read, add_read, new_statistics, reading
+from lib.calibration.reads import Read, add_read, new_statistics, reading, reads_first
 from lib.calibration.statistics import CalibrationSet, Weights, check_masses, check_weights, of_layer, stream
 from lib.calibration.sums import InputStatistics, add_shared
 from lib.core.errors import require
@@ -27,7 +27,7 @@ def input_bytes(model: LanguageModel, *, samples: int, positions: int) -> int:
     """Return how much memory the inputs of all linear layers of one batch take, in bytes."""
     # `v` reads the same tensor as `q`: it is kept twice by name, not in memory
     chosen = experts.choices(model.network)
-    width = sum(_kept_width(model, layer, chosen) for layer in model.layers if READS[layer.role] == layer.role)
+    width = sum(_kept_width(model, layer, chosen) for layer in model.layers if reads_first(layer, model.by_block[layer.block]))
     return math.ceil(width * samples * positions) * model.layers[0].module.weight.element_size()
 
 

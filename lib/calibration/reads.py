@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from lib.calibration.sums import InputStatistics
 from lib.models.experts import ExpertList, Routing, experts_of, routing_of
 from lib.models.language_model import LanguageModel, LinearLayer, Role
+from lib.models.layers.anatomy import blocks_in
 
-# layers that read the same tensor share their statistics
+# Layers that read the same tensor share their statistics; what an MLP reads is called its gate's, also where it has none.
 READS: dict[Role, Role] = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
 
 
@@ -126,7 +127,7 @@ def new_statistics(model: LanguageModel, block: int, *, hessian: bool, by_head: 
     layers, found = model.by_block[block], dict[Role, InputStatistics]()
     own: tuple[Role, ...] = ("v",) if by_head else ()
     for role in (*dict.fromkeys(READS.values()), *own):
-        of_role = [layer for layer in layers if layer.role == role]
+        of_role = [layer for layer in layers if layer.role == role or (READS[layer.role] == role and reads_first(layer, layers))]
         groups = model.network.config.num_key_value_heads if role == "v" else None
         made = [_empty(layer, hessian=hessian, groups=groups) for layer in of_role]
         found[role] = made[0] if of_role[0].expert is None else _empty(of_role[0], hessian=hessian)
@@ -142,6 +143,16 @@ def _empty(layer: LinearLayer, *, hessian: bool, groups: int | None = None) -> I
     return InputStatistics(layer.module.in_features, hessian=hessian, device=layer.module.weight.device, groups=groups)
 
 
+def reads_first(layer: LinearLayer, layers: Iterable[LinearLayer]) -> bool:
+    """Tell whether a layer is the first of those that read its tensor.
+
+    Args:
+        layer: any.
+        layers: of its block.
+    """
+    return READS[layer.role] == layer.role or (layer.role == "up" and all(other.role != "gate" for other in layers))
+
+
 @contextmanager
 def reading(model: LanguageModel, blocks: Iterable[int], use: Callable[[Read], None]) -> Iterator[None]:
     """Hand what every linear layer of some blocks reads to `use` during the passes inside the context.
@@ -153,12 +164,13 @@ def reading(model: LanguageModel, blocks: Iterable[int], use: Callable[[Read], N
     for block in set(blocks):
         layers = model.by_block[block]
         for layer in layers:
-            if layer.expert is None and (READS[layer.role] == layer.role or layer.role == "v"):
-                handles.append(layer.module.register_forward_pre_hook(partial(_use_input, use, block, layer.role, None)))
+            if layer.expert is None and (reads_first(layer, layers) or layer.role == "v"):
+                role = "v" if layer.role == "v" else READS[layer.role]
+                handles.append(layer.module.register_forward_pre_hook(partial(_use_input, use, block, role, None)))
             elif layer.expert == "shared" and layer.role == "down":
                 handles.append(layer.module.register_forward_pre_hook(partial(_use_input, use, block, "down", "shared")))
         if any(layer.expert is not None for layer in layers):
-            handles += _Routed(use, block).hooks(cast(Any, model.network.get_decoder()).layers[block])
+            handles += _Routed(use, block).hooks(blocks_in(model.network)[block])
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from lib.calibration.statistics import CalibrationSet, check_weights, of_layer
 from lib.core.errors import require
 from lib.models.experts import experts_of
 from lib.models.language_model import LanguageModel, network_body
+from lib.models.layers.anatomy import blocks_in
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def routes(model: LanguageModel, input_ids: Int[Tensor, "sample position"], *, b
         By block, of those with experts: none for a dense model.
     """
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {block: [] for block in model.by_block if model.has_experts_in(block)}
-    blocks = cast(Any, model.network.get_decoder()).layers if parts else ()
+    blocks = blocks_in(model.network) if parts else ()
     lists = {block: cast(torch.nn.ModuleList, experts_of(blocks[block])) for block in parts}
     handles = [lists[block].register_forward_pre_hook(partial(_keep, parts[block])) for block in parts]
     try:

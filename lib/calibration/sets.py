@@ -21,7 +21,7 @@ from lib.core.runtime import generator
 from lib.diffusion import likelihood, noise, sampler
 from lib.diffusion.commits import DenoisingStep
 from lib.diffusion.noise import process_of
-from lib.models.language_model import LanguageModel, blocks_of, require_diffusion
+from lib.models.language_model import LanguageModel, blocks_of, may_be_noised, require_diffusion
 
 Times = Literal["grid", "grid_below_one", "uniform"]
 GRID_STEPS = 10  # the release takes every fifth of 50 steps
@@ -216,7 +216,7 @@ def noised_windows(
             at, mask = torch.tensor([time]), 0  # which mask stands there for a moment does not matter
             drawn = likelihood.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
             ids = process.fill(window, drawn.is_masked[0], generator=stream)
-            is_open = torch.arange(len(ids), device=ids.device) >= clean
+            is_open = (torch.arange(len(ids), device=ids.device) >= clean) & may_be_noised(model, window.to(ids.device))
             if model.attention == "context-causal":
                 blocks = blocks_of(model, len(ids))[0].to(ids.device)
                 is_open &= blocks == blocks[-1]

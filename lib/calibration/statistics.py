@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from lib.calibration.routed import Mixture, hessians
 from lib.calibration.sums import InputStatistics, OneHessian
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, Role
+from lib.models.layers.anatomy import blocks_in
 
 # From the last tensor that a block reads to the first: what one of them holds does not depend on the matrices that read it or a
 # later one, so those may be written at once, and all statistics are still those of the block as it was.
@@ -95,7 +96,7 @@ def stream(
     if hessian and calibration.by_head:
         raise InputError("token weights by head must go with norms, got a Hessian: use weights by layer with SparseGPT")
     check_weights(model, calibration.token_weight)
-    blocks = cast(Any, model.network.get_decoder()).layers
+    blocks = blocks_in(model.network)
     states = states or HiddenStates("device", model.device)
     options = first_inputs(model, calibration.input_ids, states, batch_size)
     batches = range(-(-len(calibration.input_ids) // batch_size))

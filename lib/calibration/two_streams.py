@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -14,6 +13,7 @@ from lib.calibration.statistics import CalibrationSet, check_weights, of_layer
 from lib.calibration.sums import InputStatistics, spread
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, Role
+from lib.models.layers.anatomy import blocks_in
 
 Crosses = dict[Role, Float[Tensor, "feature feature"]]
 Visit = Callable[[int, dict[Role, InputStatistics], Crosses], None]
@@ -45,7 +45,7 @@ def stream(model: LanguageModel, calibration: CalibrationSet, visit: Visit, *, b
         raise InputError("two streams must weigh tokens alike in all heads, got weights by head: use weights by layer")
     check_dense(model)
     check_weights(model, calibration.token_weight)
-    blocks = cast(Any, model.network.get_decoder()).layers
+    blocks = blocks_in(model.network)
     dense, changed = HiddenStates("device", model.device), HiddenStates("device", model.device)
     options = first_inputs(model, calibration.input_ids, dense, batch_size)
     batches = range(-(-len(calibration.input_ids) // batch_size))

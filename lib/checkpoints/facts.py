@@ -66,6 +66,7 @@ class Facts:
     block_origin: BlockOrigin
     stop_token_ids: tuple[int, ...]
     noise: NoiseKind = MASKED
+    seen_token_ids: tuple[int, ...] = ()
 
 
 def read(
@@ -112,6 +113,7 @@ def read(
         block_origin=family.block_origin,
         stop_token_ids=_stops(raw, family, tokenizer, generation, vocabulary),
         noise=replace(kind, never_drawn=mask) if kind.kind == "uniform" else kind,
+        seen_token_ids=_seen(raw, family, tokenizer, vocabulary=vocabulary, folder=folder),
     )
 
 
@@ -157,6 +159,8 @@ def remember_(config: PretrainedConfig, facts: Any) -> None:
         return
     saved.mask_token_id, saved.logit_shift, saved.attention_kind = facts.mask_token_id, facts.logit_shift, facts.attention
     saved.block_length, saved.block_origin, saved.family = facts.block_length, facts.block_origin, facts.family
+    if facts.seen_token_ids:
+        saved.seen_token_ids = list(facts.seen_token_ids)
     if not facts.noise.is_masked:
         saved.noise = facts.noise.written()
     if facts.noise.never_drawn is not None:
@@ -217,6 +221,20 @@ def _mask(
     (found,) = common
     valid = 0 <= found < vocabulary
     require(valid, f"mask_token_id must be one of the {vocabulary} tokens of the network", f"{found!r} in {folder}", remedy)
+    return found
+
+
+def _seen(
+    raw: Mapping[str, Any], family: Family, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary: int, folder: Path
+) -> tuple[int, ...]:
+    """Return the tokens that were never masked in training: as stated, or what an encoder's tokenizer puts round a text."""
+    stated = raw.get("seen_token_ids")
+    if stated is None and family.layout == "encoder":
+        stated = [token for name in ("cls", "sep") if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None]
+    found = tuple(stated or ())
+    valid = all(isinstance(token, int) and 0 <= token < vocabulary for token in found)
+    rule = f"seen_token_ids must be among the {vocabulary} tokens of the network"
+    require(valid, rule, str(stated), f"mend config.json in {folder}")
     return found
 
 

@@ -16,8 +16,8 @@ BlockOrigin = Literal["start", "prompt"]
 # Which tokens a step commits: its quota of the most confident, or of those of lowest entropy; all above the threshold if they are
 # the quota at least, else the quota's best; all above, or all at or above it, and always the best.
 Rule = Literal["quota", "entropy", "threshold or quota", "above or best", "at least or best"]
-Network = Literal["Llama", "Qwen2", "Qwen3", "Ministral3", "Qwen3Moe", "Glm4Moe"]
-Layout = Literal["plain", "llada", "dream", "llava", "copy", "nemotron", "llada-moe", "llada2", "qwen3-moe"]
+Network = Literal["Llama", "Qwen2", "Qwen3", "Ministral3", "Qwen3Moe", "Glm4Moe", "DistilBert"]
+Layout = Literal["plain", "encoder", "llada", "dream", "llava", "copy", "nemotron", "llada-moe", "llada2", "qwen3-moe"]
 Tokenizer = Literal["auto", "qwen2"]
 SAME_EVERYWHERE = ("default", "linear", "dynamic", "llama3")  # rotations that every version of transformers reads alike
 
@@ -59,7 +59,7 @@ class Family:
 
     Attributes:
         name: in `LanguageModel.family`.
-        network: class of transformers without `ForCausalLM`.
+        network: class of transformers without `ForCausalLM`, or an encoder's without `ForMaskedLM`.
         layout: name of the translation and of the renaming.
         architectures: what `architectures[0]` says.
         model_types: what `model_type` says; may be another family's too.
@@ -258,7 +258,13 @@ PLAIN = tuple(
     )
     for kind, network in PLAIN_NETWORKS.items()
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in (*DIFFUSION, *PLAIN)}
+# Encoders that were trained to fill in masks: transformers' own classes, with the whole of their masked head.
+ENCODERS = (
+    Family(
+        "distilbert", "DistilBert", "encoder", ("DistilBertForMaskedLM",), ("distilbert",), releases=("distilbert-base-cased",)
+    ),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*DIFFUSION, *PLAIN, *ENCODERS)}
 
 
 def sampler_of(name: str) -> SamplerDefaults:

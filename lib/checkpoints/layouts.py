@@ -32,7 +32,8 @@ def configuration(raw: Mapping[str, Any], family: Family, folder: Path) -> tuple
     Raises:
         InputError: an incomplete configuration, or one with values that the class cannot use.
     """
-    network = cast(type[PreTrainedModel], getattr(transformers, f"{family.network}ForCausalLM"))
+    head = "ForMaskedLM" if family.layout == "encoder" else "ForCausalLM"
+    network = cast(type[PreTrainedModel], getattr(transformers, family.network + head))
     _check_rotations(raw, folder / "config.json")
     try:
         config = TRANSLATIONS[family.layout](dict(raw), cast(Any, network).config_class)
@@ -74,6 +75,13 @@ def _number(text: str) -> float | str:
 def _plain(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
     """Read a configuration that transformers wrote."""
     return config_class.from_dict(raw)
+
+
+def _encoder(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
+    """Read an encoder's configuration, and say of its heads and its MLP what a decoder's says."""
+    config = config_class.from_dict(raw)
+    config.num_key_value_heads, config.intermediate_size = config.num_attention_heads, config.hidden_dim
+    return config
 
 
 def _translated(raw: Mapping[str, Any], config_class: Any, **changes: Any) -> PretrainedConfig:
@@ -174,6 +182,7 @@ def _llada2(raw: dict[str, Any], config_class: Any) -> PretrainedConfig:
 
 TRANSLATIONS: dict[str, Callable[[dict[str, Any], Any], PretrainedConfig]] = {
     "plain": _plain,
+    "encoder": _encoder,
     "copy": _copy,
     "llada": _llada,
     "llava": _copy,

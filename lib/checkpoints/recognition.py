@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lib.checkpoints.families import DIFFUSION, FAMILIES, PLAIN, Attention, Family
+from lib.checkpoints.families import DIFFUSION, ENCODERS, FAMILIES, PLAIN, Attention, Family
 from lib.core.errors import InputError, require
 
 TABLE = "README's table lists the families that are"
@@ -82,7 +82,7 @@ def _refuse_known(architecture: str, model_type: str, name: str, *, raw: Mapping
 
 def _by_class(raw: Mapping[str, Any], architecture: str, model_type: str, keys: Collection[str], name: str) -> Family:
     """Return the record that fits, before a plain folder is looked at closely."""
-    everything = (*DIFFUSION, *PLAIN)
+    everything = (*DIFFUSION, *PLAIN, *ENCODERS)
     candidates = [each for each in everything if architecture in each.architectures]
     if candidates and candidates[0] in PLAIN and model_type not in ("", candidates[0].name):  # a2d-llama may say LlamaForCausalLM
         candidates = []

@@ -25,6 +25,7 @@ from lib.evaluation import paired
 from lib.evaluation.model_card import Measure
 from lib.models import export, official
 from lib.models.language_model import LanguageModel, tokenizer_of
+from lib.models.layers.anatomy import blocks_in
 from lib.studies.variance.sink_effect import text_loss
 from lib.texts import corpora
 
@@ -181,8 +182,7 @@ def blocks_counted(model: LanguageModel, what: str, *, passes: int) -> Iterator[
         what: is done, for the bar.
         passes: through the whole network that are expected at most.
     """
-    blocks: Any = model.network.get_decoder()
-    blocks = list(blocks.layers)
+    blocks = blocks_in(model.network)
     bar = runtime.progress(total=passes * len(blocks), desc=what, unit="block")
     hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
     try:

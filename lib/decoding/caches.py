@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lib.core.errors import InputError
 from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, network_body
+from lib.models.layers.anatomy import head_of, require_decoder
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def new_store(model: LanguageModel) -> KeyValueStore:
     if model.goes_by_blocks:
         rule = "a cache of masked text must go with attention that is not by blocks"
         raise InputError(f"{rule}, got {model.attention} with {model.name}: use cache='prefix', which is exact there")
+    require_decoder(model.network, "a cache of keys and values", name=model.name, instead="use cache='none'")
     config = model.network.config
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise InputError(f"a cache must see all positions in every layer, got sliding windows in {model.name}: use cache='none'")
@@ -235,6 +237,6 @@ def read_out(
     Raises:
         InputError: a logit that is no finite number.
     """
-    logits = cast(torch.nn.Linear, model.network.get_output_embeddings())(states).float()
+    logits = head_of(model.network)(states).float()
     require_finite(logits, again, network=model.network, name=model.name)
     return logits

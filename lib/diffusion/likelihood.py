@@ -14,7 +14,7 @@ from lib.core.runtime import generator
 from lib.diffusion import drawn_likelihood
 from lib.diffusion.block_reader import block_logits
 from lib.diffusion.noise import NOISE_EPS, process_of, stratified_times
-from lib.models.language_model import LanguageModel, blocks_of, logits_at, require_diffusion
+from lib.models.language_model import LanguageModel, blocks_of, logits_at, may_be_noised, require_diffusion
 
 Schedule = Literal["llada", "dream"]
 CountRule = Literal["stratified", "release"]
@@ -245,7 +245,8 @@ def nelbo(
     Returns:
         The bound: lower is better. `pseudo_perplexity` is another quantity: it averages without the weights 1/t. Where attention
         goes by blocks, it is the sum of the bounds of the blocks, each given those before it. It is the bound of the noise that
-        the model was trained with, so bounds of models of different noise compare.
+        the model was trained with, so bounds of models of different noise compare. Tokens that the model was always shown are
+        neither scored nor counted.
 
     Raises:
         InputError: an autoregressive model, or nothing to score.
@@ -262,7 +263,8 @@ def nelbo(
         sums = drawn_likelihood.losses(model, process, drawn_likelihood.together(noised), batch_size=batch_size)
         return summarise(sums.view(len(windows), draws).mean(1) / windows.shape[1])
     split = parts(model, whole)
-    drawn = [torch.stack([exact_count_masks(part, draws, generator=stream) for part in split], 1) for stream in streams]
+    pairs = zip(may_be_noised(model, windows.cpu()), streams, strict=True)
+    drawn = [torch.stack([exact_count_masks(part & row, draws, generator=stream) for part in split], 1) for row, stream in pairs]
     masks, rows = torch.cat(drawn), windows.repeat_interleave(draws, dim=0)
     losses = masked_losses(model, rows, masks.any(1), batch_size=batch_size)
     means = torch.cat([part_sums(batch, split) for batch in losses]) / masks.sum(2)

@@ -24,6 +24,7 @@ from lib.core.config import typed_path
 from lib.core.errors import InputError, require
 from lib.core.provenance import PARTIAL, write_text
 from lib.models.language_model import LanguageModel
+from lib.models.layers.anatomy import anatomy_of, require_decoder
 
 BITS = range(2, 9)  # what compressed-tensors packs, without the one bit that a symmetric code cannot use
 # How transformers found a tokenizer here, and code that is never written here: its writer would keep them.
@@ -117,6 +118,7 @@ def save_packed(
     check_kept(model, kept)
     remedy = "transformers cannot unpack experts, use save_sparse or save_plain"
     require(not model.has_experts, "a packed checkpoint must be of a dense model", f"the experts of {model.name}", remedy)
+    require_decoder(model.network, "a packed checkpoint", name=model.name, instead="use save_plain")
     weights = state(model)
     for name, weight in quantized.items():
         del weights[name]
@@ -194,7 +196,7 @@ def state(model: LanguageModel) -> dict[str, Tensor]:
     """
     weights = {name: _whole(tensor.detach()) for name, tensor in model.network.state_dict().items()}
     if model.network.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+        weights.pop(anatomy_of(model.network.config).head, None)
     return weights
 
 

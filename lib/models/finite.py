@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from lib.core.errors import InputError
 
+ATTENTION = ("self_attn", "attention")  # what a block has, of a decoder or an encoder
+
 
 def require_finite(logits: Float[Tensor, "*position vocab"], again: Callable[[], object], *, network: object, name: str) -> None:
     """Raise `InputError` unless all logits are finite.
@@ -65,7 +67,11 @@ def _layers(network: object) -> list[tuple[str, torch.nn.Module]]:
     if not isinstance(network, PreTrainedModel):
         return []
     embedding = network.get_input_embeddings()
-    return [(name, part) for name, part in network.named_modules() if part is embedding or hasattr(part, "self_attn")]
+    return [
+        (name, part)
+        for name, part in network.named_modules()
+        if part is embedding or any(hasattr(part, name) for name in ATTENTION)
+    ]
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """A loaded network with what this project asks of it: its prunable layers, its tokenizer, and logits where they are wanted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,37 +15,14 @@ from lib.checkpoints.families import Attention, BlockOrigin
 from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models import visibility
-from lib.models.experts import experts_of, shared_expert
 from lib.models.finite import require_finite
+from lib.models.layers.anatomy import DECODER, LinearLayer, head_of
+from lib.models.layers.anatomy import ExpertNumber as ExpertNumber
+from lib.models.layers.anatomy import Role as Role
+from lib.models.layers.anatomy import linear_layers as linear_layers
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-ExpertNumber = int | Literal["shared"]
+ROLES = DECODER.roles
 BY_BLOCKS: tuple[Attention, ...] = ("block-causal", "context-causal")
-
-ROLES: dict[Role, str] = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-MLP: tuple[Role, ...] = ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """One prunable matrix: block number, role in it, parameter name, the module, and whose expert's it is, if any.
-
-    `expert` is a number for those that the router chooses, and `"shared"` for the one that every token passes.
-    """
-
-    block: int
-    role: Role
-    name: str
-    module: torch.nn.Linear = field(repr=False, compare=False)
-    expert: ExpertNumber | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +30,13 @@ class LanguageModel:
     """A loaded checkpoint, diffusion or autoregressive.
 
     Attributes:
-        network: a `...ForCausalLM` of transformers in evaluation mode.
+        network: a `...ForCausalLM` of transformers in evaluation mode, or an encoder with its masked head.
         tokenizer: None when the folder has none.
         mask_token_id: what is to be written reads so; None for an autoregressive model, and under uniform noise.
         logit_shift: 1 when the output at position i - 1 predicts position i (Dream and autoregressive models), else 0.
         is_causal: whether attention looks at earlier positions only.
-        layers: the prunable linear layers, block by block in the order q k v o gate up down; where a block has experts, gate up
-            down of each, then of the shared one. Routers and their biases are none.
+        layers: the prunable linear layers, block by block in the order q k v o gate up down (an encoder has no gate); where a
+            block has experts, gate up down of each, then of the shared one. Routers and their biases are none.
         fingerprint: hash of config and weights.
         attention: which keys a query may see.
         block_length: positions of a block where attention goes by blocks, else None.
@@ -68,6 +45,7 @@ class LanguageModel:
         family: name of the family in the registry.
         notes: what is to be said about how it was read, such as an adapter that was merged.
         noise: that a diffusion model was trained with.
+        seen_token_ids: tokens that noise never hides and no bound counts, such as an encoder's [CLS] and [SEP].
     """
 
     name: str
@@ -86,6 +64,7 @@ class LanguageModel:
     family: str = ""
     notes: tuple[str, ...] = ()
     noise: NoiseKind = MASKED
+    seen_token_ids: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +130,11 @@ def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
+def may_be_noised(model: LanguageModel, ids: Int[Tensor, "*batch position"]) -> Bool[Tensor, "*batch position"]:
+    """Tell which tokens of clean texts noise may hide: all but those that the model was always shown."""
+    return ~torch.isin(ids, torch.tensor(model.seen_token_ids, device=ids.device, dtype=ids.dtype))
+
+
 def require_diffusion(model: LanguageModel, what: str, *, instead: str) -> None:
     """Raise `InputError` for an autoregressive model.
 
@@ -174,36 +158,6 @@ def require_masks(model: LanguageModel, what: str, *, instead: str, remedy: str)
     """
     require_diffusion(model, what, instead=instead)
     require(model.noise.is_masked, f"{what} must use masked noise", f"{model.noise} noise in {model.name}", remedy)
-
-
-def linear_layers(network: PreTrainedModel) -> tuple[LinearLayer, ...]:
-    """Return the table of prunable linear layers by block, role and expert.
-
-    Raises:
-        InputError: nothing to prune under the expected names, or experts that are not linear layers yet.
-    """
-    found = []
-    for block, layer in enumerate(cast(Any, network.get_decoder()).layers):
-        for role, path, expert in _places(layer):
-            module = cast(torch.nn.Linear, layer.get_submodule(path))
-            found.append(LinearLayer(block, role, f"model.layers.{block}.{path}.weight", module, expert))
-    if not found:
-        raise InputError("a network must have decoder blocks to prune, got none: check num_hidden_layers in its config")
-    return tuple(found)
-
-
-def _places(block: torch.nn.Module) -> Iterator[tuple[Role, str, ExpertNumber | None]]:
-    """Yield role, path in the block and expert of every prunable matrix of a decoder block."""
-    experts, shared = experts_of(block), shared_expert(block)
-    for role, path in ROLES.items():
-        if experts is None or role not in MLP:
-            yield role, path, None
-    owners: dict[ExpertNumber, str] = {number: f"mlp.experts.{number}" for number in range(len(experts or ()))}
-    if shared is not None:
-        owners["shared"] = shared[0]
-    for owner, path in owners.items():
-        for role in MLP:
-            yield role, f"{path}.{role}_proj", owner
 
 
 @torch.inference_mode()
@@ -236,8 +190,7 @@ def logits_at(
     hidden = run()
     if model.logit_shift:
         hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-    head = cast(torch.nn.Linear, model.network.get_output_embeddings())
-    logits = head(hidden[where]).float()
+    logits = head_of(model.network)(hidden[where]).float()
     require_finite(logits, run, network=model.network, name=model.name)
     return logits
 

@@ -19,6 +19,7 @@ from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models import experts, spread
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers.anatomy import anatomy_of, number_attention_, require_decoder
 
 
 def load(
@@ -67,6 +68,7 @@ def load(
     if device_map is None:
         torch.nn.Module.to(network, torch.device(device))
     else:
+        require_decoder(network, "a model spread over devices", name=folder.name, instead="give it one device")
         spread.over_devices_(network, device_map, max_memory)
     return described(network, found, source=source, name=name)
 
@@ -178,7 +180,7 @@ def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
         loaded = found.network.from_pretrained(
             None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
         )
-    return experts.as_linears_(cast(PreTrainedModel, loaded))
+    return number_attention_(experts.as_linears_(cast(PreTrainedModel, loaded)))
 
 
 @contextmanager
@@ -222,11 +224,12 @@ def untie_(config: PretrainedConfig, made: renaming.Plan, take: Callable[[str], 
         made: plan of its tensors; changed where the stored head is not needed.
         take: returns a stored tensor by name.
     """
-    head, embedding = made.get("lm_head.weight"), made.get("model.embed_tokens.weight")
+    names = anatomy_of(config)
+    head, embedding = made.get(names.head), made.get(names.embedding)
     if not config.tie_word_embeddings or head is None or embedding is None:
         return
     if torch.equal(renaming.join(head, take), renaming.join(embedding, take)):
-        del made["lm_head.weight"]
+        del made[names.head]
     else:
         config.tie_word_embeddings = False
 
@@ -243,7 +246,7 @@ def check_shapes(network: PreTrainedModel, got: Mapping[str, tuple[int, ...]]) -
     """
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if network.config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
+        expected.pop(anatomy_of(network.config).head, None)
     for name in sorted(expected.keys() ^ got.keys()):
         problem = "no tensor" if name in expected else "a surplus tensor"
         raise InputError(

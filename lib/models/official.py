@@ -24,6 +24,7 @@ from lib.core.errors import InputError, require
 from lib.core.provenance import write_json
 from lib.models import export, loading, streaming
 from lib.models.language_model import LanguageModel
+from lib.models.layers.anatomy import anatomy_of
 
 Layout = Literal["llada", "dream"]
 # What goes along: settings, tokenizer, code, licence. Numbers and pictures of the base would be untrue of the changed model.
@@ -196,7 +197,9 @@ def llada_key(name: str) -> str:
 def _check_same(model: LanguageModel, parts: Mapping[Any, list[tuple[Any, str]]], own: Mapping[str, Tensor]) -> None:
     """Refuse a network with other tensors than its checkpoint."""
     names = {name for of_key in parts.values() for _, name in of_key}
-    odd = sorted(names ^ own.keys() - ({"lm_head.weight"} if model.network.config.tie_word_embeddings else set()))
+    odd = sorted(
+        names ^ own.keys() - ({anatomy_of(model.network.config).head} if model.network.config.tie_word_embeddings else set())
+    )
     rule = f"a model to be written as it was read must have the tensors of {model.source.source}"
     require(not odd, rule, f"{odd[:1]} more or less", "write it with export.save_plain")
 

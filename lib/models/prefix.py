@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.core.errors import require
 from lib.models.language_model import LanguageModel
+from lib.models.layers.anatomy import blocks_in
 
 LIMIT = 2**30  # bytes of kept states
 
@@ -100,4 +101,4 @@ def _unchanged(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _blocks(model: LanguageModel) -> list[torch.nn.Module]:
-    return list(cast(Any, model.network.get_decoder()).layers)
+    return list(blocks_in(model.network))

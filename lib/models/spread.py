@@ -15,6 +15,7 @@ from accelerate.utils import find_tied_parameters, get_balanced_memory, send_to_
 from transformers import PreTrainedModel
 
 from lib.core.errors import require
+from lib.models.layers.anatomy import blocks_in
 
 Device = int | str
 
@@ -137,7 +138,7 @@ def automatic(network: PreTrainedModel, max_memory: Mapping[Device, int | str] |
 def _check_names(network: PreTrainedModel, device_map: Mapping[str, Device]) -> None:
     """Check that a map names modules, none of them inside a block, and all weights."""
     known = dict(network.named_modules())
-    blocks = [_name_of(network, block) for block in cast(Any, network.get_decoder()).layers]
+    blocks = [_name_of(network, block) for block in blocks_in(network)]
     for name in device_map:
         require(name in known, "a device map must name modules of the network", repr(name), f"they are such as {blocks[0]}")
         outer = next((block for block in blocks if name.startswith(f"{block}.")), "")

@@ -25,6 +25,7 @@ from lib.core.errors import require
 from lib.core.provenance import write_json
 from lib.models import experts, export, loading
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers.anatomy import require_decoder
 from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
 SHARD_BYTES = 2**29  # about one block of an 8B model in bfloat16
@@ -67,6 +68,7 @@ def load(
     contents.check_streamable(folder)
     found = loading.opened(folder)
     stored = stored_tensors(found)
+    require_decoder(found, "a streamed model", name=folder.name, instead="load it whole with models.load")
     network = _network(found.config, stored, dtype=dtype, device=torch.device(device), budget=budget, scratch=scratch)
     return loading.described(network, found, source=source, name=name)
 

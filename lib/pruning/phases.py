@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from lib.attention import masses
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers.anatomy import require_decoder
 from lib.pruning.importances import check_sparsity
 
 AttentionMask = Int[Tensor, "batch position"] | Bool[Tensor, "batch position"] | None
@@ -140,17 +141,16 @@ def phased(model: LanguageModel, phases: Sequence[LanguageModel | PreTrainedMode
         table of layers lists those of every phase. It is an experiment, not a checkpoint: no plain class could load it.
 
     Raises:
-        InputError: an autoregressive model, noise that is not all mask, bad borders, or phases that differ outside of the
-            prunable matrices.
+        InputError: an autoregressive model, an encoder, noise that is not all mask, bad borders, or phases of other models.
 
     Source: extension (A) of the digest, pruning adapted to the timestep; the paper has one mask for all timesteps.
     """
+    instead = "prune it with one mask for all"
     if model.mask_token_id is None or not model.noise.is_masked:
-        rule = "phases must follow the mask ratio of masked diffusion"
-        raise InputError(f"{rule}, got {model.kind} with {model.name}: prune it with one mask for all")
-    if model.goes_by_blocks:
-        rule = "phases must follow one mask ratio of the whole text"
-        raise InputError(f"{rule}, got {model.attention} with {model.name}: prune it with one mask for all")
+        raise InputError(f"phases must follow the mask ratio of masked diffusion, got {model.kind} with {model.name}: {instead}")
+    rule, got = "phases must follow one mask ratio of the whole text", f"{model.attention} with {model.name}"
+    require(not model.goes_by_blocks, rule, got, instead)
+    require_decoder(model.network, "a model of phases", name=model.name, instead=instead)
     phase_widths(borders, phases=len(phases))  # refuses bad ones before the work
     networks = [phase.network if isinstance(phase, LanguageModel) else phase for phase in phases]
     config = copy.deepcopy(model.network.config)

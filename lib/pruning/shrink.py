@@ -12,6 +12,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.models import experts
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers.anatomy import is_encoder
 from lib.pruning import structured
 from lib.pruning.importances import check_finite
 from lib.pruning.sparsegpt import DAMPING
@@ -29,6 +30,8 @@ def head_shape(model: LanguageModel) -> HeadShape:
 
 def refusal(model: LanguageModel) -> str | None:
     """Return why heads and channels of a model cannot be cut out; None where they can."""
+    if is_encoder(model.network):
+        return f"{model.name} is an encoder, whose class has one width for heads and states"
     return f"{model.name} is a mixture of experts, which loses whole experts" if model.has_experts else None
 
 
@@ -46,7 +49,7 @@ def choose(
         Kept groups and kept channels by block.
 
     Raises:
-        InputError: bad sparsity, nothing left, weights and norms that are not finite, or a mixture of experts.
+        InputError: bad sparsity, nothing left, weights and norms that are not finite, a mixture of experts, or an encoder.
 
     Source: Wanda-sp (arXiv 2312.11983) per block; the paper's structured baseline is not named.
     """

@@ -15,6 +15,7 @@ from lib.calibration.reads import Read, reading
 from lib.calibration.statistics import CalibrationSet, of_layer
 from lib.core.errors import InputError, require
 from lib.models.language_model import LanguageModel, Role, network_body
+from lib.models.layers.anatomy import require_decoder
 from lib.pruning import shrink
 from lib.quantization.rounding import Grid, round_to_nearest
 
@@ -26,9 +27,10 @@ Scales = dict[tuple[int, Role], Float[Tensor, "feature"]]
 
 
 def check_dense(model: LanguageModel) -> None:
-    """Raise `InputError` for a mixture of experts, whose router and experts read what is rewritten too."""
+    """Raise `InputError` for a mixture of experts, whose router and experts read what is rewritten too, and for an encoder."""
     rule = "a rewritten model must have dense blocks"
     require(not model.has_experts, rule, f"the mixture {model.name}", "compress it as it is")
+    require_decoder(model.network, "a rewritten model", name=model.name, instead="compress it as it is")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lib.checkpoints import families, recognition
-from lib.checkpoints.families import DIFFUSION, FAMILIES, PLAIN
+from lib.checkpoints.families import DIFFUSION, ENCODERS, FAMILIES, PLAIN
 from lib.core.errors import InputError
 
 
@@ -247,6 +247,6 @@ def test_every_record_is_whole() -> None:
         assert record.releases or record.name == "a2d-llama"
         assert record.sampler == families.sampler_of(record.name)
     assert families.sampler_of("nobody's") == families.SamplerDefaults()
-    assert len(FAMILIES) == len(DIFFUSION) + len(PLAIN)
+    assert len(FAMILIES) == len(DIFFUSION) + len(PLAIN) + len(ENCODERS)
     two = replace(FAMILIES["llada2.1"], name="llada2", called="", sampler=FAMILIES["llada2"].sampler)
     assert replace(two, releases=FAMILIES["llada2"].releases) == FAMILIES["llada2"], "2.1 differs in its sampler only"

@@ -30,18 +30,22 @@ class Components:
     masks: float
     rest: float
 
-    def variance(self, *, calibrations: int, windows: int, draws: int) -> float:
+    def variance(self, *, calibrations: int, windows: int, draws: int, own_masks: bool = False) -> float:
         """Return the variance of the mean of so many; parts below 0 count as 0.
 
         Args:
             calibrations: measured on every window.
             windows: held-out windows.
             draws: of masks a window.
+            own_masks: every calibration has masks of its own, which all methods and the dense model share.
 
         >>> Components(1.0, 4.0, 8.0, 16.0, 32.0).variance(calibrations=2, windows=4, draws=2)
         6.5
+        >>> Components(1.0, 4.0, 8.0, 16.0, 32.0).variance(calibrations=2, windows=4, draws=2, own_masks=True)
+        5.5
         """
-        shares = (calibrations, windows, calibrations * windows, windows * draws, calibrations * windows * draws)
+        each = calibrations * windows * draws
+        shares = (calibrations, windows, calibrations * windows, each if own_masks else windows * draws, each)
         parts = (self.calibration, self.window, self.both, self.masks, self.rest)
         return sum(max(part, 0.0) / share for part, share in zip(parts, shares, strict=True))
 
@@ -98,6 +102,7 @@ def best_spending(
     per_calibration: float = 0.0,
     per_draw: int = 1,
     fewest_calibrations: int = 2,
+    own_masks: bool = False,
 ) -> Spending:
     """Choose calibrations, windows and draws for the smallest variance of the mean that a budget allows.
 
@@ -108,6 +113,7 @@ def best_spending(
         per_calibration: what making and pruning with one calibration takes, in forward passes of a measurement.
         per_draw: passes of one draw, as `components` was given draws.
         fewest_calibrations: an interval over new calibrations needs two at least.
+        own_masks: see `Components.variance`; the dense model's passes are not counted.
 
     Returns:
         The best of all that the budget allows; of equally good ones the cheapest.
@@ -119,12 +125,13 @@ def best_spending(
     counts = min(most_windows, per_draw, fewest_calibrations) >= 1 and per_calibration >= 0
     rule = "a budget must reach for one draw on one window with every calibration"
     require(counts and budget >= least, rule, f"{budget:g} passes of {least:g}", "raise it, or lower fewest_calibrations")
-    masks_matter, best = max(found.masks, found.rest) > 0, (float("inf"),) * 2 + (0,) * 3
+    masks_matter = max(found.masks, found.rest) > 0
+    best: tuple[float, float, int, int, int] = (float("inf"), float("inf"), 0, 0, 0)
     for calibrations in range(fewest_calibrations, int(budget / (per_calibration + per_draw) + 1e-9) + 1):
         sets = int((budget / calibrations - per_calibration) / per_draw + 1e-9)  # of masks, over all windows
         for windows in range(1, min(most_windows, sets) + 1):
             draws = sets // windows if masks_matter else 1
-            variance = found.variance(calibrations=calibrations, windows=windows, draws=draws)
+            variance = found.variance(calibrations=calibrations, windows=windows, draws=draws, own_masks=own_masks)
             passes = calibrations * (per_calibration + per_draw * windows * draws)
             best = min(best, (variance, passes, calibrations, windows, draws))
-    return Spending(*best[2:], passes=best[1], standard_error=best[0] ** 0.5)
+    return Spending(best[2], best[3], best[4], passes=best[1], standard_error=best[0] ** 0.5)

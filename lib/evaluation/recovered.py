@@ -82,7 +82,8 @@ def share_recovered(
         seeds = max(len(gain), len(damage))
         sides = torch.stack([side.expand(seeds, -1) for side in (gain, damage)])
         estimate = pairs[0].estimate / pairs[1].estimate
-        interval = _interval(*paired.resampled_means(sides, seed=seed), estimate)
+        means = paired.resampled_means(sides, seed=seed)
+        interval = _interval(means[0], means[1], estimate)
     within = max(_one_sided(tests["above"]), _one_sided(tests["below"]))
     return Recovered(estimate, interval, tests["threshold"].p_value, within, bound, pairs[0].n, threshold)
 

@@ -268,7 +268,8 @@ def test_every_rule_estimates_the_same_bound(
 
 
 def test_antithetic_counts_take_the_noise_of_a_loss_that_is_linear_in_the_count() -> None:
-    windows, rules = torch.zeros((40, 32), dtype=torch.long), ("stratified", "antithetic")
+    windows = torch.zeros((40, 32), dtype=torch.long)
+    rules: tuple[likelihood.CountRule, ...] = ("stratified", "antithetic")
     found = [likelihood.nelbo(stub(linear_in_count), windows, draws=4, seed=0, count_rule=rule) for rule in rules]
     assert found[1].mean == pytest.approx(0.1 * 33 / 2, rel=1e-4)
     assert found[0].standard_error > 0.01 > 1e-4 > found[1].standard_error

@@ -45,11 +45,16 @@ def test_the_variance_of_the_mean_is_that_of_simulated_means() -> None:
     means = torch.stack([simulated(KNOWN, 2, 5, 3, generator=stream).mean() for _ in range(1500)])
     expected = KNOWN.variance(calibrations=2, windows=5, draws=3)
     assert float(means.var()) == pytest.approx(expected, rel=4 * (2 / 1500) ** 0.5)
+    masks = 3.0**0.5 * torch.randn(1500, 2, 5, 3, generator=stream).double().mean((1, 2, 3))  # others for each calibration
+    without = Components(0.5, 2.0, 1.0, 0.0, 4.0)
+    apart = torch.stack([simulated(without, 2, 5, 3, generator=stream).mean() for _ in masks]) + masks
+    expected = KNOWN.variance(calibrations=2, windows=5, draws=3, own_masks=True)
+    assert float(apart.var()) == pytest.approx(expected, rel=4 * (2 / 1500) ** 0.5)
     assert Components(-1.0, 2.0, -1.0, -1.0, -1.0).variance(calibrations=1, windows=4, draws=1) == 0.5
 
 
 @pytest.mark.parametrize("per_calibration", [0.0, 5.0, 11.5])
-@pytest.mark.parametrize("per_draw", [1, 2])
+@pytest.mark.parametrize(("per_draw", "own_masks"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize(
     "found",
     [
@@ -60,15 +65,17 @@ def test_the_variance_of_the_mean_is_that_of_simulated_means() -> None:
         Components(1.0, -1.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_the_best_spending_is_that_of_brute_force(found: Components, per_draw: int, per_calibration: float) -> None:
+def test_the_best_spending_is_that_of_brute_force(
+    found: Components, per_draw: int, own_masks: bool, per_calibration: float
+) -> None:
     budget, most_windows = 60.0, 9
     allowed = [
-        (found.variance(calibrations=a, windows=b, draws=n), a * (per_calibration + per_draw * b * n))
+        (found.variance(calibrations=a, windows=b, draws=n, own_masks=own_masks), a * (per_calibration + per_draw * b * n))
         for a, b, n in itertools.product(range(2, 61), range(1, most_windows + 1), range(1, 61))
         if a * (per_calibration + per_draw * b * n) <= budget
     ]
     options = {"budget": budget, "most_windows": most_windows, "per_calibration": per_calibration}
-    best = components.best_spending(found, **options, per_draw=per_draw)
+    best = components.best_spending(found, **options, per_draw=per_draw, own_masks=own_masks)
     assert best.standard_error**2 == pytest.approx(min(allowed)[0])
     assert best.passes == best.calibrations * (per_calibration + per_draw * best.windows * best.draws) <= budget
     assert best.windows <= most_windows and best.calibrations >= 2

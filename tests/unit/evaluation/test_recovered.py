@@ -59,13 +59,14 @@ def test_noise_as_large_as_the_bound_shows_neither(losses: tuple[Tensor, Tensor]
     dense, base = losses
     found = recovered.share_recovered(base + 3.0 * drawn(3, UNITS, seed=4), base, dense, bound=0.05, seed=0)
     assert found.p_within > 0.05 and found.p_value > 0.05
-    assert found.interval[0] < -0.05 or found.interval[1] > 0.05
+    assert found.interval is not None and (found.interval[0] < -0.05 or found.interval[1] > 0.05)
 
 
 def test_one_calibration_of_the_baseline_pairs_with_many(losses: tuple[Tensor, Tensor]) -> None:
     dense, base = losses
     found = recovered.share_recovered(base, base[:1], dense, bound=0.1, seed=0)
     assert found.estimate == pytest.approx(float((base[:1] - base).mean() / (base[:1] - dense).mean()))
+    assert found.interval is not None and found.estimate is not None
     assert found.interval[0] < found.estimate < found.interval[1]
 
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.core import processor
 from lib.core.runtime import generator
-from lib.diffusion.likelihood import forward_noise
+from lib.diffusion.noise import forward_noise
 from lib.texts import articles as data
 from recipes import corpus, tokenizer
 from recipes.family.recipe import learning_rate, load_state, make_optimizers, save_state, update_

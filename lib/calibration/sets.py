@@ -18,7 +18,7 @@ from lib.calibration.statistics import CalibrationSet
 from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
-from lib.diffusion import likelihood, noise, sampler
+from lib.diffusion import noise, sampler
 from lib.diffusion.commits import DenoisingStep
 from lib.diffusion.noise import process_of
 from lib.models.language_model import LanguageModel, blocks_of, may_be_noised, require_diffusion
@@ -44,7 +44,7 @@ class Inputs:
     kind: Literal["clean", "noised", "trajectory"] = "clean"
     times: Times = "grid"
     levels: int = GRID_STEPS
-    schedule: likelihood.Schedule = "llada"
+    schedule: noise.Schedule = "llada"
     prompt_share: float = 0.25
     clean_share: float = 0.0
 
@@ -214,7 +214,7 @@ def noised_windows(
         for level, time in enumerate(noise_times(inputs.times, levels=inputs.levels, seed=seed, window=index)):
             stream = generator(seed, "calibration", index, level)
             at, mask = torch.tensor([time]), 0  # which mask stands there for a moment does not matter
-            drawn = likelihood.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
+            drawn = noise.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
             ids = process.fill(window, drawn.is_masked[0], generator=stream)
             is_open = (torch.arange(len(ids), device=ids.device) >= clean) & may_be_noised(model, window.to(ids.device))
             if model.attention == "context-causal":

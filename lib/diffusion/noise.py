@@ -10,6 +10,7 @@ token that is seen must use `full_posterior`.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,7 @@ from lib.core.errors import require
 from lib.models.language_model import LanguageModel, require_diffusion
 
 NOISE_EPS = 1e-3
+Schedule = Literal["llada", "dream"]
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,50 @@ def stratified_times(batch: int, *, generator: torch.Generator) -> Float[Tensor,
     """
     offset = torch.rand((), generator=generator)
     return (offset + torch.arange(batch) / batch) % 1.0
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A noised batch: `input_ids` with masks put in, `is_masked` where, and `mask_rate` with which probability."""
+
+    input_ids: Int[Tensor, "batch position"]
+    is_masked: Bool[Tensor, "batch position"]
+    mask_rate: Float[Tensor, "batch"]
+
+
+def forward_noise(
+    input_ids: Int[Tensor, "batch position"],
+    *,
+    mask_token_id: int,
+    generator: torch.Generator,
+    t: Float[Tensor, "batch"] | None = None,
+    schedule: Schedule = "llada",
+    eps: float = NOISE_EPS,
+) -> Noised:
+    """Mask each token independently with rate (1 - eps) t + eps.
+
+    Args:
+        input_ids: clean token ids.
+        mask_token_id: id of the mask token, read from the checkpoint.
+        generator: CPU generator of the masking stream.
+        t: diffusion time per row in [0, 1]; drawn stratified over the batch when None.
+        schedule: `"llada"` masks any position; `"dream"` never masks the first and the last one.
+        eps: smallest mask rate.
+
+    Returns:
+        The noised batch on the device of `input_ids`.
+
+    Source: LLaDA's forward process (its GUIDELINES and the release's calibration); Dream's variant as in the release.
+    """
+    rows, length = input_ids.shape
+    times = stratified_times(rows, generator=generator) if t is None else t.to("cpu", torch.float32)
+    rate = (1.0 - eps) * times + eps
+    is_masked = torch.rand((rows, length), generator=generator) < rate[:, None]
+    if schedule == "dream":
+        is_masked[:, 0] = False
+        is_masked[:, -1] = False
+    is_masked = is_masked.to(input_ids.device)
+    return Noised(input_ids.masked_fill(is_masked, mask_token_id), is_masked, rate.to(input_ids.device))
 
 
 def training_times(rows: int, *, generator: torch.Generator, eps: float = NOISE_EPS) -> Float[Tensor, "row"]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from lib.core import runtime
-from lib.diffusion import likelihood, noise
+from lib.diffusion import noise
 
 LEVELS = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -29,7 +29,7 @@ def test_llada_mask_share_follows_the_rate_of_each_level(llada: SimpleNamespace)
 
 def test_forward_noise_at_the_last_level_equals_the_recorded_input(llada: SimpleNamespace) -> None:
     clean = llada.expected["calibration.input_ids"]
-    ours = likelihood.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(4))
+    ours = noise.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(4))
     assert torch.equal(ours.input_ids, llada.expected["sink_wanda_50.noisy_input_ids"][:, -1])
 
 
@@ -37,5 +37,5 @@ def test_dream_never_masks_the_ends(dream: SimpleNamespace) -> None:
     masked, clean = noisy(dream)
     assert not masked[..., 0].any()
     assert not masked[..., -1].any()
-    ours = likelihood.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(8), schedule="dream")
+    ours = noise.forward_noise(clean, mask_token_id=127, generator=runtime.generator(0), t=torch.ones(8), schedule="dream")
     assert torch.equal(ours.is_masked.all(0), masked.any(dim=(0, 1)))

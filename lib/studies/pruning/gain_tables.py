@@ -166,28 +166,31 @@ def verdict(result: PairedDifference, *, adjusted: float) -> str:
     return claims.verdict(result.interval, threshold=0.0, direction="above")
 
 
-def verdict_by_share(found: Recovered, *, adjusted: float, adjusted_within: float, threshold: float = 0.0) -> str:
+def verdict_by_share(found: Recovered, *, adjusted: float, adjusted_within: float) -> str:
     """Judge the claim that a change recovers more than a share of the damage, or say that it has no effect of the claimed size.
 
     Args:
-        found: the share with its bound, half of what was claimed.
-        adjusted: Holm-adjusted p-value of the gain.
+        found: the share with its threshold and its bound, half of what was claimed.
+        adjusted: Holm-adjusted p-value of the share being the threshold.
         adjusted_within: Holm-adjusted p-value of the two one-sided tests.
-        threshold: share that the claim names; 0 for a gain of any size.
 
     Returns:
         `reproduced` or `not reproduced` when the whole interval lies on one side of the threshold and the test agrees; else `no
         effect of that size` when the whole interval lies within the bounds and both one-sided tests agree; else `inconclusive`.
+        Where the bound is not above the threshold the second says more than `not reproduced`, and goes first. Without damage
+        that is sure the claim is inconclusive.
 
     >>> share = Recovered(0.02, (-0.01, 0.04), 0.2, 0.001, 0.046, 64)
     >>> verdict_by_share(share, adjusted=0.4, adjusted_within=0.01), verdict_by_share(share, adjusted=0.4, adjusted_within=0.06)
     ('no effect of that size', 'inconclusive')
     """
-    judged = claims.verdict(found.interval, threshold=threshold, direction="above")
-    if judged != "inconclusive" and (adjusted < ALPHA or (judged == "not reproduced" and threshold > 0.0)):
+    if found.interval is None:
+        return "inconclusive"
+    judged, (low, high) = claims.verdict(found.interval, threshold=found.threshold, direction="above"), found.interval
+    none = -found.bound < low <= high < found.bound and adjusted_within < ALPHA
+    if judged != "inconclusive" and adjusted < ALPHA and not (none and found.bound <= found.threshold):
         return judged
-    low, high = found.interval
-    return NO_EFFECT if -found.bound < low <= high < found.bound and adjusted_within < ALPHA else "inconclusive"
+    return NO_EFFECT if none else "inconclusive"
 
 
 def verdict_of(interval: tuple[float, float], *, adjusted: float) -> str:

@@ -13,7 +13,7 @@ from lib.calibration.sets import CLEAN, NOISED, Inputs
 from lib.calibration.token_weights import Weighting
 from lib.core import runtime
 from lib.core.errors import InputError
-from lib.diffusion import likelihood
+from lib.diffusion import noise
 from lib.models.language_model import LanguageModel
 from tests import tiny
 
@@ -124,7 +124,7 @@ def test_uniform_times_decide_how_much_is_masked(model: LanguageModel) -> None:
 def test_masks_come_from_the_stream_of_their_window_and_level(model: LanguageModel) -> None:
     noised = sets.noised_windows(model, WINDOWS, sets.Inputs("noised", levels=4), seed=3)
     stream = runtime.generator(3, "calibration", 1, 2)
-    expected = likelihood.forward_noise(WINDOWS[1:2], mask_token_id=tiny.MASK, generator=stream, t=torch.tensor([0.75]))
+    expected = noise.forward_noise(WINDOWS[1:2], mask_token_id=tiny.MASK, generator=stream, t=torch.tensor([0.75]))
     assert torch.equal(noised[1, 2], expected.input_ids[0])
 
 

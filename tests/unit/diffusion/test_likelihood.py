@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def by_count(input_ids: Tensor) -> Tensor:
     return logits
 
 
+def linear_in_count(input_ids: Tensor) -> Tensor:
+    """Logits whose cross-entropy for token 0 is k / 10."""
+    count = (input_ids == STUB_MASK).sum(1).clamp(min=1).double()
+    logits = torch.zeros((*input_ids.shape, VOCAB))
+    logits[..., 0] = -((0.1 * count).expm1() / 4).log()[:, None].float()
+    return logits
+
+
 def stub(logits_of: Callable[[Tensor], Tensor]) -> LanguageModel:
     return tiny.stub(logits_of, vocab=VOCAB, mask_token_id=STUB_MASK)
 
@@ -43,7 +52,7 @@ def stub(logits_of: Callable[[Tensor], Tensor]) -> LanguageModel:
 def test_the_mask_share_follows_the_rate() -> None:
     t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
     ids = torch.zeros((5, 20_000), dtype=torch.long)
-    noised = likelihood.forward_noise(ids, mask_token_id=9, generator=generator(0), t=t)
+    noised = noise.forward_noise(ids, mask_token_id=9, generator=generator(0), t=t)
     rate = (1 - 1e-3) * t + 1e-3
     torch.testing.assert_close(noised.mask_rate, rate)
     error = (rate * (1 - rate) / 20_000).sqrt()
@@ -53,23 +62,21 @@ def test_the_mask_share_follows_the_rate() -> None:
 
 
 def test_eps_is_the_smallest_rate() -> None:
-    noised = likelihood.forward_noise(
-        tiny.ids(2, 4), mask_token_id=9, generator=generator(0), t=torch.tensor([0.0, 0.5]), eps=0.2
-    )
+    noised = noise.forward_noise(tiny.ids(2, 4), mask_token_id=9, generator=generator(0), t=torch.tensor([0.0, 0.5]), eps=0.2)
     assert noised.mask_rate.tolist() == pytest.approx([0.2, 0.6])
 
 
 def test_the_input_is_left_unchanged() -> None:
     ids = tiny.ids(2, 30)
     before = ids.clone()
-    likelihood.forward_noise(ids, mask_token_id=30, generator=generator(0), t=torch.ones(2))
+    noise.forward_noise(ids, mask_token_id=30, generator=generator(0), t=torch.ones(2))
     assert torch.equal(ids, before)
 
 
 def test_dream_never_masks_first_and_last_and_is_otherwise_the_same() -> None:
     ids = tiny.ids(200, 6)
-    llada = likelihood.forward_noise(ids, mask_token_id=30, generator=generator(0))
-    dream = likelihood.forward_noise(ids, mask_token_id=30, generator=generator(0), schedule="dream")
+    llada = noise.forward_noise(ids, mask_token_id=30, generator=generator(0))
+    dream = noise.forward_noise(ids, mask_token_id=30, generator=generator(0), schedule="dream")
     assert llada.is_masked[:, 0].any()
     assert llada.is_masked[:, -1].any()
     assert not dream.is_masked[:, [0, -1]].any()
@@ -101,13 +108,25 @@ def test_exact_counts_take_each_value_once_when_draws_equal_length(length: int) 
         assert sorted(counts.tolist()) == list(range(1, length + 1))
 
 
-def test_exact_counts_are_uniform_whatever_the_number_of_draws() -> None:
+@pytest.mark.parametrize("rule", ["stratified", "antithetic"])
+def test_counts_are_uniform_in_every_draw_whatever_their_number(rule: likelihood.CountRule) -> None:
     """6 counts, 4 draws: a rule that rounds would favour some (chi-square with 5 degrees of freedom, 0.1 % point 20.5)."""
-    counts = torch.cat([likelihood.exact_counts(6, 4, generator=generator(seed)) for seed in range(1500)])
-    seen = torch.bincount(counts, minlength=7)[1:].double()
-    assert torch.bincount(counts, minlength=7)[0] == 0
-    assert len(seen) == 6
-    assert ((seen - 1000) ** 2 / 1000).sum() < 20.5
+    counts = torch.stack([likelihood.COUNT_RULES[rule](6, 4, generator=generator(seed)) for seed in range(1500)])
+    for some, expected in ((counts, 1000), (counts[:, 0], 250), (counts[:, 3], 250)):
+        seen = torch.bincount(some.flatten(), minlength=7).double()
+        assert len(seen) == 7 and seen[0] == 0
+        assert ((seen[1:] - expected) ** 2 / expected).sum() < 20.5
+
+
+@pytest.mark.parametrize("draws", [1, 2, 5, 8])
+def test_antithetic_counts_lie_one_in_each_stratum_and_mirror_each_other(draws: int) -> None:
+    """8 tokens a stratum; of two neighbours one lies as far from its start as the other from its end."""
+    length = 8 * draws
+    for seed in range(30):
+        counts = likelihood.antithetic_counts(length, draws, generator=generator(seed)).sort().values
+        assert ((counts - 1) // 8).tolist() == list(range(draws))
+        for at in range(0, draws - 1, 2):
+            assert int(counts[at] + counts[at + 1]) == 2 * 8 * (at + 1) + 1
 
 
 def test_release_counts_favour_even_numbers() -> None:
@@ -143,6 +162,42 @@ def test_every_subset_of_a_count_is_equally_likely() -> None:
     seen = torch.stack([(code == value).sum() for value in (3, 5, 6, 9, 10, 12)]).double()
     assert len(pairs) == 1200
     assert ((seen - 200) ** 2 / 200).sum() < 20.5  # chi-square, 5 degrees of freedom, 0.1 %
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"), [(3, (1, 1, 2)), (3, (2, 1, 3)), (3, (2, 2, 2)), (4, (1, 2)), (4, (2, 2)), (4, (3, 1))]
+)
+def test_each_balanced_mask_alone_is_uniform_over_its_count(tokens: int, counts: tuple[int, ...]) -> None:
+    """By enumeration of all orders, so exactly: no subset of a count comes more often than another in any of the draws."""
+    seen = [Counter[tuple[bool, ...]]() for _ in counts]
+    orders = list(itertools.permutations(range(tokens)))
+    for chosen in itertools.product(orders, repeat=len(counts)):
+        masks = likelihood.balanced_masks(torch.tensor(counts), torch.tensor(chosen))
+        for of_draw, mask in zip(seen, masks, strict=True):
+            of_draw[tuple(mask.tolist())] += 1
+    for of_draw, count in zip(seen, counts, strict=True):
+        assert len(of_draw) == math.comb(tokens, count) and len(set(of_draw.values())) == 1
+        assert all(sum(mask) == count for mask in of_draw)
+
+
+def test_balanced_masks_weigh_tokens_alike() -> None:
+    spreads = {}
+    for rule in ("independent", "balanced"):
+        masks = [
+            likelihood.exact_count_masks(torch.ones(24, dtype=torch.bool), 8, generator=generator(s), masks=rule)
+            for s in range(20)
+        ]
+        weights = torch.stack([(one / one.sum(1, keepdim=True)).sum(0) for one in masks])
+        torch.testing.assert_close(weights.sum(1), torch.full((20,), 8.0))
+        spreads[rule] = float(weights.std(1).mean())
+    assert spreads["balanced"] < spreads["independent"] / 2
+
+
+def test_two_balanced_antithetic_masks_share_one_token() -> None:
+    masks = likelihood.exact_count_masks(
+        torch.ones(9, dtype=torch.bool), 2, generator=generator(5), count_rule="antithetic", masks="balanced"
+    )
+    assert int(masks.sum()) == 10 and bool(masks.any(0).all())
 
 
 # Likelihoods
@@ -193,6 +248,31 @@ def test_the_likelihood_agrees_with_every_subset_of_four_tokens(tmp_path: Path) 
     error = float(draws.std()) / 6000**0.5
     assert error < 0.2
     assert abs(float(draws.mean()) - expected) < 3 * error
+
+
+@pytest.mark.parametrize("draws", [2, 3, 8])
+@pytest.mark.parametrize("masks", ["independent", "balanced"])
+@pytest.mark.parametrize("count_rule", ["stratified", "antithetic"])
+def test_every_rule_estimates_the_same_bound(
+    tmp_path: Path, count_rule: likelihood.CountRule, masks: likelihood.MaskRule, draws: int
+) -> None:
+    """The exact bound of four tokens, from all fifteen masks; 400 windows with the same tokens and other masks estimate it."""
+    model, ids, n = tiny.model(tmp_path, causal=False), tiny.ids(1, 4), 4
+    every = [mask for mask in itertools.product((False, True), repeat=n) if any(mask)]
+    hidden = torch.tensor(every)
+    losses = torch.cat(list(likelihood.masked_losses(model, ids[0], hidden, batch_size=15))).sum(1) / hidden.sum(1)
+    exact = sum(float(losses[hidden.sum(1) == k].mean()) for k in range(1, n + 1)) / n
+    found = likelihood.nelbo(model, ids.expand(400, n), draws=draws, seed=3, count_rule=count_rule, masks=masks, batch_size=800)
+    assert found.standard_error < 0.1 * exact
+    assert abs(found.mean - exact) < 3.5 * found.standard_error
+
+
+def test_antithetic_counts_take_the_noise_of_a_loss_that_is_linear_in_the_count() -> None:
+    windows = torch.zeros((40, 32), dtype=torch.long)
+    rules: tuple[likelihood.CountRule, ...] = ("stratified", "antithetic")
+    found = [likelihood.nelbo(stub(linear_in_count), windows, draws=4, seed=0, count_rule=rule) for rule in rules]
+    assert found[1].mean == pytest.approx(0.1 * 33 / 2, rel=1e-4)
+    assert found[0].standard_error > 0.01 > 1e-4 > found[1].standard_error
 
 
 def test_the_batch_size_changes_nothing(tmp_path: Path) -> None:

@@ -209,7 +209,10 @@ REFUSED: dict[str, tuple[Callable[[LanguageModel], object], str]] = {
         lambda model: HarnessModel(model, settings=EvaluationSettings(cfg_scale=0.5)),
         "guidance must go with masked noise",
     ),
-    "counts of the release": (counted_as_released, "counts of the release must go with masked noise, got .*: use stratified"),
+    "counts of the release": (
+        counted_as_released,
+        "rules for counts and masks must go with masked noise, got .*: use stratified",
+    ),
     "exact next tokens": (
         lambda model: likelihood.next_token_nll(model, windows()),
         "autoregressive model, got model: use nelbo",

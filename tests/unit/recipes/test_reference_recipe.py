@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib.core.runtime import generator
-from lib.diffusion.likelihood import forward_noise
+from lib.diffusion.noise import forward_noise
 from lib.models import loading
 from lib.texts import articles as data
 from recipes import corpus, make_data, make_tasks, tokenizer, train_reference

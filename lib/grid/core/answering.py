@@ -116,7 +116,8 @@ class RacedHarness(HarnessModel):
         if self.cache == "none" or self.model.is_causal or self.model.goes_by_blocks:
             return super()._generate(prompts, new)
         length, _, block = denoising_plan(new, self.settings)
-        plan, start = DecodingPlan(recompute=Blockwise(kind=self.cache)), len(prompts[0])
+        kind: Literal["prefix", "dual"] = "prefix" if self.cache == "prefix" else "dual"
+        plan, start = DecodingPlan(recompute=Blockwise(kind=kind)), len(prompts[0])
         made = decode(self.model, torch.tensor(prompts), new_tokens=length, block_length=block, plan=plan)
         return made.ids[:, start : start + new]
 

@@ -5,7 +5,7 @@ embeddings, the LM head) takes as long in all formats but structured ones, which
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -76,7 +76,8 @@ def sensitivity(
     results, blocks = [], {layer.name: layer.block for layer in prepared.model.layers}
     with prefix.recorded(prepared.model) as kept:
         dense = runs.loss(bench)
-    for layers, form in progress(prepared.offers(), desc=f"{prepared.model.name}, sensitivity"):
+    offers: Iterable[Offer] = progress(prepared.offers(), desc=f"{prepared.model.name}, sensitivity")
+    for layers, form in offers:
         with prefix.reused(prepared.model, kept, first=min(blocks[name] for name in layers)):
             own = dense if form == DENSE else loss_in(prepared, dict.fromkeys(layers, form), bench=bench)
         results.append(Sensitivity(layers, form, own - dense))

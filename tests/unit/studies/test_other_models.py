@@ -227,7 +227,8 @@ def test_the_control_and_late_steps_of_decoders(model: LanguageModel) -> None:
         return
     prompts = tiny.ids(4, 4)
     settings: Any = ("as they fall", "sinks in", "sinks out")
-    table = systems.control(model, prompts[:2], fixed=commit.Quota(2), new_tokens=4, block=4, seed=0, settings=settings)
+    sizes_: dict[str, Any] = {"threshold": 0.5, "new_tokens": 4, "block": 4, "seed": 0}
+    table = systems.control(model, prompts[:2], fixed=commit.Quota(2), settings=settings, **sizes_)
     finite(table, ["value", "difference", "p"])
     assert len(table) == 18 and set(table["usual"]) == {"as they fall", "sinks in"}
     sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "share": 0.5}

@@ -183,6 +183,16 @@ def test_members_started_together_read_what_one_of_them_made(tmp_path: Path, mon
     assert (found[0].windows == found[1].windows).all() and found[0].held_out.keys() == found[1].held_out.keys()
 
 
+def test_models_are_kept_along_the_way_and_change_nothing(tmp_path: Path) -> None:
+    plain, kept = run("dlm", tmp_path / "plain"), run("dlm", tmp_path / "kept", pace=Pace(measure_every=3, keep_every=2))
+    weights = [load_file(folder / "model.safetensors") for folder in (plain, kept)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert sorted(path.name for path in (tmp_path / "kept" / "work" / "dlm").glob("step-*")) == ["step-2", "step-4"]
+    first, second = (load(tmp_path / "kept" / "work" / "dlm" / f"step-{step}").network for step in (2, 4))
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(one, two) for one, two in pairs)
+
+
 @every_member
 def test_training_lowers_the_loss(member: Member, tmp_path: Path) -> None:
     toy = dataclasses.replace(TOY, steps=40, learning_rate=1e-2, tasks_share=0.01)

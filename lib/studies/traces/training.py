@@ -78,10 +78,9 @@ def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
         if column == LOSS and text == "noised":
             continue  # a loss has its own noise: one line
         style = styles[str(name)]
-        ax.plot(
-            rows[TOKENS], rows[column], "-" if column == LOSS else LINES[str(text)], color=style.color, marker=style.marker, markersize=3.5,
-            label=f"{name}, {text} text",
-        )  # fmt: skip
+        line = "-" if column == LOSS else LINES[str(text)]
+        look = {"color": style.color, "marker": style.marker, "markersize": 3.5}
+        ax.plot(rows[TOKENS], rows[column], line, label=f"{name}, {text} text", **look)
     ax.set_ylabel(column)
     if column.endswith("%"):
         ax.set_yscale("log")

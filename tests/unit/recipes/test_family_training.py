@@ -24,7 +24,7 @@ from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target
 from lib.studies.variance import sink_effect
 from recipes import tokenizer
-from recipes.family import batches, objectives, progress, recipe, sources, train
+from recipes.family import batches, cards, objectives, progress, recipe, scaling, sources, train
 from recipes.family.batches import Rows
 from recipes.family.objectives import MEMBERS, Member
 from recipes.family.recipe import Recipe
@@ -378,3 +378,37 @@ def test_the_shipped_size_is_nine_million_weights_below_40_megabytes() -> None:
     assert 2 * weights < 40e6
     assert batches.COUNTS.keys() == batches.WIDTHS.keys()
     assert max(batches.WIDTHS.values()) <= Recipe().length
+
+
+# Cards
+
+
+def test_a_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder that the recipe wrote to numbers and a card; the uniform share of each mask is counted by hand."""
+    monkeypatch.setattr(cards, "LENGTH", 32)
+    monkeypatch.setattr(cards, "SINK_WINDOWS", 2)
+    monkeypatch.setattr(cards, "SINK_DRAWS", 2)
+    monkeypatch.setattr(cards, "DRAWS", 1)
+    monkeypatch.setattr(cards, "TASKS", ("tiny_add", "tiny_facts"))
+    rows = [{"title": f"River {n}", "extract": TEXT.format(n) * 2, "description": "a", "topic": "b"} for n in range(6)]
+    monkeypatch.setattr(cards.articles, "read_rows", lambda name: rows)
+    uniform = {"ar": sum(1 / n for n in range(1, 33)) / 32, "bd": (1 + 1 / 2) / 32, "dlm": 1 / 32}
+    for member, share in uniform.items():
+        folder = run(cast(Member, member), tmp_path, toy=dataclasses.replace(TOY, steps=2))
+        found = cards.measure(folder, limit=3)
+        assert found["uniform_share"] == pytest.approx(share, abs=1e-4)
+        assert found["tasks"]["tiny_add"]["documents"] == 3
+        assert found["held_out_nats"] > 0 and found["held_out_windows"] >= 2
+        recipe_ = json.loads((folder / "recipe.json").read_text())
+        written = cards.card(member, recipe_, found, hardware="a test")
+        assert f"**{found['held_out_nats']:.3f} ± {found['held_out_standard_error']:.3f}**" in written
+        assert "| `tiny_add` | 0 of 3 | **0.0%** |" in written and "a test" in written
+
+
+def test_a_scaling_run_stops_at_its_time_and_counts_tokens(tmp_path: Path) -> None:
+    corpus = train.prepare(tmp_path, TOY)
+    found = scaling.curve(TOY, corpus, seconds=0.5, compiled=False)
+    assert len(found["curve"]) >= 1 and found["curve"][-1]["seconds"] >= 0.5
+    first = sum(int(rows.is_real.sum()) for rows in batches.step_rows(corpus, 0, text=3, tasks_share=0.02, seed=0))
+    assert found["curve"][0]["tokens"] >= first
+    assert found["parameters"] == sum(p.numel() for p in recipe.build_model(TOY, corpus.tok, member="dlm").parameters())

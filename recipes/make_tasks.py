@@ -13,6 +13,7 @@ from typing import Any
 
 from lib.core.provenance import write_text
 from lib.texts.articles import DATA, read_rows, shorten
+from recipes.family import tasks as family
 
 CHOICE_DOCUMENTS = 240
 TEXT_CHARS = 150  # 300 gave the diffusion model the same accuracy for half as many tokens again
@@ -20,6 +21,8 @@ PUZZLES_PER_ANSWER = 25
 PUZZLE_CHARS = 230  # about 55 tokens; longer ones are left out of the training too
 PUZZLE_SEED = 1_000_001  # reasoning-gym seeds item i with seed + i: far from every training seed
 PUZZLE_POOL = 1500
+FAMILY_TASKS = (*family.MAKERS, "tiny_facts")
+FAMILY_DOCUMENTS = 4000  # half a point shows when one document in forty differs between two models
 # None of the names that training puzzles use, so that no puzzle is one that was trained on. Alice is obligatory there.
 MEN = "Edward Frank George Henry Paul Peter Simon Victor".split()
 WOMEN = "Anna Clara Emma Helen Julia Laura Rose Ruth Alice".split()
@@ -82,11 +85,20 @@ def word_problem_rows() -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: text_hash(row["question"]))
 
 
+def family_rows(task: str) -> list[dict[str, str]]:
+    """Return the test's questions of a task of the embedded family, and their answers as lm_eval compares them: stripped."""
+    documents = family.test_documents(task, FAMILY_DOCUMENTS)
+    texts = [{side: "".join(text for text, is_answer in one if is_answer is side) for side in (False, True)} for one in documents]
+    return [{"question": one[False], "answer": one[True].strip()} for one in texts]
+
+
 def write_tasks(out: Path, *, articles: list[dict[str, str]]) -> None:
     """Write the questions of the local tasks into a folder (`tiny_sums` asks those of `sums_test.jsonl`)."""
     write_rows(out / "tiny_description.jsonl", description_rows(articles))
     write_rows(out / "tiny_topic.jsonl", topic_rows(articles))
     write_rows(out / "tiny_word_problems.jsonl", word_problem_rows())
+    for task in FAMILY_TASKS:
+        write_rows(out / f"{task}.jsonl", family_rows(task))
 
 
 def main() -> None:

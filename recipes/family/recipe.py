@@ -48,7 +48,7 @@ class Course(Protocol):
 class Recipe:
     """Everything that decides the trained weights; the members differ in their objective alone."""
 
-    steps: int = 3100
+    steps: int = 1600
     text_rows: int = 28
     tasks_share: float = 1.0
     length: int = 256

@@ -5,6 +5,7 @@ and every random draw is a function of (seed, stream, step).
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ class Pace:
     measure_every: int = 100
     save_seconds: float = SAVE_SECONDS
     stop_after: int = 0  # steps of this call; 0 = all
+    keep_every: int = 0  # steps between the models that are kept along the way, in `step-N` beside the state; 0 = none
 
 
 def tokenizer_texts(documents: dict[str, list[sources.Document]], articles: list[dict[str, str]]) -> list[str]:
@@ -172,6 +174,9 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
         if measured or done or time.perf_counter() - saved > pace.save_seconds:
             save_state(state_file, model, optimizers, state)
             saved = time.perf_counter()
+        if pace.keep_every and (step + 1) % pace.keep_every == 0 and step + 1 < recipe.steps:
+            kept = folder / member / f"step-{step + 1}"
+            write_model(kept, copy.deepcopy(probe), corpus.tok, state=state, recipe=recipe)
     if state["step"] == recipe.steps:
         write_model(out, model, corpus.tok, state=state, recipe=recipe)
 
@@ -198,11 +203,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     parser.add_argument("--measure-every", type=int, default=Pace.measure_every, help="steps between measurements")
     parser.add_argument("--stop-after", type=int, default=0, help="steps of this call (0 = all)")
+    parser.add_argument("--keep-every", type=int, default=0, help="steps between models kept along the way (0 = none)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     args = vars(parser.parse_args())
     member, folder, out = (args.pop(key) for key in ("member", "folder", "out"))
-    pace = Pace(compiled=args.pop("compile"), measure_every=args.pop("measure_every"), stop_after=args.pop("stop_after"))
+    pace = Pace(compiled=args.pop("compile"), **{name: args.pop(name) for name in ("measure_every", "stop_after", "keep_every")})
     use_processor()
     train(member, Recipe(**args), folder=folder, out=out or Path("models/reference") / member, pace=pace)
 

@@ -24,7 +24,7 @@ from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target
 from lib.studies.variance import sink_effect
 from recipes import tokenizer
-from recipes.family import batches, objectives, progress, recipe, sources, train
+from recipes.family import batches, cards, objectives, progress, recipe, scaling, sources, train
 from recipes.family.batches import Rows
 from recipes.family.objectives import MEMBERS, Member
 from recipes.family.recipe import Recipe
@@ -181,6 +181,16 @@ def test_members_started_together_read_what_one_of_them_made(tmp_path: Path, mon
         found = list(pool.map(lambda _: train.prepare(tmp_path / "new", TOY), range(2)))
     assert len(made) == 1
     assert (found[0].windows == found[1].windows).all() and found[0].held_out.keys() == found[1].held_out.keys()
+
+
+def test_models_are_kept_along_the_way_and_change_nothing(tmp_path: Path) -> None:
+    plain, kept = run("dlm", tmp_path / "plain"), run("dlm", tmp_path / "kept", pace=Pace(measure_every=3, keep_every=2))
+    weights = [load_file(folder / "model.safetensors") for folder in (plain, kept)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert sorted(path.name for path in (tmp_path / "kept" / "work" / "dlm").glob("step-*")) == ["step-2", "step-4"]
+    first, second = (load(tmp_path / "kept" / "work" / "dlm" / f"step-{step}").network for step in (2, 4))
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(one, two) for one, two in pairs)
 
 
 @every_member
@@ -368,3 +378,37 @@ def test_the_shipped_size_is_nine_million_weights_below_40_megabytes() -> None:
     assert 2 * weights < 40e6
     assert batches.COUNTS.keys() == batches.WIDTHS.keys()
     assert max(batches.WIDTHS.values()) <= Recipe().length
+
+
+# Cards
+
+
+def test_a_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder that the recipe wrote to numbers and a card; the uniform share of each mask is counted by hand."""
+    monkeypatch.setattr(cards, "LENGTH", 32)
+    monkeypatch.setattr(cards, "SINK_WINDOWS", 2)
+    monkeypatch.setattr(cards, "SINK_DRAWS", 2)
+    monkeypatch.setattr(cards, "DRAWS", 1)
+    monkeypatch.setattr(cards, "TASKS", ("tiny_add", "tiny_facts"))
+    rows = [{"title": f"River {n}", "extract": TEXT.format(n) * 2, "description": "a", "topic": "b"} for n in range(6)]
+    monkeypatch.setattr(cards.articles, "read_rows", lambda name: rows)
+    uniform = {"ar": sum(1 / n for n in range(1, 33)) / 32, "bd": (1 + 1 / 2) / 32, "dlm": 1 / 32}
+    for member, share in uniform.items():
+        folder = run(cast(Member, member), tmp_path, toy=dataclasses.replace(TOY, steps=2))
+        found = cards.measure(folder, limit=3)
+        assert found["uniform_share"] == pytest.approx(share, abs=1e-4)
+        assert found["tasks"]["tiny_add"]["documents"] == 3
+        assert found["held_out_nats"] > 0 and found["held_out_windows"] >= 2
+        recipe_ = json.loads((folder / "recipe.json").read_text())
+        written = cards.card(member, recipe_, found, hardware="a test")
+        assert f"**{found['held_out_nats']:.3f} ± {found['held_out_standard_error']:.3f}**" in written
+        assert "| `tiny_add` | 0 of 3 | **0.0%** |" in written and "a test" in written
+
+
+def test_a_scaling_run_stops_at_its_time_and_counts_tokens(tmp_path: Path) -> None:
+    corpus = train.prepare(tmp_path, TOY)
+    found = scaling.curve(TOY, corpus, seconds=0.5, compiled=False)
+    assert len(found["curve"]) >= 1 and found["curve"][-1]["seconds"] >= 0.5
+    first = sum(int(rows.is_real.sum()) for rows in batches.step_rows(corpus, 0, text=3, tasks_share=0.02, seed=0))
+    assert found["curve"][0]["tokens"] >= first
+    assert found["parameters"] == sum(p.numel() for p in recipe.build_model(TOY, corpus.tok, member="dlm").parameters())

@@ -1,0 +1,89 @@
+"""When did sinks appear? What the recipe of the embedded family measured along training (notebook 01)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from lib.checkpoints import lookup
+from lib.models.language_model import LanguageModel
+from lib.report import figures
+
+LOG = "training_log.json"
+NO_VALUE = float("nan")
+TOKENS, LOSS = "million tokens", "held-out loss, nats per token"
+# What the log calls it, what it is, and by what it is multiplied.
+QUANTITIES = {
+    "first_token": ("attention to the first token, %", 100.0),
+    "top_share": ("attention to the top key, %", 100.0),
+    "top_share_by_head": ("attention to the top key of a head, %", 100.0),
+    "value_norm_ratio": ("value norm of the top key / others", 1.0),
+}
+LINES = {"clean": "--", "noised": "-"}
+
+
+def training_table(models: Sequence[LanguageModel]) -> pd.DataFrame:
+    """Tabulate how far sinks had formed at each measurement along training.
+
+    Args:
+        models: those whose folder holds the log of `recipes.family.train`; others are left out.
+
+    Returns:
+        One row a model, text (clean, or noised at time 1/2 for a diffusion model) and measurement: training tokens, the loss of
+        held-out articles, attention shares in per cent of all attention and the ratio of value norms, each a mean over layers,
+        heads and held-out windows.
+    """
+    rows = []
+    for model in models:
+        for line in read_log(model):
+            place = {TOKENS: line["tokens"] / 1e6, LOSS: line["held_out"].get("encyclopaedia", NO_VALUE)}
+            for text in (text for text in LINES if f"{text}_top_share" in line["sinks"]):
+                found = {words: scale * line["sinks"][f"{text}_{key}"] for key, (words, scale) in QUANTITIES.items()}
+                rows.append({"model": model.name, "text": text, **place, **found})
+    return pd.DataFrame(rows, columns=["model", "text", TOKENS, LOSS, *(words for words, _ in QUANTITIES.values())])
+
+
+def read_log(model: LanguageModel) -> list[dict[str, Any]]:
+    """Return the measurements along training that lie in a model's folder; none where there are none."""
+    path = lookup.local_path(model.source) / LOG if lookup.is_local(model.source) else Path(LOG)
+    return json.loads(path.read_text(encoding="utf-8")) if lookup.is_local(model.source) and path.is_file() else []
+
+
+def sinks_along_training(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw loss, attention to the first and to the top key, and the value norm there, against training tokens.
+
+    Args:
+        table: of `training_table`.
+    """
+    drawn = [LOSS, *(QUANTITIES[key][0] for key in ("first_token", "top_share_by_head", "value_norm_ratio"))]
+    figure, axes = figures.subplots(2, 2, height=6.4, sharex=True)
+    for ax, column in zip(axes.flat, drawn, strict=True):
+        _draw(ax, table, column)
+    for ax in axes[1]:
+        ax.set_xlabel("training tokens (millions)")
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure, table[["model", "text", TOKENS, *drawn]]
+
+
+def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """Draw one quantity, a line for each model and text; shares on a logarithmic axis."""
+    styles = figures.model_styles(table["model"].unique())
+    for (name, text), rows in table.groupby(["model", "text"], sort=False):
+        if column == LOSS and text == "noised":
+            continue  # a loss has its own noise: one line
+        style = styles[str(name)]
+        line = "-" if column == LOSS else LINES[str(text)]
+        look = {"color": style.color, "marker": style.marker, "markersize": 3.5}
+        ax.plot(rows[TOKENS], rows[column], line, label=f"{name}, {text} text", **look)
+    ax.set_ylabel(column)
+    if column.endswith("%"):
+        ax.set_yscale("log")
+        for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.grid(alpha=0.3)

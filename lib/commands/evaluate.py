@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from lib.evaluation.tasks import TaskResult
 
 EPILOG = """Tasks: tiny_description, tiny_topic, tiny_sums, tiny_topic_generated, tiny_word_problems ship with this project and
-are no benchmarks; mmlu, arc_challenge, piqa, winogrande, gsm8k, hellaswag, race, arc_easy, gpqa_main_n_shot are fetched from
-the hub and asked with the published settings."""
+are no benchmarks; tiny_add, tiny_sort, tiny_sudoku, tiny_recall, tiny_facts are what recipes/family teaches; mmlu,
+arc_challenge, piqa, winogrande, gsm8k, hellaswag, race, arc_easy, gpqa_main_n_shot are fetched from the hub and asked with the
+published settings."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -135,8 +135,8 @@ class TaskResult:
 def local_names(folder: Path = FOLDER) -> tuple[str, ...]:
     """Return the names of the local tasks.
 
-    >>> local_names()
-    ('tiny_description', 'tiny_sums', 'tiny_topic', 'tiny_topic_generated', 'tiny_word_problems')
+    >>> local_names()[:4]
+    ('tiny_add', 'tiny_description', 'tiny_facts', 'tiny_recall')
     """
     return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
 

@@ -27,7 +27,8 @@ from lib.evaluation.tasks import OFFICIAL, LoadedTask, evaluate, load_tasks, loc
 from lib.models import language_model, loading
 from lib.models.language_model import LanguageModel
 from lib.texts import articles as data
-from recipes import rehearsal_rows
+from recipes import make_tasks, rehearsal_rows
+from recipes.family import tasks as family
 from tests import tiny
 
 QUICK = EvaluationSettings(draws=2, gen_length=4, steps=2, block_length=4)
@@ -293,12 +294,18 @@ def test_the_chance_levels_are_those_of_the_rows() -> None:
     def commonest(values: list[Any]) -> float:
         return max(Counter(values).values()) / len(values)
 
+    asked: dict[str, list[str]] = {}  # values by what is asked for
+    for row in rows_of("tiny_facts"):
+        asked.setdefault(row["question"].split()[1], []).append(row["answer"])
     found = {
         "tiny_description": commonest([row["label"] for row in rows_of("tiny_description")]),
         "tiny_topic": commonest([row["topic"] for row in rows_of("tiny_topic")]),
         "tiny_topic_generated": commonest([row["topic"] for row in rows_of("tiny_topic")]),
         "tiny_sums": commonest([row["answer"] for row in data.read_rows("sums_test")]),
         "tiny_word_problems": commonest([row["answer"] for row in rows_of("tiny_word_problems")]),
+        **{name: commonest([row["answer"] for row in rows_of(name)]) for name in ("tiny_add", "tiny_sort", "tiny_sudoku")},
+        "tiny_recall": 1 / rows_of("tiny_recall")[0]["question"].count(" likes "),
+        "tiny_facts": sum(commonest(values) * len(values) for values in asked.values()) / len(rows_of("tiny_facts")),
     }
     assert found == {name: pytest.approx(config_of(name)["metadata"]["chance"]) for name in tasks.local_names()}
 
@@ -312,6 +319,19 @@ def test_descriptions_have_four_choices_and_one_of_them_is_right() -> None:
         assert len({choice.lower() for choice in row["choices"]}) == 4
         right = articles[row["title"]]["description"]
         assert [index for index, choice in enumerate(row["choices"]) if choice == right] == [row["label"]]
+
+
+def test_the_familys_questions_are_those_of_its_recipe_and_held_out() -> None:
+    for name in make_tasks.FAMILY_TASKS:
+        rows = rows_of(name)
+        assert len(rows) == len({row["question"] for row in rows}) == 4000
+        count = 100 if name == "tiny_sudoku" else 4000  # puzzles with one solution take half a minute
+        documents = family.test_documents(name, count)
+        for row, document in zip(rows, documents, strict=False):
+            sides = {side: "".join(text for text, is_answer in document if is_answer is side) for side in (False, True)}
+            assert row == {"question": sides[False], "answer": sides[True].strip()}
+        trained = {family.key_of(name, family.training_document(name, number, seed=0)) for number in range(300)}
+        assert not trained & {family.key_of(name, document) for document in documents}
 
 
 def test_topics_are_all_topics_of_the_data() -> None:
@@ -360,5 +380,5 @@ def test_sums_are_answered_as_notebook_02_does(kind: str) -> None:
 
 def test_local_data_files_are_small_json_lines() -> None:
     for path in tasks.FOLDER.glob("*.jsonl"):
-        assert path.stat().st_size < 100_000
+        assert path.stat().st_size < 600_000
         assert all(isinstance(json.loads(line), dict) for line in path.read_text(encoding="utf-8").splitlines())

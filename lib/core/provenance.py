@@ -17,11 +17,8 @@ LIB = Path(__file__).resolve().parents[1]
 VERSIONED = ("torch", "transformers", "numpy", "scipy", "tokenizers")
 PARTIAL = ".partial"
 DECIDING = ("lib", "configs", "data", "models", "notebooks")  # folders whose content decides what a notebook writes
-SETTINGS_MODULES = (
-    "lib/core/config.py",
-    "lib/core/sections.py",
-    "lib/core/settings/grid.py",
-)  # what they return counts by its values
+# What they return counts by its values.
+SETTINGS_MODULES = ("lib/core/config.py", "lib/core/sections.py", "lib/core/settings/grid.py")
 # Text about data and weights changes no number, and neither do files that the system leaves behind.
 IGNORED_SUFFIXES = frozenset({".md", ".pyc"})
 GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)  # written from results, so no input of them

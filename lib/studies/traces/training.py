@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -68,17 +68,18 @@ def sinks_along_training(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.set_xlabel("training tokens (millions)")
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    return figure, table[["model", "text", TOKENS, *drawn]]
+    return figure, table.loc[:, ["model", "text", TOKENS, *drawn]]
 
 
 def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
     """Draw one quantity, a line for each model and text; shares on a logarithmic axis."""
     styles = figures.model_styles(table["model"].unique())
-    for (name, text), rows in table.groupby(["model", "text"], sort=False):
+    for key, rows in table.groupby(["model", "text"], sort=False):
+        name, text = cast(tuple[str, str], key)
         if column == LOSS and text == "noised":
             continue  # a loss has its own noise: one line
-        style = styles[str(name)]
-        line = "-" if column == LOSS else LINES[str(text)]
+        style = styles[name]
+        line = "-" if column == LOSS else LINES[text]
         look = {"color": style.color, "marker": style.marker, "markersize": 3.5}
         ax.plot(rows[TOKENS], rows[column], line, label=f"{name}, {text} text", **look)
     ax.set_ylabel(column)

@@ -213,8 +213,8 @@ def _sinks(words: Sequence[str]) -> int:
 def _report(words: Sequence[str]) -> int:
     """Build the report of a profile from the results that are there, without running anything."""
     parser = Parser(prog="./run_all.sh report", description="Build results/PROFILE/report.html without running anything.")
-    parser.add_argument("profile", nargs="?", default="quick", metavar="PROFILE", help=f"{', '.join(PROFILES)} (default quick)")
-    if (asked := parser.parse_args(words[1:]).profile) not in PROFILES:
+    parser.add_argument("profile", nargs="*", metavar="PROFILE", help=f"{', '.join(PROFILES)} (default quick)")
+    if (asked := " ".join(parser.parse_args(words[1:]).profile) or "quick") not in PROFILES:
         raise UsageError(f"report must name one of {', '.join(PROFILES)}, got {asked!r}: {_nearest(asked, PROFILES)}")
     _enter(words)
     from lib.core.errors import InputError

@@ -226,7 +226,7 @@ def test_nothing_reaches_stderr_and_all_is_put_back(dlm: LanguageModel, capfd: p
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match=r"a task must be one of tiny_description, .*race.*, got tiny_chess"):
+    with pytest.raises(InputError, match=r"a task must be one of tiny_add, .*race.*, got tiny_chess"):
         load_tasks(["tiny_sums", "tiny_chess"])
 
 
@@ -304,7 +304,7 @@ def test_the_chance_levels_are_those_of_the_rows() -> None:
         "tiny_sums": commonest([row["answer"] for row in data.read_rows("sums_test")]),
         "tiny_word_problems": commonest([row["answer"] for row in rows_of("tiny_word_problems")]),
         **{name: commonest([row["answer"] for row in rows_of(name)]) for name in ("tiny_add", "tiny_sort", "tiny_sudoku")},
-        "tiny_recall": 1 / rows_of("tiny_recall")[0]["question"].count(" likes "),
+        "tiny_recall": 1 / rows_of("tiny_recall")[0]["question"].count("."),
         "tiny_facts": sum(commonest(values) * len(values) for values in asked.values()) / len(rows_of("tiny_facts")),
     }
     assert found == {name: pytest.approx(config_of(name)["metadata"]["chance"]) for name in tasks.local_names()}

@@ -213,9 +213,11 @@ def test_decoders_are_compared_where_masks_are_filled_in(model: LanguageModel) -
     listed = [each for each in listed if each.name in SOME]
     assert len(listed) == len(SOME)
     table = systems.compare(model, prompts, listed, new_tokens=8, block=4, repeats=1, seed=0).set_index("system")
-    finite(table, ["forwards", "rows", "seconds", "top1", "KL", "agreement"])
-    exact = [each.name for each in listed if fidelity.is_exact(each.plan)]
-    assert bool((table.loc[exact, "KL"] == 0).all()) and bool((table["KL"] > -1e-9).all())
+    measured = table[table["not tested"] == ""]
+    assert len(measured) >= len(SOME) - 1  # FOCUS may drop no mask of so short a block
+    finite(measured, ["forwards", "rows", "seconds", "top1", "KL", "agreement"])
+    exact = [each.name for each in listed if fidelity.is_exact(each.plan) and each.name in measured.index]
+    assert bool((measured.loc[exact, "KL"] == 0).all()) and bool((measured["KL"] > -1e-9).all())
     assert table.loc["FreeDave, 4 drafts", "agreement"] == 1
     kept = [published.fast_plan("prefix", steps_per_block=4), published.fast_plan("dual", steps_per_block=4)]
     for plan in (*kept, published.fast_plan(steps_per_block=4, suffix_blocks=0)):
@@ -229,7 +231,10 @@ def test_the_control_and_late_steps_of_decoders(model: LanguageModel) -> None:
     settings: Any = ("as they fall", "sinks in", "sinks out")
     sizes_: dict[str, Any] = {"threshold": 0.5, "new_tokens": 4, "block": 4, "seed": 0}
     table = systems.control(model, prompts[:2], fixed=commit.Quota(2), settings=settings, **sizes_)
-    finite(table, ["value", "difference", "p"])
+    tested = table["not tested"] == ""
+    finite(table[tested], ["value", "difference", "p"])
+    assert bool(table.loc[~tested, ["value", "difference", "p"]].isna().to_numpy().all())
+    assert bool(tested[table["control"] == table["usual"]].all())
     assert len(table) == 18 and set(table["usual"]) == {"as they fall", "sinks in"}
     sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "share": 0.5}
     examples = late_steps.collect(model, prompts, **sizes)
@@ -256,7 +261,7 @@ SMALL = {
                "system_tokens": 4, "system_blocks": "[4]", "answering_systems": "[]", "curve_rules": "[threshold]"},
 }  # fmt: skip
 SECTIONS: dict[str, str] = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
-REWRITTEN = {"rewritten", "outliers", "shifts_and_planes"}
+REWRITTEN = {"rewritten", "shifts_and_planes"}
 DECODERS = {"decoders", "accuracy", "late_steps", "composition", "systems", "sink_control", "parallelism"}
 
 

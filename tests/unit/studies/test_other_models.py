@@ -213,7 +213,7 @@ def test_decoders_are_compared_where_masks_are_filled_in(model: LanguageModel) -
     listed = [each for each in listed if each.name in SOME]
     assert len(listed) == len(SOME)
     table = systems.compare(model, prompts, listed, new_tokens=8, block=4, repeats=1, seed=0).set_index("system")
-    measured = table[table["not tested"] == ""]
+    measured = table.loc[table["not tested"] == ""]
     assert len(measured) >= len(SOME) - 1  # FOCUS may drop no mask of so short a block
     finite(measured, ["forwards", "rows", "seconds", "top1", "KL", "agreement"])
     exact = [each.name for each in listed if fidelity.is_exact(each.plan) and each.name in measured.index]
@@ -232,7 +232,7 @@ def test_the_control_and_late_steps_of_decoders(model: LanguageModel) -> None:
     sizes_: dict[str, Any] = {"threshold": 0.5, "new_tokens": 4, "block": 4, "seed": 0}
     table = systems.control(model, prompts[:2], fixed=commit.Quota(2), settings=settings, **sizes_)
     tested = table["not tested"] == ""
-    finite(table[tested], ["value", "difference", "p"])
+    finite(table.loc[tested], ["value", "difference", "p"])
     assert bool(table.loc[~tested, ["value", "difference", "p"]].isna().to_numpy().all())
     assert bool(tested[table["control"] == table["usual"]].all())
     assert len(table) == 18 and set(table["usual"]) == {"as they fall", "sinks in"}

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.models.export import QuantizedWeight
+from lib.models.language_model import LanguageModel
+from lib.quantization.rounding import Grid, round_to_nearest
 from tests import tiny
 
 TOKENS = [*"abcdefghijklmnopqrstuvwxyz", "ab", *(f"<{index}>" for index in range(27, tiny.VOCAB))]
@@ -147,3 +150,15 @@ def read_back(network: PreTrainedModel, kind: str) -> PreTrainedModel:
             rounded = gguf.quants.quantize(value.numpy(), quantized)
             value.copy_(torch.from_numpy(gguf.quants.dequantize(rounded, quantized)))
     return network
+
+
+def rounded_(model: LanguageModel, *, bits: int, group: int, sparsity: float = 0.0) -> dict[str, QuantizedWeight]:
+    """Put codes times scales into the network, a share of them pruned."""
+    made = {}
+    for layer in model.layers:
+        weight = layer.module.weight.detach()
+        kept = weight.abs() >= weight.abs().float().quantile(sparsity) if sparsity else torch.ones_like(weight).bool()
+        found = round_to_nearest(weight.float() * kept, Grid(bits, group))
+        made[layer.name] = QuantizedWeight(found.codes, found.scales, bits, group)
+        layer.module.weight.copy_(made[layer.name].dequantize(dtype=weight.dtype))
+    return made

@@ -19,33 +19,21 @@ from transformers import PreTrainedTokenizerFast
 from lib.core.config import ROOT
 from lib.core.errors import InputError
 from lib.models import loading
-from lib.models.export import Kept, QuantizedWeight
+from lib.models.export import Kept
 from lib.models.gguf import export as gguf_export
 from lib.models.gguf import tokenizer as gguf_tokenizer
 from lib.models.gguf.export import GgufFile, save_gguf
 from lib.models.language_model import LanguageModel
 from lib.pruning import shrink
-from lib.quantization.rounding import Grid, round_to_nearest
 from lib.texts import articles
 from tests import tiny
+from tests.ggufs import rounded_
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def wide(folder: Path, **options: Any) -> LanguageModel:
     return tiny.model(folder, **{"causal": False, **WIDE, **options})
-
-
-def rounded_(model: LanguageModel, *, bits: int, group: int, sparsity: float = 0.0) -> dict[str, QuantizedWeight]:
-    """Put codes times scales into the network, a share of them pruned."""
-    made = {}
-    for layer in model.layers:
-        weight = layer.module.weight.detach()
-        kept = weight.abs() >= weight.abs().float().quantile(sparsity) if sparsity else torch.ones_like(weight).bool()
-        found = round_to_nearest(weight.float() * kept, Grid(bits, group))
-        made[layer.name] = QuantizedWeight(found.codes, found.scales, bits, group)
-        layer.module.weight.copy_(made[layer.name].dequantize(dtype=weight.dtype))
-    return made
 
 
 def fields(path: Path) -> dict[str, Any]:

@@ -262,6 +262,11 @@ def test_a_full_disk_is_told_from_other_trouble() -> None:
     assert not terminal.is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 
+def heeding_interrupts() -> None:
+    """Begin as at a terminal: a shell without job control has its background commands ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_is_one_line(project: Path, tmp_path: Path) -> None:
     """The terminal sends the signal to the launcher and all its processes at once."""
     (tmp_path / "wait").touch()
@@ -269,7 +274,7 @@ def test_ctrl_c_is_one_line(project: Path, tmp_path: Path) -> None:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             command, cwd=project, env=environ_of(project, SINKS_OUTPUT=str(tmp_path)), stdout=subprocess.DEVNULL, stderr=said,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=heeding_interrupts,
         )  # fmt: skip
         wait_until((tmp_path / "results" / "quick" / "01_table0.csv").exists, seconds=240)
         os.killpg(process.pid, signal.SIGINT)

@@ -40,6 +40,8 @@ def _origin(network: object, again: Callable[[], object]) -> str:
     reached: list[tuple[str, torch.nn.Module]] = []
 
     def watched(name: str) -> Callable[..., None]:
+        """Return a hook that notes a layer of this name when its output is not finite."""
+
         def look(module: torch.nn.Module, _: object, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if not bool(cast(Tensor, value).isfinite().all()):

@@ -48,7 +48,7 @@ class Course(Protocol):
 class Recipe:
     """Everything that decides the trained weights; the members differ in their objective alone."""
 
-    steps: int = 1600
+    steps: int = 1000
     text_rows: int = 28
     tasks_share: float = 1.0
     length: int = 256
@@ -61,7 +61,7 @@ class Recipe:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 100
-    decay_fraction: float = 0.45
+    decay_fraction: float = 0.35
     seed: int = 0
     eval_windows: int = 16
     eval_documents: int = 64

@@ -39,6 +39,9 @@ class Inputs:
         prompt_share: share of a window that is the prompt of its trajectory.
         clean_share: share of a noised window, from its start, that is never masked, as a prompt is; Quant-dLLM (arXiv 2510.03274)
             calibrates with 1/4.
+
+    A model whose attention goes by blocks writes one block behind finished ones and before nothing, so of its windows only the last
+    block is noised, or written by the trajectory, and `prompt_share` says nothing.
     """
 
     kind: Literal["clean", "noised", "trajectory"] = "clean"
@@ -91,7 +94,7 @@ def read(
         return windows[:, None]
     if inputs.kind == "noised":
         return noised_windows(model, windows, inputs, seed=seed)
-    prompt = int(windows.shape[1] * inputs.prompt_share)
+    prompt = _last_block(model, windows.shape[1]) if model.goes_by_blocks else int(windows.shape[1] * inputs.prompt_share)
     at = [level / inputs.levels for level in range(inputs.levels)]
     return trajectory_states(model, windows, prompt_tokens=prompt, steps=windows.shape[1] - prompt, at=at, seed=seed)
 
@@ -193,8 +196,8 @@ def noised_windows(
 ) -> Int[Tensor, "window level position"]:
     """Noise every window at several levels, by masks or by the noise that the model was trained with.
 
-    Of a model with a causal context the last block is masked, as it has one open at a time. All noises change the same positions,
-    but for those that are drawn as they were.
+    Of a model whose attention goes by blocks the last block alone is noised: no block ever reads a noised one before it. All noises
+    change the same positions, but for those that are drawn as they were.
 
     Args:
         model: a diffusion model.
@@ -217,11 +220,16 @@ def noised_windows(
             drawn = noise.forward_noise(window[None], mask_token_id=mask, generator=stream, t=at, schedule=inputs.schedule)
             ids = process.fill(window, drawn.is_masked[0], generator=stream)
             is_open = (torch.arange(len(ids), device=ids.device) >= clean) & may_be_noised(model, window.to(ids.device))
-            if model.attention == "context-causal":
-                blocks = blocks_of(model, len(ids))[0].to(ids.device)
-                is_open &= blocks == blocks[-1]
+            if model.goes_by_blocks:
+                is_open[: _last_block(model, len(ids))] = False
             rows.append(torch.where(is_open, ids, window.to(ids.device)))
     return torch.stack(rows).view(len(windows), inputs.levels, windows.shape[1])
+
+
+def _last_block(model: LanguageModel, length: int) -> int:
+    """Return where the last block of a window begins, of a model whose attention goes by blocks."""
+    blocks = blocks_of(model, length)[0]
+    return int((blocks < blocks[-1]).sum())
 
 
 def trajectory_states(
@@ -246,14 +254,16 @@ def trajectory_states(
         temperature: 0 is greedy.
 
     Raises:
-        InputError: a fraction out of range, settings that the sampler refuses, or a causal context (later blocks are not there).
+        InputError: a fraction out of range, settings that the sampler refuses, or more than one block to write where attention goes
+            by blocks (later ones are not there).
 
     Source: "rollout" calibration of Traj-MC (Zishan-Shao/traj-mc).
     """
     if not at or not all(0 <= fraction < 1 for fraction in at):
         raise InputError(f"fractions of a trajectory must be in [0, 1), got {list(at)}: 0 is the all-masked state")
-    rule, remedy = "states of a trajectory must be whole texts", "calibrate on noised or clean text"
-    require(model.attention != "context-causal", rule, f"blocks behind a causal context with {model.name}", remedy)
+    if model.goes_by_blocks:
+        least, rule = _last_block(model, windows.shape[1]), "states of a trajectory must be whole texts, so of one block"
+        require(prompt_tokens >= least, rule, f"{prompt_tokens} prompt tokens with {model.name}", f"give at least {least}")
     wanted = [int(fraction * steps) for fraction in at]
     kept: dict[int, Tensor] = {}
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.attention import masses, sinks
 from lib.attention.blocking import KeyBlocker, largest_keys
 from lib.calibration import measured_weights, one_shot, sets
-from lib.calibration.reads import statistics_of
+from lib.calibration.reads import Read, reading, statistics_of
 from lib.calibration.sets import Inputs
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
@@ -249,10 +249,56 @@ def test_what_has_no_meaning_by_blocks_is_refused(model: LanguageModel, context:
         phases.phased(model, [model, model], borders=[0.5])
     with pytest.raises(InputError, match="positions of a text must be blocked where attention is not by blocks"):
         sink_effect.digest_effects(model, windows, thresholds=[0.5], top_k=2, steps=2, draws=1, seed=0)
-    with pytest.raises(InputError, match="states of a trajectory must be whole texts"):
-        sets.build(context, windows, inputs=Inputs("trajectory", levels=2), seed=0)
-    states = sets.read(model, windows, Inputs("trajectory", levels=2), seed=0)
-    assert states.shape == (1, 2, SIZE)
+    for own in (model, context):
+        with pytest.raises(InputError, match="of one block, got 4 prompt tokens with .*: give at least 8"):
+            sets.trajectory_states(own, windows, prompt_tokens=4, steps=4, at=[0.0], seed=0)
+
+
+def by_hand(model: LanguageModel, text: torch.Tensor, block: range) -> dict[tuple[int, str], torch.Tensor]:
+    """Return what every layer reads of one block, alone behind the finished text before it."""
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    numbers = torch.arange(block.stop) // 4
+    if model.attention == "block-causal":
+        mask = numbers[:, None] >= numbers[None]
+    else:
+        mask = torch.ones(block.stop, block.stop, dtype=torch.bool).tril()
+        mask[block.start :, block.start :] = True
+
+    def keep(read: Read) -> None:
+        """Remember what the block's own positions gave a layer to read."""
+        found[read.block, read.role] = read.inputs[:, block.start :]
+
+    with reading(model, range(2), keep), torch.no_grad():
+        language_model.network_body(model)(input_ids=text[:, : block.stop], attention_mask=mask[None, None], use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["noised", "trajectory"])
+@pytest.mark.parametrize("length", [SIZE, SIZE - 2])
+def test_calibration_reads_one_open_block_behind_finished_ones(
+    model: LanguageModel, context: LanguageModel, kind: Literal["noised", "trajectory"], length: int
+) -> None:
+    """What is read of every block, finished or open, is what the block reads when the model writes it."""
+    for own in (model, context):
+        windows = tiny.ids(3, length)
+        states = sets.read(own, windows, Inputs(kind, levels=3), seed=0)
+        assert torch.equal(states[:, :, :8], windows[:, None, :8].expand(-1, 3, -1)), "finished blocks are clean"
+        assert (states[:, :, 8:] == tiny.MASK).flatten(0, 1).any(0).all(), "all of the last block is written"
+        kept: dict[tuple[int, str], torch.Tensor] = {}
+        for state in states.flatten(0, 1)[:, None]:
+
+            def keep(read: Read) -> None:
+                """Remember what a calibration sees of this state."""
+                kept[read.block, read.role] = read.inputs
+
+            with reading(own, range(2), keep), torch.no_grad():
+                language_model.network_body(own)(input_ids=state, use_cache=False)
+            for block in (range(4), range(4, 8), range(8, length)):
+                if own.attention == "context-causal" and not (state[:, block] == tiny.MASK).any():
+                    continue  # finished blocks are read causally: none is open
+                for place, expected in by_hand(own, state, block).items():
+                    got = kept[place][:, block.start : block.stop]
+                    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=f"{place} {block}")
 
 
 def test_the_harness_generates_by_blocks(model: LanguageModel) -> None:

@@ -40,8 +40,8 @@ class Inputs:
         clean_share: share of a noised window, from its start, that is never masked, as a prompt is; Quant-dLLM (arXiv 2510.03274)
             calibrates with 1/4.
 
-    A model whose attention goes by blocks writes one block behind finished ones and before nothing, so of its windows only the last
-    block is noised, or written by the trajectory, and `prompt_share` says nothing.
+    A model whose attention goes by blocks writes one block behind finished ones and before nothing, so of its windows only the
+    last block is noised, or written by the trajectory, and `prompt_share` says nothing.
     """
 
     kind: Literal["clean", "noised", "trajectory"] = "clean"
@@ -196,8 +196,8 @@ def noised_windows(
 ) -> Int[Tensor, "window level position"]:
     """Noise every window at several levels, by masks or by the noise that the model was trained with.
 
-    Of a model whose attention goes by blocks the last block alone is noised: no block ever reads a noised one before it. All noises
-    change the same positions, but for those that are drawn as they were.
+    Of a model whose attention goes by blocks the last block alone is noised: no block ever reads a noised one before it. All
+    noises change the same positions, but for those that are drawn as they were.
 
     Args:
         model: a diffusion model.
@@ -254,8 +254,8 @@ def trajectory_states(
         temperature: 0 is greedy.
 
     Raises:
-        InputError: a fraction out of range, settings that the sampler refuses, or more than one block to write where attention goes
-            by blocks (later ones are not there).
+        InputError: a fraction out of range, settings that the sampler refuses, or more than one block to write where attention
+            goes by blocks (later ones are not there).
 
     Source: "rollout" calibration of Traj-MC (Zishan-Shao/traj-mc).
     """

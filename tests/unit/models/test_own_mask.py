@@ -250,7 +250,7 @@ def test_what_has_no_meaning_by_blocks_is_refused(model: LanguageModel, context:
     with pytest.raises(InputError, match="positions of a text must be blocked where attention is not by blocks"):
         sink_effect.digest_effects(model, windows, thresholds=[0.5], top_k=2, steps=2, draws=1, seed=0)
     for own in (model, context):
-        with pytest.raises(InputError, match="of one block, got 4 prompt tokens with .*: give at least 8"):
+        with pytest.raises(InputError, match="so of one block, got 4 prompt tokens with model: give at least 8"):
             sets.trajectory_states(own, windows, prompt_tokens=4, steps=4, at=[0.0], seed=0)
 
 
@@ -284,15 +284,11 @@ def test_calibration_reads_one_open_block_behind_finished_ones(
         states = sets.read(own, windows, Inputs(kind, levels=3), seed=0)
         assert torch.equal(states[:, :, :8], windows[:, None, :8].expand(-1, 3, -1)), "finished blocks are clean"
         assert (states[:, :, 8:] == tiny.MASK).flatten(0, 1).any(0).all(), "all of the last block is written"
-        kept: dict[tuple[int, str], torch.Tensor] = {}
         for state in states.flatten(0, 1)[:, None]:
-
-            def keep(read: Read) -> None:
-                """Remember what a calibration sees of this state."""
-                kept[read.block, read.role] = read.inputs
-
-            with reading(own, range(2), keep), torch.no_grad():
+            reads: list[Read] = []
+            with reading(own, range(2), reads.append), torch.no_grad():
                 language_model.network_body(own)(input_ids=state, use_cache=False)
+            kept = {(read.block, read.role): read.inputs for read in reads}
             for block in (range(4), range(4, 8), range(8, length)):
                 if own.attention == "context-causal" and not (state[:, block] == tiny.MASK).any():
                     continue  # finished blocks are read causally: none is open

@@ -90,7 +90,7 @@
   function choose() {
     const scene = scenes[Number(one("model").value)];
     options("layer", scene.layers, scene.layers.length === scene.depth ? "mean over all" : "mean over these");
-    options("head", Array.from({ length: scene.heads }, (_, index) => `head ${index + 1}`), "mean over all");
+    options("head", Array.from({ length: scene.heads }, (_, index) => `head ${index}`), "mean over all");
     one("step").max = String(scene.steps.length - 1);
     draw();
   }

@@ -106,7 +106,7 @@ def heads_at_mark(traces: Sequence[SinkTrace], *, prompt: int = 0, mark: int = 1
     for trace in traces:
         for layer in _spread(trace):
             values = trace.head_mass[prompt, mark, layer].numpy()
-            panels[trace.name, layer] = (np.arange(1, len(values) + 1), values)
+            panels[trace.name, layer] = (np.arange(len(values)), values)
     return _layer_panels(panels, row_name="head")
 
 
@@ -123,11 +123,11 @@ def _layer_panels(panels: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], 
             labels, values = panels[name, layer]
             ax.set_visible(True)
             shown = _absent_as_nan(values)
-            title = f"layer {layer + 1}"
+            title = f"layer {layer}"
             image = figures.heatmap(ax, shown, label=MASS_LABEL, title=title, log=True, limits=LIMITS, colorbar=False)
             _plain_ticks(ax, positions=values.shape[1], rows=labels)
             table = pd.DataFrame(shown, columns=[str(position) for position in range(values.shape[1])])
-            tables.append(pd.concat([pd.DataFrame({"model": name, "layer": layer + 1, row_name: labels}), table], axis=1))
+            tables.append(pd.concat([pd.DataFrame({"model": name, "layer": layer, row_name: labels}), table], axis=1))
         axes[row, 0].set_ylabel(f"{name}\n{row_name}")
     figure.supxlabel("token position", fontsize="medium")
     _mass_colorbar(image, axes)

@@ -93,7 +93,7 @@ def scene(model: LanguageModel, trace: SinkTrace, *, prompt: int = 0, values: in
     return Scene(
         name=in_words(model.describe()),
         steps=titles,
-        layers=[f"layer {layer + 1}" for layer in kept],
+        layers=[f"layer {layer}" for layer in kept],
         depth=masses_of.shape[1],
         tokens=[[shown[token] for token in row] for row in ids.tolist()],
         masked=trace.is_masked[prompt, steps].numpy(),

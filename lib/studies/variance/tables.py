@@ -99,7 +99,7 @@ def layers_table(traces: Sequence[SinkTrace], *, prompts: int, seed: int) -> pd.
     """Tabulate spatial and temporal variance layer by layer.
 
     Returns:
-        One row a model and layer; `depth` runs from 0 (first layer) to 1 (last).
+        One row a model and layer, counted from 0 as in names of weights; `depth` runs from 0 (first layer) to 1 (last).
     """
     rows = []
     for trace in traces:
@@ -110,7 +110,7 @@ def layers_table(traces: Sequence[SinkTrace], *, prompts: int, seed: int) -> pd.
         temporal = variance.temporal_variance(variance.centroid(mass, sets & movable(trace)), length=length, groups=trace.opened)
         layers = mass.shape[1]
         for layer in range(layers):
-            place = {"model": trace.name, "layer": layer + 1, "depth": layer / max(1, layers - 1)}
+            place = {"model": trace.name, "layer": layer, "depth": layer / max(1, layers - 1)}
             for name, values in (("spatial variance", spatial), ("temporal variance", temporal)):
                 shown = interval_of(
                     per_prompt(values[:, layer], prompts=prompts), seed=seed, stream=(name, trace.name, str(layer))

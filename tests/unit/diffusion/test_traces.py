@@ -300,4 +300,4 @@ def test_a_scene_keeps_as_much_as_fits(kind, request):
     np.testing.assert_allclose(average, trace.mass[1, :, : int(trace.keys[0])].numpy(), rtol=1e-4, atol=1e-5)
     assert whole.masked.tolist() == trace.is_masked[1].tolist()
     few = views.scene(model, trace, values=3 * heads * positions)
-    assert (len(few.steps), few.layers) == (3, ["layer 1"]) and few.steps[-1] == whole.steps[-1]
+    assert (len(few.steps), few.layers) == (3, ["layer 0"]) and few.steps[-1] == whole.steps[-1]

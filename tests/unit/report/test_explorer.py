@@ -29,7 +29,7 @@ def made(name: str, *, steps: int, layers: int, heads: int, positions: int, grow
     keys = 8 + 2 * np.arange(steps) if grows else np.full(steps, positions)
     tokens = [[f"w{position} " for position in range(positions)] for _ in range(steps)]
     return Scene(
-        name=name, steps=[f"step {step + 1}" for step in range(steps)], layers=[f"layer {layer + 1}" for layer in range(layers)],
+        name=name, steps=[f"step {step + 1}" for step in range(steps)], layers=[f"layer {layer}" for layer in range(layers)],
         depth=layers, tokens=tokens, masked=masked & (not grows), keys=keys, mass=mass,
     )  # fmt: skip
 
@@ -114,8 +114,8 @@ def test_page_is_clicked_through_in_a_browser(opened: Page) -> None:
     opened.fill("#step", "2")
     assert opened.inner_text("#said") == "step 3"
     assert opened.inner_text("#text").count("▒") == dlm.masked[2].sum()
-    opened.select_option("#layer", label="layer 2")
-    opened.select_option("#head", label="head 2")
+    opened.select_option("#layer", label="layer 1")
+    opened.select_option("#head", label="head 1")
     (place,) = expected(dlm, step=2, layer=1, head=1)
     assert shown_sinks(opened) == [place] == [(3 * 2 + 5 + 7) % 8]
     assert f"{place} w{place} (6.00)" in opened.inner_text("#found")

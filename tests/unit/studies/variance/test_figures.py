@@ -57,7 +57,7 @@ def interval(value: float, *, bounded: bool = True) -> dict[str, float]:
 @pytest.mark.parametrize("bounded", [True, False], ids=["intervals", "one prompt"])
 def test_variance_by_layer(names: list[str], bounded: bool) -> None:
     table: Any = pd.DataFrame([
-        {"model": name, "layer": layer + 1, "depth": layer / 2, "quantity": quantity}
+        {"model": name, "layer": layer, "depth": layer / 2, "quantity": quantity}
         | interval((index + 1) * (layer + 1) / (1 if quantity == "spatial variance" else 100), bounded=bounded)
         for (index, name), layer, quantity in product(enumerate(names), range(3), ("spatial variance", "temporal variance"))
     ])  # fmt: skip

@@ -305,14 +305,14 @@ def test_layers_have_their_own_variances() -> None:
     traces = [made(), made(causal=True)]
     table: Any = vt.layers_table(traces, prompts=2, seed=0)
     assert len(table) == 2 * LAYERS * 2
-    assert table["depth"].tolist() == [0.0, 0.0, 1.0, 1.0] * 2 and table["layer"].tolist() == [1, 1, 2, 2] * 2
+    assert table["depth"].tolist() == [0.0, 0.0, 1.0, 1.0] * 2 and table["layer"].tolist() == [0, 0, 1, 1] * 2
     for trace, layer in product(traces, range(LAYERS)):
         mass, keys = trace.layer_mass[:, :, layer].tolist(), trace.keys.tolist()
         spatial = [slow.spatial_variance(row[-1:] if trace.is_causal else row) for row in mass]
         layer_paths = [[slow.centroid(m, released(m, n)) for m, n in zip(row, keys, strict=True)] for row in mass]
         temporal = [slow.temporal_variance(path, SIZE) for path in layer_paths]
         for name, values in (("spatial variance", spatial), ("temporal variance", temporal)):
-            cell = table[(table["model"] == trace.name) & (table["layer"] == layer + 1) & (table["quantity"] == name)]
+            cell = table[(table["model"] == trace.name) & (table["layer"] == layer) & (table["quantity"] == name)]
             assert cell["mean"].item() == pytest.approx(slow.average(values), rel=1e-4)
             assert cell["n"].item() == 2
     holds_its_mean(table)

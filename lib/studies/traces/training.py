@@ -1,10 +1,13 @@
-"""When did sinks appear? What the recipe of the embedded family measured along training (notebook 01)."""
+"""When did sinks appear, and does weighing them pay as they grow? What the recipe of the embedded family measured along training
+(notebooks 01 and 04).
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,9 +15,10 @@ from matplotlib.ticker import FuncFormatter
 
 from lib.checkpoints import lookup
 from lib.models.language_model import LanguageModel
-from lib.report import figures
+from lib.report import figures, panels
 
 LOG = "training_log.json"
+DOSE = "sink_weights.json"
 NO_VALUE = float("nan")
 TOKENS, LOSS = "million tokens", "held-out loss, nats per token"
 # What the log calls it, what it is, and by what it is multiplied.
@@ -25,6 +29,10 @@ QUANTITIES = {
     "value_norm_ratio": ("value norm of the top key / others", 1.0),
 }
 LINES = {"clean": "--", "noised": "-"}
+WEIGHED = {"sinks": "sinks weighed down", "random": "random positions weighed down"}
+STRENGTH, SHARE = "attention to the top key, times that without preference", "share of Wanda's damage recovered, %"
+ENDS = {SHARE: "share", "low, %": "low", "high, %": "high"}
+LOOKS = {"sinks": ("sink-aware", "-"), "random": ("random", "--")}  # style of figures.METHODS, line
 
 
 def training_table(models: Sequence[LanguageModel]) -> pd.DataFrame:
@@ -50,7 +58,11 @@ def training_table(models: Sequence[LanguageModel]) -> pd.DataFrame:
 
 def read_log(model: LanguageModel) -> list[dict[str, Any]]:
     """Return the measurements along training that lie in a model's folder; none where there are none."""
-    path = lookup.local_path(model.source) / LOG if lookup.is_local(model.source) else Path(LOG)
+    return _read(model, LOG)
+
+
+def _read(model: LanguageModel, name: str) -> list[dict[str, Any]]:
+    path = lookup.local_path(model.source) / name if lookup.is_local(model.source) else Path(name)
     return json.loads(path.read_text(encoding="utf-8")) if lookup.is_local(model.source) and path.is_file() else []
 
 
@@ -88,3 +100,47 @@ def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
         for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid(alpha=0.3)
+
+
+def dose_table(models: Sequence[LanguageModel]) -> pd.DataFrame:
+    """Tabulate what token weights did to pruning at several points of training, as sinks grew.
+
+    Args:
+        models: those whose folder holds what `recipes.family.dose` found; others are left out.
+
+    Returns:
+        One row a model, point of training and weighting: training tokens, strength of the sinks, Wanda's damage at 50 % in nats
+        per token, and the share of it that the weights recover, with 95 % interval and p-value. Empty where nothing is damaged.
+    """
+    rows = []
+    for model in models:
+        for line in _read(model, DOSE):
+            place = {"model": model.name, TOKENS: line["tokens"] / 1e6, STRENGTH: line["top_share"] / line["uniform_share"]}
+            for key, words in WEIGHED.items():
+                found = line[key]
+                percents = {name: NO_VALUE if found[end] is None else 100 * found[end] for name, end in ENDS.items()}
+                rows.append({**place, "damage": line["damage"], "weights": words, **percents, "p": found["p"]})
+    return pd.DataFrame(rows, columns=["model", TOKENS, STRENGTH, "damage", "weights", *ENDS, "p"])
+
+
+def effect_as_sinks_grow(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw the share that token weights recover against the strength of the sinks, a panel a model, along its training.
+
+    Args:
+        table: of `dose_table`, not empty.
+    """
+    names = list(dict.fromkeys(table["model"]))
+    figure, axes = figures.subplots(1, len(names), height=3.4, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        for key, (look, line) in LOOKS.items():
+            rows = panels.select(table, model=name, weights=WEIGHED[key])
+            ends = np.array([rows[SHARE] - rows["low, %"], rows["high, %"] - rows[SHARE]])
+            style = {"color": figures.METHODS[look].color, "marker": figures.METHODS[look].marker, "linestyle": line}
+            ax.errorbar(rows[STRENGTH], rows[SHARE], yerr=ends, label=WEIGHED[key], capsize=2.5, linewidth=1.2, **style)
+        ax.axhline(0.0, color="black", linewidth=0.8)
+        ax.set_title(name)
+    axes[0, 0].set_ylabel(SHARE.replace(" recovered", "\nrecovered"))
+    figure.supxlabel(STRENGTH, fontsize="medium")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure, table

@@ -20,11 +20,15 @@ from lib.diffusion.noise import process_of
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.tasks import LoadedTask, evaluate, local_task
 from lib.models import load
+from lib.models.language_model import tokenizer_of
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, Target
+from lib.studies.pruning import runs
+from lib.studies.pruning.bench import Bench
 from lib.studies.variance import sink_effect
+from lib.texts import articles
 from recipes import tokenizer
-from recipes.family import batches, cards, objectives, progress, recipe, scaling, sources, train
+from recipes.family import batches, cards, dose, objectives, progress, recipe, scaling, sources, train
 from recipes.family.batches import Rows
 from recipes.family.objectives import MEMBERS, Member
 from recipes.family.recipe import Recipe
@@ -47,6 +51,7 @@ TOY = Recipe(
 )
 TEXT = "The river of number {0} is {0} km long and flows past the town of {0} to the sea. "
 PACE = Pace(measure_every=3)
+TEXTS = ("calibration", "evaluation")
 every_member = pytest.mark.parametrize("member", MEMBERS)
 
 
@@ -191,6 +196,39 @@ def test_models_are_kept_along_the_way_and_change_nothing(tmp_path: Path) -> Non
     first, second = (load(tmp_path / "kept" / "work" / "dlm" / f"step-{step}").network for step in (2, 4))
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(one, two) for one, two in pairs)
+
+
+@pytest.mark.parametrize("member", ["ar", "bd", "udlm"])
+def test_the_dose_of_sink_weights_is_that_of_three_prunings(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every share is the mean gain over the mean damage, with windows and masks that differ between calibrations."""
+    toy = dataclasses.replace(TOY, steps=12, learning_rate=1e-2)
+    run(member, tmp_path, toy=toy, pace=Pace(measure_every=12, keep_every=6))
+    monkeypatch.setattr(dose, "LENGTH", toy.length)
+    monkeypatch.setattr(dose, "SPARSITY", 0.9)  # that a toy is damaged at all
+    kept, last = tmp_path / "work" / member / "step-6", tmp_path / "models" / member
+    call = ["dose", member, str(last), str(kept), "--windows", "6", "--calibrations", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", call)
+    dose.main()
+    found = json.loads((tmp_path / member / "sink_weights.json").read_text())
+    assert [line["tokens"] for line in found] == sorted(line["tokens"] for line in found) and len(found) == 2
+    model = load(last)
+    windows = [articles.article_windows(tokenizer_of(model), articles.read_rows(f"articles_{name}"), length=40) for name in TEXTS]
+    gains, damages, masks = [], [], []
+    for seed in (0, 1):
+        bench = Bench(model, windows[0], windows[1][:6], 16, 2, seed)
+        of = {one.method: one.loss for one in runs.compare(bench, dose.METHODS, [Target(0.9)], seeds=[seed])}
+        dense = runs.loss(bench)
+        gains.append((of["Wanda"] - of["sinks"]).mean())
+        damages.append((of["Wanda"] - dense).mean())
+        masks.append(dense)
+    assert found[-1]["damage"] == pytest.approx(float(torch.stack(damages).mean()), abs=1e-4)
+    expected = float(torch.stack(gains).mean() / torch.stack(damages).mean())
+    assert found[-1]["sinks"]["share"] is None or found[-1]["sinks"]["share"] == pytest.approx(expected, abs=1e-3)
+    assert member == "ar" or not torch.equal(*masks)
+    uniform = cards.uniform_share(model) if member != "bd" else found[-1]["uniform_share"]
+    assert 0 < found[-1]["top_share"] < 1 and found[-1]["uniform_share"] == pytest.approx(uniform, abs=1e-4)
 
 
 @every_member

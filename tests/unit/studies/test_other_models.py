@@ -253,7 +253,8 @@ def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
 
 SMALL = {
     "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
-    "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1},
+    "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1,
+                           "decisive_windows": 2, "decisive_seeds": 1},
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
                            "annealing": 1, "timed_rows": 16},
     "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,

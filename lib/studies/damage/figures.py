@@ -1,5 +1,8 @@
 """The figure of the decisive claims: which share of the damage the recipe recovers, and what causes it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -14,11 +17,13 @@ from lib.studies.pruning.attribution import FACTORS, WEIGHTS
 
 GREY = METHODS["magnitude"].color
 SINKS = METHODS["sink-aware"].color
-LOOKS = {
+LOOKS: Mapping[str, Style] = MappingProxyType({
     WHOLE: Style("#000000", "D"), FACTORS[WEIGHTS]: Style(SINKS, "*"), FACTORS[0]: Style(METHODS["wanda"].color, "o"),
     RANDOM: Style(GREY, "D"), SINKS_OVER_RANDOM: Style(SINKS, "P"),
-}  # fmt: skip
-LABELS = {RANDOM: "recipe with random\npositions for sinks", SINKS_OVER_RANDOM: "sinks over\nrandom positions"}
+})  # fmt: skip
+LABELS: Mapping[str, str] = MappingProxyType(
+    {RANDOM: "recipe with random\npositions for sinks", SINKS_OVER_RANDOM: "sinks over\nrandom positions"}
+)
 ORDER = (WHOLE, FACTORS[WEIGHTS], SINKS_OVER_RANDOM, *(name for name in FACTORS if name != FACTORS[WEIGHTS]), RANDOM)
 PAPER_COLOR, BAND_COLOR = "#CC79A7", "#DDDDDD"
 

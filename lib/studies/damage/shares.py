@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
@@ -150,7 +151,7 @@ def judge(gains: Sequence[Gain], *, besides: Iterable[float] = ()) -> list[Judge
     return judged
 
 
-def claim_numbers(found: Gain, judged: Judged) -> dict[str, object]:
+def claim_numbers(found: Gain, judged: Judged) -> dict[str, Any]:
     """Return what `Run.claim` takes of a gain: in per cent of the damage where the paper gives a share, else in nats a token."""
     result = found.comparison.result
     nats = f"{interval_text(result.estimate, result.interval)} nats per token"

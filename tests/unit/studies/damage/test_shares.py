@@ -10,9 +10,12 @@ from torch import Tensor
 from lib.core.errors import InputError
 from lib.evaluation import recovered
 from lib.evaluation.paired import PairedDifference, paired_difference
+from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.tasks import TaskResult
 from lib.report import claims
 from lib.studies.damage import shares
 from lib.studies.damage.shares import PAPER, SHARE, Gain
+from lib.studies.pruning import gain_tables
 from lib.studies.pruning.gain_tables import Comparison
 from lib.studies.pruning.runs import Outcome
 
@@ -271,3 +274,41 @@ def test_the_threshold_of_a_claim_is_a_share_of_the_papers_share() -> None:
         one.bound for one in found.values() if one
     } == {0.05}
     assert found[0.0] and found[0.5] and found[0.0].p_value < 0.01 and found[0.5].p_value > 0.05  # it is 0.05 itself
+
+
+# --- accuracies ----------------------------------------------------------------------------------------------------------
+
+
+def answers(marks: str) -> TaskResult:
+    right = tuple(mark == "1" for mark in marks)
+    return TaskResult("t", "acc", right, {"acc": right}, 0.25, 0, EvaluationSettings(draws=1, seed=0))
+
+
+def test_shares_of_lost_accuracy_stand_beside_the_papers_of_the_same_pair_and_task() -> None:
+    """100 documents: dense 80, baseline 60, the change 65 right, all among the dense model's: a quarter of what was lost."""
+    dense, base, change = ("1" * n + "0" * (100 - n) for n in (80, 60, 65))
+    ours, pair = ("sink-aware (Wanda)", 0.5), (("sink-aware (Wanda)", 0.5), ("Wanda", 0.5))
+    results = {("m", "dense", 0.0, "t"): answers(dense), ("m", *pair[1], "t"): answers(base), ("m", *ours, "t"): answers(change)}
+    compared = gain_tables.mcnemar_table(results, [pair], seed=0)
+    given = {"seed": 0}
+    for names, paper in (({}, 100 * 0.48 / 5.23), ({"t": "GSM8K"}, -100 * 1.13 / 12.28)):
+        row = shares.with_accuracy_shares(compared, [pair], [results], results, **given, paper_tasks=names).iloc[0]
+        assert row[SHARE] == pytest.approx(25.0) and 0 < row["share, low"] < 25 < row["share, high"]
+        assert row[PAPER] == pytest.approx(paper) and row["difference, points"] == pytest.approx(5.0)
+    without = {key: found for key, found in results.items() if key[1] != "dense"}
+    assert math.isnan(shares.with_accuracy_shares(compared, [pair], [results], without, **given)[SHARE].item())
+    turned = (("Wanda", 0.5), ours)
+    row = shares.with_accuracy_shares(
+        gain_tables.mcnemar_table(results, [turned], seed=0), [turned], [results], results, **given
+    ).iloc[0]
+    assert row[SHARE] == pytest.approx(-100 * 5 / 15) and math.isnan(row[PAPER])  # the paper's Wanda is over SparseGPT
+
+
+def test_shares_of_accuracies_over_calibrations() -> None:
+    """The second calibration gains nothing; the dense model has none."""
+    dense, base = "1" * 80 + "0" * 20, "1" * 60 + "0" * 40
+    pair, changes = (("a", 0.5), ("b", 0.5)), ("1" * 70 + "0" * 30, base)
+    found = [{("m", "a", 0.5, "t"): answers(change), ("m", "b", 0.5, "t"): answers(base)} for change in changes]
+    compared = gain_tables.accuracy_table(found, [pair], seed=0)
+    row = shares.with_accuracy_shares(compared, [pair], found, {("m", "dense", 0.0, "t"): answers(dense)}, seed=0).iloc[0]
+    assert row[SHARE] == pytest.approx(25.0) and row["share, low"] == pytest.approx(0.0, abs=1e-9) and row["calibrations"] == 2

@@ -20,7 +20,7 @@ from lib.studies.pruning.bench import Bench
 from lib.studies.pruning.runs import Outcome
 from tests import tiny
 
-SEEDS, WINDOWS, DAMAGE = 3, 24, 0.4
+SEEDS, WINDOWS, DAMAGE = 3, 12, 0.4
 KEYS = [question.key for question in QUESTIONS]
 YES, NO, NONE = "reproduced", "not reproduced", "no effect of that size"
 

@@ -35,7 +35,8 @@ def shares(table: pd.DataFrame, *, paper: float) -> tuple[Figure, pd.DataFrame]:
         table: columns model, part, share of the damage (with low and high, in per cent); rows without a share are left out.
         paper: the paper's share, in per cent; half of it is drawn as the border of no effect.
     """
-    shown = table.rename(columns={SHARE: "share", "share, low": "low", "share, high": "high"})
+    names = {"model": "model", "part": "part", SHARE: "share", "share, low": "low", "share, high": "high"}
+    shown = table[list(names)].rename(columns=names)
     shown = shown.take(np.flatnonzero(np.isfinite(panels.numbers(shown, "share", "low", "high")).all(1)).tolist())
     models = panels.unique(shown, "model")
     order = [part for part in ORDER if part in set(shown["part"])]

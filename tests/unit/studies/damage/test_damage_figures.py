@@ -22,10 +22,11 @@ PARTS = (WHOLE, *FACTORS, RANDOM, SINKS_OVER_RANDOM)
 
 def table(models: dict[str, tuple[str, ...]]) -> pd.DataFrame:
     rows = [
-        {"model": model, "part": part, SHARE: 1.0 + at, "share, low": -2.0 + at, "share, high": 3.0 + at}
+        {"model": model, "part": part, "gain": 0.01, "low": -0.01, "high": 0.02,
+         SHARE: 1.0 + at, "share, low": -2.0 + at, "share, high": 3.0 + at}
         for model, parts in models.items()
         for at, part in enumerate(parts)
-    ]
+    ]  # fmt: skip
     return pd.DataFrame(rows)
 
 

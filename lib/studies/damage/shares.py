@@ -202,7 +202,7 @@ def with_accuracy_shares(
         share, key = None, (model, DENSE, 0.0, task)
         if key in dense:
             of_dense = 1.0 - gain_tables.correct_answers([dense], key)
-            share = recovered.share_recovered(*wrong, of_dense, bound=NO_CLAIM, seed=seed)
+            share = recovered.share_recovered(wrong[0], wrong[1], of_dense, bound=NO_CLAIM, seed=seed)
         same = recovered.PAIRS.get(first[0]) == second[0] and first[1] == second[1]
         name = paper_tasks.get(task, recovered.AVERAGE)
         paper = recovered.paper_share(first[0], sparsity=first[1], task=name) if same else math.nan
@@ -286,5 +286,5 @@ def extension_table(
 
 def _per_cent(found: Recovered | None) -> tuple[float, float, float]:
     if found is None or found.estimate is None or found.interval is None:
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     return 100 * found.estimate, 100 * found.interval[0], 100 * found.interval[1]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -273,7 +274,8 @@ def test_the_threshold_of_a_claim_is_a_share_of_the_papers_share() -> None:
     assert [one.threshold for one in found.values() if one] == [0.0, 0.05, 0.2] and {
         one.bound for one in found.values() if one
     } == {0.05}
-    assert found[0.0] and found[0.5] and found[0.0].p_value < 0.01 and found[0.5].p_value > 0.05  # it is 0.05 itself
+    any_size, half = found[0.0], found[0.5]
+    assert any_size and half and any_size.p_value < 0.01 and half.p_value > 0.05  # it is 0.05 itself
 
 
 # --- accuracies ----------------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def test_shares_of_lost_accuracy_stand_beside_the_papers_of_the_same_pair_and_ta
     ours, pair = ("sink-aware (Wanda)", 0.5), (("sink-aware (Wanda)", 0.5), ("Wanda", 0.5))
     results = {("m", "dense", 0.0, "t"): answers(dense), ("m", *pair[1], "t"): answers(base), ("m", *ours, "t"): answers(change)}
     compared = gain_tables.mcnemar_table(results, [pair], seed=0)
-    given = {"seed": 0}
+    given: dict[str, Any] = {"seed": 0}
     for names, paper in (({}, 100 * 0.48 / 5.23), ({"t": "GSM8K"}, -100 * 1.13 / 12.28)):
         row = shares.with_accuracy_shares(compared, [pair], [results], results, **given, paper_tasks=names).iloc[0]
         assert row[SHARE] == pytest.approx(25.0) and 0 < row["share, low"] < 25 < row["share, high"]

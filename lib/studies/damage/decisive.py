@@ -43,7 +43,7 @@ class Question:
 
 QUESTIONS = (
     Question("recipe-gains", "The sink-aware recipe recovers some of what Wanda loses", WHOLE, 0.0),
-    Question("gain-of-the-papers-size", "It recovers at least half of the paper's share", WHOLE, 0.5),
+    Question("gain-of-the-papers-size", "The sink-aware recipe recovers at least half of the paper's share", WHOLE, 0.5),
     Question("sink-weights-give-half", "The sink weights give at least half of the paper's share", FACTORS[1], 0.5),
     Question("noised-text-gives-half", "Noised text gives at least half of the paper's share", FACTORS[0], 0.5),
     Question("sinks-beat-random", "Taking out sinks beats taking out as many random positions", SINKS_OVER_RANDOM, 0.0),

@@ -23,6 +23,7 @@ from lib.pruning import expert_removal
 from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Target
 from lib.quantization.rounding import Grid
 from lib.report import notebook
+from lib.studies.damage import decisive, shares
 from lib.studies.joint import configurations, measured_formats
 from lib.studies.joint import runs as joint_runs
 from lib.studies.joint import tables as joint_tables
@@ -151,7 +152,10 @@ def test_what_removes_experts_says_why_it_cannot() -> None:
 
 
 def test_the_gain_is_taken_apart_and_extended(model: LanguageModel, bench: runs.Bench) -> None:
-    cells = attribution.measure(bench, sparsity=0.5, seeds=[0], noised=AWARE.inputs)
+    cells = decisive.measure(replace(bench, own_masks=True), sparsity=0.5, seeds=[0], noised=AWARE.inputs)
+    answered = decisive.answers({model.name: cells}, seed=0)
+    assert [question for question, _ in answered] == list(decisive.QUESTIONS) and len(shares.judge([g for _, g in answered])) == 5
+    assert len(decisive.table({model.name: cells}, seed=0)) == 7
     assert len(attribution.effects(attribution.quality(cells), seed=0)) and len(attribution.cell_table(cells, seed=0)) == 16
     plain, found = replace(AWARE, weighting=None), runs.Calibrations(bench, 0)
     policies = ("uniform", "OWL", "sink variance")

@@ -176,6 +176,8 @@ class SinkAwarePruning(Compression):
     swaps: Annotated[StrictInt, between(1, 10000)]
     alps: StrictBool
     levels: Annotated[StrictInt, between(2, 1000)]
+    decisive_windows: Annotated[StrictInt, between(2, 4096)]
+    decisive_seeds: Annotated[StrictInt, between(1, 64)]
     control_seeds: Annotated[StrictInt, between(1, 64)]
     dose_seeds: Annotated[StrictInt, between(1, 64)]
     task_seeds: Annotated[StrictInt, between(1, 64)]

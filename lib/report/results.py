@@ -53,6 +53,10 @@ EVIDENCE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "04": (
         ("accuracy-*", "accuracy_pairs", ""),
         ("better-weights-*", "repairs_gains", "repairs"),
+        ("recipe-gains", "shares", "shares"),
+        ("gain-of-the-papers-size", "shares", "shares"),
+        ("*-give-half", "shares", "shares"),
+        ("sinks-beat-random", "shares", "shares"),
         ("gains-grow", "released", "gain_by_sparsity"),
         ("due-to-the-sinks", "controls", "controls"),
         ("sinks-not-random", "controls_against_random", "controls"),

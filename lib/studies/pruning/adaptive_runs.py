@@ -81,7 +81,7 @@ def phase_outcomes(
             stored = phases.stored_bytes(masks, borders=plan.borders, bytes_per_weight=BYTES_PER_WEIGHT)
             cost.setdefault(plan.name, stored)
             joined = phases.phased(bench.model, networks, borders=plan.borders)
-            loss = runs.loss(bench, joined)
+            loss = runs.loss(found.bench, joined)
             del joined, networks, masks  # before the next plan's copies exist
             gone = stored.mean_sparsity
             outcomes.append(Outcome(bench.model.name, plan.name, sparsity, "unstructured", seed, gone, loss))

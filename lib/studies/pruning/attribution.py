@@ -49,33 +49,37 @@ def name_of(cell: Cell) -> str:
     return f"{words[0]}, weights {words[1]}, {words[2]}, {words[3]}"
 
 
-def cells() -> list[Cell]:
-    """List all combinations of levels."""
-    return list(product((0, 1), repeat=len(FACTORS)))
+def cells(*, noised: bool = True) -> list[Cell]:
+    """List all combinations of levels; without noised text the eight that an autoregressive model has."""
+    return [cell for cell in product((0, 1), repeat=len(FACTORS)) if noised or not cell[0]]
 
 
-def measure(bench: Bench, *, sparsity: float, seeds: Sequence[int], noised: Inputs) -> list[Outcome]:
-    """Measure all sixteen cells with every calibration seed.
+def measure(
+    bench: Bench, *, sparsity: float, seeds: Sequence[int], noised: Inputs, further: Mapping[str, Method] | None = None
+) -> list[Outcome]:
+    """Measure all cells with every calibration seed: sixteen of a diffusion model, eight of an autoregressive one.
 
     Args:
-        bench: a diffusion model, calibration pool, held-out windows.
+        bench: model, calibration pool, held-out windows.
         sparsity: of every cell.
         seeds: calibration seeds; a seed draws the same windows and the same noise in every cell.
         noised: how text is noised where it is.
+        further: methods measured beside the cells, by name.
     """
-    chosen = {name_of(cell): method_of(cell, noised=noised) for cell in cells()}
-    return runs.compare(bench, chosen, [Target(sparsity)], seeds=seeds)
+    chosen = {name_of(cell): method_of(cell, noised=noised) for cell in cells(noised=not bench.model.is_causal)}
+    return runs.compare(bench, {**chosen, **(further or {})}, [Target(sparsity)], seeds=seeds)
 
 
 def quality(outcomes: Sequence[Outcome]) -> dict[Cell, Float[Tensor, "seed window"]]:
-    """Return minus the loss of every cell: higher is better, so that an effect is a gain.
+    """Return minus the loss of every cell that the model has: higher is better, so that an effect is a gain.
 
     Raises:
         InputError: outcomes of several models, which would count as calibrations.
     """
     names = sorted({found.model for found in outcomes})
     require(len(names) <= 1, "a factorial must be of one model", ", ".join(names), "take them one by one")
-    return {cell: -runs.stack([o.loss for o in outcomes if o.method == name_of(cell)]) for cell in cells()}
+    noised = any(found.method.startswith(COLUMNS["inputs"][1]) for found in outcomes)
+    return {cell: -runs.stack([o.loss for o in outcomes if o.method == name_of(cell)]) for cell in cells(noised=noised)}
 
 
 def effects(values: Mapping[Cell, Float[Tensor, "seed window"]], *, seed: int) -> pd.DataFrame:
@@ -84,13 +88,13 @@ def effects(values: Mapping[Cell, Float[Tensor, "seed window"]], *, seed: int) -
 
 
 def total(values: Mapping[Cell, Float[Tensor, "seed window"]], *, seed: int) -> PairedDifference:
-    """Return the gain of all four changes together: the released sink-aware variant over the released Wanda."""
-    return paired.paired_difference(values[SINK_AWARE], values[WANDA], seed=seed)
+    """Return the gain of all changes together: the released sink-aware variant over the released Wanda."""
+    return paired.paired_difference(values[max(values)], values[WANDA], seed=seed)
 
 
 def main_effect(values: Mapping[Cell, Float[Tensor, "seed window"]], factor: int) -> Float[Tensor, "seed window"]:
     """Return a main effect for every seed and window: the mean over cells where the factor is on, minus where it is off."""
-    signed = [values[cell] if cell[factor] else -values[cell] for cell in cells()]
+    signed = [value if cell[factor] else -value for cell, value in values.items()]
     return runs.stack(signed).sum(0) / (len(signed) / 2)
 
 

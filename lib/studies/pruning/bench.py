@@ -1,7 +1,7 @@
 """What compressed variants of one model are measured with, and the calibrations that they share."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int
 from torch import Tensor
@@ -28,9 +28,11 @@ class Bench:
         pool: clean windows that calibration draws from.
         windows: held-out windows of the loss.
         calibration_windows: windows drawn for one calibration.
-        draws: masks per held-out window, the same for all variants.
+        draws: masks per held-out window, the same for all variants of a calibration.
         seed: of these masks.
         batch_size: calibration samples at one time.
+        own_masks: masks are drawn with the seed of each calibration: masks make most of the variance of a gain, and those that
+            all calibrations share are never averaged over.
     """
 
     model: LanguageModel
@@ -40,19 +42,29 @@ class Bench:
     draws: int
     seed: int
     batch_size: int = 16
+    own_masks: bool = False
+
+    @property
+    def masks_differ(self) -> bool:
+        """Whether the loss of one and the same model differs between calibrations."""
+        return self.own_masks and not self.model.is_causal
+
+    def of_calibration(self, seed: int) -> "Bench":
+        """Return the bench that models of a calibration seed are measured with."""
+        return replace(self, seed=seed) if self.own_masks else self
 
 
 class Calibrations:
     """Calibration sets and dense statistics of one bench and one seed, made when first asked for and then shared.
 
     Attributes:
-        bench: whose model must be dense whenever something is asked for the first time.
+        bench: whose model must be dense whenever something is asked for the first time; its masks are those of this calibration.
         seed: of the windows, of noise and of random choices.
         windows: clean windows that this calibration reads.
     """
 
     def __init__(self, bench: Bench, seed: int) -> None:
-        self.bench, self.seed = bench, seed
+        self.bench, self.seed = bench.of_calibration(seed), seed
         self.windows = sets.draw_windows(bench.pool, count=bench.calibration_windows, seed=seed)
         self._reader = sets.Reader(bench.model, self.windows, seed=seed, batch_size=bench.batch_size)
         self._sets: dict[Read, CalibrationSet] = {}

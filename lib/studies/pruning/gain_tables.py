@@ -15,7 +15,7 @@ from lib.evaluation.recovered import Recovered
 from lib.report import claims
 from lib.report.results import NO_EFFECT
 from lib.studies.pruning.runs import Outcome
-from lib.studies.pruning.tables import Results, dense_loss, losses
+from lib.studies.pruning.tables import Results, losses
 
 ALPHA = 0.05
 COMPARISON_COLUMNS = (
@@ -131,7 +131,7 @@ def accuracy_table(by_calibration: Sequence[Results], pairs: Sequence[tuple[Cond
     for first, second in pairs:
         for model, method, sparsity, task in results:
             if (method, sparsity) == first and (model, *second, task) in results:
-                sides = [_correct(by_calibration, (model, *condition, task)) for condition in (first, second)]
+                sides = [correct_answers(by_calibration, (model, *condition, task)) for condition in (first, second)]
                 name = f"{condition_name(first)} - {condition_name(second)}"
                 result = paired.paired_difference(*sides, seed=seed)
                 found.append((model, task, name, result, (sides[0] - sides[1]).mean(1)))
@@ -219,73 +219,16 @@ def adjusted_table(rows: Sequence[Mapping[str, object]], *, first: Sequence[str]
     return pd.DataFrame(listed, columns=None if listed else pd.Index([*first, *GAIN_COLUMNS]))
 
 
-def gains_over(outcomes: Sequence[Outcome], *, base: str, sparsity: float, seed: int) -> pd.DataFrame:
-    """Tabulate the gain of every method over one of them, model by model, with p-values adjusted over all rows.
-
-    Args:
-        outcomes: with the same calibration seeds for all methods of a model.
-        base: the method that the others are compared with.
-        sparsity: of all.
-        seed: of the bootstrap.
-    """
-    rows = []
-    for model, method in dict.fromkeys((found.model, found.method) for found in outcomes):
-        if method != base:
-            pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, base)]
-            found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
-            rows.append({"model": model, "weighting": method, **gain_columns(found)})
-    return adjusted_table(rows, first=("model", "weighting"))
-
-
-def gain_by_sparsity(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]], *, model: str, seed: int) -> pd.DataFrame:
-    """Tabulate the gain of each (method, baseline) at every unstructured sparsity that both were measured at."""
-    rows = []
-    for method, baseline in pairs:
-        measured = [
-            {o.sparsity for o in outcomes if (o.model, o.method, o.pattern) == (model, name, "unstructured")}
-            for name in (method, baseline)
-        ]
-        for sparsity in sorted(measured[0] & measured[1]):
-            pair = [losses(outcomes, model=model, method=name, sparsity=sparsity) for name in (method, baseline)]
-            found = gain(*pair, name=method, model=model, sparsity=sparsity, seed=seed)
-            lost = paired.paired_difference(pair[1], dense_loss(outcomes, model), seed=seed)
-            share = 100 * found.result.estimate / lost.estimate if lost.interval[0] > 0 else math.nan
-            own = {"model": model, "pair": f"{method} - {baseline}", "sparsity": sparsity}
-            rows.append({**own, **gain_columns(found), "gain, % of what the baseline loses": share})
-    return pd.DataFrame(rows)
-
-
 def best_method(outcomes: Sequence[Outcome], names: Sequence[str], *, model: str, sparsity: float) -> str:
     """Return the one of some methods with the lowest mean loss at a sparsity, on the same windows that gains are measured on."""
     return min(names, key=lambda name: float(losses(outcomes, model=model, method=name, sparsity=sparsity).mean()))
 
 
-def extension_table(
-    groups: Mapping[str, tuple[Sequence[Outcome], Float[Tensor, "seed window"]]],
-    *,
-    best: tuple[str, Float[Tensor, "best_seed window"]],
-    seed: int,
-) -> pd.DataFrame:
-    """Tabulate extensions against the base that they change in one thing, and against the best baseline.
+def correct_answers(by_calibration: Sequence[Results], key: tuple[str, str, float, str]) -> Float[Tensor, "seed document"]:
+    """Return 1 for right and 0 for wrong answers of one model, a row for each calibration that it was measured with.
 
     Args:
-        groups: outcomes by extension, and losses of its base; all with the same calibration seeds.
-        best: name and losses of the best baseline.
-        seed: of the bootstrap.
+        by_calibration: results of each calibration.
+        key: (model, method, sparsity, task).
     """
-    rows = []
-    for extension, (outcomes, base) in groups.items():
-        for model, variant, sparsity in dict.fromkeys((o.model, o.method, o.sparsity) for o in outcomes):
-            own = losses(outcomes, model=model, method=variant, sparsity=sparsity)
-            over_base = gain_columns(gain(own, base, name=variant, model=model, sparsity=sparsity, seed=seed))
-            over_best = gain(own, best[1], name=variant, model=model, sparsity=sparsity, seed=seed).result
-            rows.append({
-                "model": model, "extension": extension, "variant": variant, **over_base, "best baseline": best[0],
-                "gain over best": over_best.estimate, "best, low": over_best.interval[0], "best, high": over_best.interval[1],
-            })  # fmt: skip
-    return adjusted_table(rows, first=("model", "extension", "variant"))
-
-
-def _correct(by_calibration: Sequence[Results], key: tuple[str, str, float, str]) -> Float[Tensor, "seed document"]:
-    """Return 1 for right and 0 for wrong answers of one model, a row for each calibration that it was measured with."""
     return torch.stack([torch.tensor(results[key].correct).double() for results in by_calibration if key in results])

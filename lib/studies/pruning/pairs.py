@@ -9,8 +9,9 @@ import torch
 from lib.core.errors import require
 from lib.evaluation.paired import PairedDifference
 from lib.pruning.importances import UNSTRUCTURED
+from lib.studies.damage.shares import SHARE_COLUMNS, between, own_columns
 from lib.studies.pruning.gain_tables import Comparison, comparison_table, gain
-from lib.studies.pruning.runs import Outcome
+from lib.studies.pruning.runs import DENSE, Outcome
 
 MEGABYTE = 1e6
 COST_COLUMNS = ("against", "seconds", "seconds of the other", "peak MB", "peak MB of the other")
@@ -45,14 +46,18 @@ def pairs_table(
         controls: which of the others are controls, which change something that must not matter; the rest are rivals.
 
     Returns:
-        One row a pair: the gain with p-values adjusted over all rows; whether the other is a `"rival"` or a `"control"`; seconds
-        (mean over calibrations) and peak memory (the largest) of both, see `Outcome.effort`; NaN where not measured.
+        One row a pair: the gain with p-values adjusted over all rows; which share it is of what the other lost, where the dense
+        model is among the outcomes; whether the other is a `"rival"` or a `"control"`; seconds (mean over calibrations) and peak
+        memory (the largest) of both, see `Outcome.effort`; NaN where not measured.
     """
     table = comparison_table(compared(outcomes, pairs, seed=seed))
     costs = [
         ("control" if second[0].method in controls else "rival", _seconds(first), _seconds(second), _peak(first), _peak(second))
         for first, second in _measured(outcomes, pairs)
     ]
+    if any(found.method == DENSE for found in outcomes):
+        of_damage = [_share(outcomes, *sides, seed=seed) for sides in _measured(outcomes, pairs)]
+        table = table.join(pd.DataFrame(of_damage, columns=pd.Index(SHARE_COLUMNS)))
     return table.join(pd.DataFrame(costs, columns=pd.Index(COST_COLUMNS)))
 
 
@@ -83,6 +88,12 @@ def _measured(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> 
         cells.setdefault((found.model, found.sparsity, found.pattern), {}).setdefault(found.method, []).append(found)
     for there in cells.values():
         yield from ((there[first], there[second]) for first, second in pairs if {first, second} <= there.keys())
+
+
+def _share(outcomes: Sequence[Outcome], first: Sequence[Outcome], second: Sequence[Outcome], *, seed: int) -> dict[str, float]:
+    """Return the columns of the share that the first recovers of what the second lost."""
+    sides = [(found[0].method, found[0].sparsity) for found in (first, second)]
+    return own_columns(between(outcomes, *sides, model=first[0].model, pattern=first[0].pattern, seed=seed))
 
 
 def _seconds(found: Sequence[Outcome]) -> float:

@@ -111,7 +111,7 @@ def measure(
             with pruner.restored(bench.model) as model:
                 for layer, weight in zip(model.layers, weights[index][repair], strict=True):
                     layer.module.weight.data.copy_(weight)
-                measured = runs.outcome(bench, name_of(list(chosen)[index], repair), target, seed=seed)
+                measured = runs.outcome(found.bench, name_of(list(chosen)[index], repair), target, seed=seed)
                 used = (ranked[index],) if repair == ALONE else (ranked[index], errors_of)
                 took = replace(together, seconds=spent[index, repair])
                 outcomes.append(replace(measured, fallbacks=_fallbacks(model, used), effort=took))

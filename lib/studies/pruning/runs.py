@@ -74,6 +74,11 @@ def dense(bench: Bench) -> Outcome:
     return Outcome(bench.model.name, DENSE, 0.0, UNSTRUCTURED, 0, 0.0, loss(bench))
 
 
+def dense_of(bench: Bench, seeds: Sequence[int]) -> list[Outcome]:
+    """Measure the model as it is under the masks of every calibration; once where all have the same."""
+    return [replace(dense(bench.of_calibration(seed)), seed=seed) for seed in (seeds if bench.masks_differ else seeds[:1])]
+
+
 def prune_(found: Calibrations, method: Method, target: Target) -> tuple[str, ...]:
     """Prune the bench's model in place, with calibrations that other methods share; the result is that of `pruner.prune_`."""
     model, batch = found.bench.model, found.bench.batch_size
@@ -84,9 +89,10 @@ def prune_(found: Calibrations, method: Method, target: Target) -> tuple[str, ..
     return pruner.prune_on_(model, method, target, found.set_of(method), batch_size=batch, seed=found.seed)
 
 
-def seeds_that_matter(method: Method, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds of a method: one for magnitude alone, which draws nothing."""
-    return seeds[:1] if method.importance == "magnitude" and not method.needs_calibration else seeds
+def seeds_that_matter(method: Method, seeds: Sequence[int], *, masks_differ: bool = False) -> Sequence[int]:
+    """Return the seeds of a method: one for magnitude alone, which draws nothing, where all are measured under the same masks."""
+    draws_nothing = method.importance == "magnitude" and not method.needs_calibration
+    return seeds[:1] if draws_nothing and not masks_differ else seeds
 
 
 def compare(
@@ -108,7 +114,8 @@ def compare(
         Outcomes, one a (seed, method, target).
     """
     outcomes = []
-    work = [(seed, name) for seed in seeds for name in chosen if seed in seeds_that_matter(chosen[name], seeds)]
+    of_each = {name: seeds_that_matter(method, seeds, masks_differ=bench.masks_differ) for name, method in chosen.items()}
+    work = [(seed, name) for seed in seeds for name in chosen if seed in of_each[name]]
     calibrations: dict[int, Calibrations] = {}
     for seed, name in progress(work, desc=bench.model.name):
         if seed not in calibrations:
@@ -188,15 +195,15 @@ def structured(bench: Bench, chosen: Mapping[str, Method], sparsities: Sequence[
     for seed in seeds:
         found = Calibrations(bench, seed)
         for name, method in chosen.items():
-            asked = sparsities if seed in seeds_that_matter(method, seeds) else ()
+            asked = sparsities if seed in seeds_that_matter(method, seeds, masks_differ=bench.masks_differ) else ()
             for sparsity in (each for each in asked if (name, each) not in left_out):
                 found.share(method)
                 if method.repair == "refit":
                     found.hessians_of(method.inputs)
                 small, took = watched(partial(shrunk, found, method, sparsity=sparsity), device=bench.model.device)
                 gone = 1.0 - _weights(small) / _weights(bench.model)
-                measured = Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, loss(bench, small), effort=took)
-                outcomes.append(measured)
+                lost = loss(found.bench, small)
+                outcomes.append(Outcome(bench.model.name, name, sparsity, STRUCTURED, seed, gone, lost, effort=took))
     return outcomes
 
 

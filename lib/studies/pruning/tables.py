@@ -33,9 +33,21 @@ def losses(
     return torch.stack(rows)
 
 
-def dense_loss(outcomes: Sequence[Outcome], model: str) -> Float[Tensor, "one window"]:
-    """Return the losses of the dense model."""
-    return losses(outcomes, model=model, method=DENSE, sparsity=0.0)
+def dense_loss(outcomes: Sequence[Outcome], model: str, seeds: Sequence[int] = ()) -> Float[Tensor, "seed window"]:
+    """Return the losses of the dense model: a single row, or one for each calibration that has masks of its own.
+
+    Args:
+        outcomes: with dense rows.
+        model: whose.
+        seeds: calibrations wanted where there are several rows; all of them when empty.
+
+    Raises:
+        KeyError: the dense model was not measured under the masks of one of them.
+    """
+    rows = {found.seed: found.loss for found in outcomes if (found.model, found.method) == (model, DENSE)}
+    if not rows:
+        raise KeyError(f"no outcome of the dense {model}")
+    return torch.stack(list(rows.values()) if len(rows) == 1 or not seeds else [rows[seed] for seed in seeds])
 
 
 def conditions(outcomes: Sequence[Outcome]) -> list[Condition]:
@@ -49,7 +61,8 @@ def loss_columns(outcomes: Sequence[Outcome], condition: Condition, *, seed: int
         return dict.fromkeys(("loss", "increase", "low", "high"), math.nan)
     model, method, pattern, sparsity = condition
     found = losses(outcomes, model=model, method=method, sparsity=sparsity, pattern=pattern)
-    increase = paired.paired_difference(found, dense_loss(outcomes, model), seed=seed)
+    seeds = [o.seed for o in outcomes if (o.model, o.method, o.pattern, o.sparsity) == condition]
+    increase = paired.paired_difference(found, dense_loss(outcomes, model, seeds), seed=seed)
     low, high = increase.interval
     return {"loss": float(found.mean()), "increase": increase.estimate, "low": low, "high": high}
 

@@ -143,8 +143,14 @@ def test_the_papers_shares_by_hand() -> None:
     assert found[*sparsegpt, "WinoG"] == pytest.approx(1.18 / 4.66)
     assert found["structured", "Sink-Aware", 0.3, "PIQA"] == pytest.approx((69.55 - 68.34) / (74.10 - 68.34))
     assert found["structured", "Sink-Aware", 0.5, "ARC-C"] == pytest.approx((23.62 - 20.39) / (43.00 - 20.39))
-    assert {key[3] for key in found if key[0] == "structured"} == {"PIQA", "WinoG", "ARC-C"}  # no dense ARC-E is printed
-    assert len(found) == 2 * 7 + 2 * 3
+    assert {key[3] for key in found if key[0] == "structured"} == {"PIQA", "WinoG", "ARC-C", "Avg"}  # no dense ARC-E is printed
+    assert len(found) == 3 * 7 + 2 * 4
+    assert found["unstructured", "Wanda", 0.5, "Avg"] == pytest.approx(0.36 / 5.59)  # of what SparseGPT loses
+    for ratio, share in ((0.3, 2.71 / 13.96), (0.5, 6.14 / 51.31)):  # points of all three tasks together, not a mean of ratios
+        ratios = [found["structured", "Sink-Aware", ratio, task] for task in ("PIQA", "WinoG", "ARC-C")]
+        assert recovered.paper_share("Sink-Aware", pattern="structured", sparsity=ratio) == pytest.approx(share)
+        assert abs(sum(ratios) / 3 - share) > 0.003
+    assert math.isnan(recovered.paper_share("Wanda", sparsity=0.3)) and math.isnan(recovered.paper_share("DWANDA"))
 
 
 @pytest.mark.parametrize(

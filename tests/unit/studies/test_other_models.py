@@ -23,6 +23,7 @@ from lib.pruning import expert_removal
 from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Target
 from lib.quantization.rounding import Grid
 from lib.report import notebook
+from lib.studies.damage import decisive, shares
 from lib.studies.joint import configurations, measured_formats
 from lib.studies.joint import runs as joint_runs
 from lib.studies.joint import tables as joint_tables
@@ -151,7 +152,10 @@ def test_what_removes_experts_says_why_it_cannot() -> None:
 
 
 def test_the_gain_is_taken_apart_and_extended(model: LanguageModel, bench: runs.Bench) -> None:
-    cells = attribution.measure(bench, sparsity=0.5, seeds=[0], noised=AWARE.inputs)
+    cells = decisive.measure(replace(bench, own_masks=True), sparsity=0.5, seeds=[0], noised=AWARE.inputs)
+    answered = decisive.answers({model.name: cells}, seed=0)
+    assert [question for question, _ in answered] == list(decisive.QUESTIONS) and len(shares.judge([g for _, g in answered])) == 5
+    assert len(decisive.table({model.name: cells}, seed=0)) == 7
     assert len(attribution.effects(attribution.quality(cells), seed=0)) and len(attribution.cell_table(cells, seed=0)) == 16
     plain, found = replace(AWARE, weighting=None), runs.Calibrations(bench, 0)
     policies = ("uniform", "OWL", "sink variance")
@@ -253,7 +257,8 @@ def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
 
 SMALL = {
     "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
-    "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1},
+    "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1,
+                           "decisive_windows": 2, "decisive_seeds": 1},
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
                            "annealing": 1, "timed_rows": 16},
     "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,

@@ -127,55 +127,6 @@ def test_turning_a_gain_round_turns_the_verdict_round(middle: float, width: floa
 # --- tables of gains -----------------------------------------------------------------------------------------------------
 
 
-def test_every_method_is_compared_with_the_base_of_its_own_model() -> None:
-    """At the asked sparsity alone; the other model has other losses and its own base."""
-    values = {
-        ("m", "base"): losses(0.0, draw=1), ("m", "a"): losses(-0.02, draw=2), ("m", "b"): losses(0.3, draw=3),
-        ("n", "a"): losses(1.9, draw=4), ("n", "base"): losses(2.0, draw=5),
-    }  # fmt: skip
-    measured = [one for (model, method), loss in values.items() for one in outcomes(method, loss, model=model)]
-    measured += outcomes("a", losses(5.0), sparsity=0.7) + outcomes("a", losses(7.0), pattern="structured")
-    table = gain_tables.gains_over(measured, base="base", sparsity=0.5, seed=4)
-    assert list(zip(table["model"], table["weighting"], strict=True)) == [("m", "a"), ("m", "b"), ("n", "a")]
-    for row in table.to_dict("records"):
-        pair = values[row["model"], "base"], values[row["model"], row["weighting"]]
-        assert same_row(row, paired_difference(*pair, seed=4)) and row["gain"] == pytest.approx(mean_gain(*pair))
-        assert row["seeds"] == 2
-    assert table["gain"].tolist() == pytest.approx([0.02, -0.3, 0.1], abs=0.05)
-    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
-
-
-def test_a_method_that_was_not_measured_at_this_sparsity_is_named() -> None:
-    measured = outcomes("base", losses(0.0)) + outcomes("a", losses(0.1), sparsity=0.7)
-    with pytest.raises(KeyError, match=r"no outcome of \('m', 'a', 0.5, 'unstructured'\)"):
-        gain_tables.gains_over(measured, base="base", sparsity=0.5, seed=0)
-
-
-def test_gains_by_sparsity_are_those_that_both_were_measured_at() -> None:
-    """In rising order; not structured ones, and not those of the other model. The share is of what the baseline loses."""
-    values = {
-        (method, s): losses(s * shift, draw=i)
-        for i, (method, shift) in enumerate([("new", 0.3), ("old", 0.5)])
-        for s in (0.7, 0.3)
-    }
-    measured = [one for (method, s), loss in values.items() for one in outcomes(method, loss, sparsity=s)]
-    measured += outcomes("dense", BASE[None], sparsity=0.0) + outcomes("dense", BASE[None] - 9.0, sparsity=0.0, model="n")
-    measured += outcomes("new", losses(0.0), sparsity=0.9) + outcomes("old", losses(0.0), sparsity=0.1)
-    measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.5, pattern="2:4")]
-    measured += [one for method in ("new", "old") for one in outcomes(method, losses(1.0), sparsity=0.6, model="n")]
-    table = gain_tables.gain_by_sparsity(measured, [("new", "old"), ("old", "new"), ("new", "absent")], model="m", seed=1)
-    keys = [("new - old", 0.3), ("new - old", 0.7), ("old - new", 0.3), ("old - new", 0.7)]
-    assert list(zip(table["pair"], table["sparsity"], strict=True)) == keys and set(table["model"]) == {"m"}
-    for row in table.to_dict("records"):
-        method, baseline = row["pair"].split(" - ")
-        pair = values[baseline, row["sparsity"]], values[method, row["sparsity"]]
-        assert same_row(row, paired_difference(*pair, seed=1)) and row["gain"] == pytest.approx(mean_gain(*pair))
-        share = 100 * row["gain"] / mean_gain(pair[0], BASE[None])
-        assert row["gain, % of what the baseline loses"] == pytest.approx(share)
-    assert table["gain"].tolist() == pytest.approx([0.06, 0.14, -0.06, -0.14], abs=0.03)
-    assert table["gain, % of what the baseline loses"].tolist()[1] == pytest.approx(40.0, abs=8)
-
-
 def test_the_best_method_has_the_lowest_mean_over_seeds_and_windows() -> None:
     """A lower loss on most windows, in another pattern, model or sparsity does not count, nor a method that is not asked for."""
     steady, lucky = losses(0.0, spread=0.0), losses(-0.1, spread=0.0)
@@ -189,43 +140,11 @@ def test_the_best_method_has_the_lowest_mean_over_seeds_and_windows() -> None:
     assert gain_tables.best_method(measured, names[1:], model="n", sparsity=0.5) == "bad"
 
 
-def test_extensions_stand_beside_their_own_base_and_the_best_baseline() -> None:
-    bases, best = {"B": losses(0.0, draw=1), "A": losses(1.0, draw=6)}, losses(-0.5, draw=2)
-    values = {"early": losses(-0.2, draw=3), "late": losses(0.01, draw=4), "by head": losses(-0.6, draw=5)}
-    groups = {
-        "B": ([*outcomes("early", values["early"]), *outcomes("late", values["late"])], bases["B"]),
-        "A": (outcomes("by head", values["by head"]), bases["A"]),
-    }
-    table = gain_tables.extension_table(groups, best=("SparseGPT", best), seed=2)
-    keys = [("B", "early"), ("B", "late"), ("A", "by head")]
-    assert list(zip(table["extension"], table["variant"], strict=True)) == keys
-    assert set(table["best baseline"]) == {"SparseGPT"} and set(table["model"]) == {"m"}
-    for row in table.to_dict("records"):
-        own, base = values[row["variant"]], bases[row["extension"]]
-        over_best = paired_difference(best, own, seed=2)
-        assert same_row(row, paired_difference(base, own, seed=2)) and row["gain"] == pytest.approx(mean_gain(base, own))
-        assert (row["gain over best"], row["best, low"], row["best, high"]) == (over_best.estimate, *over_best.interval)
-        assert row["gain over best"] == pytest.approx(mean_gain(best, own))
-    assert table["gain"].tolist() == pytest.approx([0.2, -0.01, 1.6], abs=0.05)
-    assert table["gain over best"].tolist() == pytest.approx([-0.3, -0.51, 0.1], abs=0.05)
-    assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
-    assert table["p (Holm)"].tolist() != table["p"].tolist()
-
-
-def test_an_extension_with_other_seeds_than_its_base_is_refused() -> None:
-    with pytest.raises(InputError, match="the same units and the same seeds"):
-        gain_tables.extension_table(
-            {"A": (outcomes("x", losses(0.0, seeds=3)), losses(0.0))}, best=("b", losses(0.0, seeds=3)), seed=0
-        )
-
-
 def test_nothing_measured_makes_empty_tables_with_their_columns() -> None:
-    assert gain_tables.comparison_table([]).empty and gain_tables.gain_by_sparsity([], [("a", "b")], model="m", seed=0).empty
+    assert gain_tables.comparison_table([]).empty
     for table, some in (
         (gain_tables.mcnemar_table({}, [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "documents"}),
         (gain_tables.accuracy_table([], [(("a", 0.5), ("b", 0.5))], seed=0), {"comparison", "p (Holm)", "calibrations"}),
-        (gain_tables.gains_over([], base="b", sparsity=0.5, seed=0), {"model", "weighting", "gain", "p (Holm)"}),
-        (gain_tables.extension_table({}, best=("b", losses(0.0)), seed=0), {"model", "extension", "variant", "gain", "p (Holm)"}),
     ):
         assert table.empty and some <= set(table.columns)
 
@@ -302,13 +221,3 @@ def test_tables_are_frames() -> None:
     found = replace(gain_tables.gain(losses(-0.1), losses(0.0), name="x", model="m", sparsity=0.5, seed=0), name="renamed")
     table = gain_tables.comparison_table([found])
     assert isinstance(table, pd.DataFrame) and table["comparison"].tolist() == ["renamed"]
-
-
-@pytest.mark.parametrize("change", [-0.01, 0.0])
-def test_there_is_no_share_of_a_loss_that_did_not_rise(change: float) -> None:
-    measured = (
-        outcomes("dense", BASE[None], sparsity=0.0) + outcomes("old", BASE[None] + change) + outcomes("new", BASE[None] - 0.5)
-    )
-    table = gain_tables.gain_by_sparsity(measured, [("new", "old")], model="m", seed=1)
-    assert table["gain"].item() == pytest.approx(0.5 + change)
-    assert math.isnan(table["gain, % of what the baseline loses"].item())

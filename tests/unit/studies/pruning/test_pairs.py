@@ -66,6 +66,19 @@ def test_rivals_and_controls_stand_beside_what_both_took() -> None:
     assert table["seconds of the other"].isna().tolist() == table["peak MB of the other"].isna().tolist() == [False, False, True]
 
 
+def test_shares_of_what_the_other_lost_stand_where_the_dense_model_was_measured() -> None:
+    """With the dense rows in another order than the calibrations'; of the second of the pair, and at its own target."""
+    dense = [replace(one, method="dense", sparsity=0.0) for one in outcomes("x", -0.5, draw=5)][::-1]
+    a, b = outcomes("a", 0.1, draw=1), outcomes("b", 0.5, draw=2)
+    cut = outcomes("a", 0.2, draw=3, pattern="structured"), outcomes("b", 0.9, draw=4, pattern="structured")
+    table = pairs.pairs_table([*dense, *a, *b, *cut[0], *cut[1]], [("a", "b")], seed=0)
+    for row, (own, other) in zip(table.to_dict("records"), ((a, b), cut), strict=True):
+        damage = float((stacked(other) - stacked(dense[::-1])).mean())
+        assert row["share of the damage, %"] == pytest.approx(100 * row["gain"] / damage)
+        assert row["gain"] == pytest.approx(float((stacked(other) - stacked(own)).mean()))
+    assert "share of the damage, %" not in pairs.pairs_table([*a, *b], [("a", "b")], seed=0).columns
+
+
 def test_an_unknown_memory_is_not_a_small_one() -> None:
     listed = [*outcomes("a", 0.0, effort=[Effort(1.0, 5e6), Effort(1.0)]), *outcomes("b", 0.5)]
     assert math.isnan(pairs.pairs_table(listed, [("a", "b")], seed=0)["peak MB"].item())

@@ -163,6 +163,43 @@ def test_the_dense_model_is_measured_as_it_is(bench: Bench) -> None:
     assert torch.equal(found.loss, runs.loss(bench)) and found.loss.shape == (4,)
 
 
+def test_masks_of_their_own_are_those_of_each_calibrations_seed_for_all_of_its_models(noisy: Bench) -> None:
+    """Random pruning of one seed under the masks of that seed; the dense model and magnitude, too, though they draw nothing."""
+    own = replace(noisy, own_masks=True)
+    reference = {
+        seed: torch.cat(inputs_seen(noisy.model, lambda seed=seed: runs.loss(replace(noisy, seed=seed)))) for seed in (0, 5)
+    }
+    outcomes: list[runs.Outcome] = []
+
+    def measure() -> None:
+        outcomes.extend(runs.compare(own, {"random": Method("random"), "magnitude": Method("magnitude")}, [HALF], seeds=[0, 5]))
+        outcomes.extend(runs.dense_of(own, [0, 5]))
+
+    wanted = [reference[0], reference[0], reference[5], reference[5], reference[0], reference[5]]
+    assert torch.equal(torch.cat(inputs_seen(noisy.model, measure)), torch.cat(wanted))
+    assert not torch.equal(reference[0], reference[5])
+    assert [(one.method, one.seed) for one in outcomes if one.method != "random"] == [
+        ("magnitude", 0), ("magnitude", 5), ("dense", 0), ("dense", 5)
+    ]  # fmt: skip
+    alone = runs.compare(replace(noisy, seed=5), {"random": Method("random")}, [HALF], seeds=[5])
+    assert torch.equal(alone[0].loss, next(one.loss for one in outcomes if (one.method, one.seed) == ("random", 5)))
+
+
+def test_exact_losses_need_no_masks_of_their_own(twin: LanguageModel) -> None:
+    own = bench_of(twin, own_masks=True)
+    assert not own.masks_differ and len(runs.dense_of(own, [4, 9])) == 1
+    assert len(runs.compare(own, {"magnitude": Method("magnitude")}, [HALF], seeds=[4, 9])) == 1
+
+
+def test_cut_models_are_measured_under_masks_of_their_own(noisy: Bench) -> None:
+    own = replace(noisy, own_masks=True)
+    found = runs.structured(own, {"Wanda-sp": PLAIN}, [0.5], seeds=[5, 9])
+    for one in found:
+        wanted = runs.structured(replace(noisy, seed=one.seed), {"Wanda-sp": PLAIN}, [0.5], seeds=[one.seed])
+        assert torch.equal(one.loss, wanted[0].loss)
+    assert [one.seed for one in found] == [5, 9]
+
+
 # --- comparisons ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,83 @@
+"""Where the variance of gains comes from, measured: between calibrations, held-out windows and masks, and what follows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.evaluation import components
+from lib.pruning import pruner
+from lib.pruning.methods import Method, Target
+from lib.studies.pruning import runs
+from lib.studies.pruning.bench import Bench, Calibrations
+from lib.studies.pruning.runs import DENSE
+
+COMPONENTS = {
+    "calibration": "calibrations", "window": "windows", "both": "calibrations x windows", "masks": "masks", "rest": "rest",
+}  # fmt: skip
+
+
+def losses_by_masks(
+    bench: Bench, chosen: Mapping[str, Method], target: Target, *, seeds: Sequence[int], sets: int
+) -> dict[str, Float[Tensor, "calibration window set"]]:
+    """Measure methods with several calibrations under several sets of masks, which all calibrations share.
+
+    Args:
+        bench: a diffusion model, calibration pool, held-out windows; a set has as many masks a window as it says.
+        chosen: methods by name.
+        target: of all.
+        seeds: calibration seeds, two or more.
+        sets: of masks, two or more.
+
+    Returns:
+        Losses in nats per token by name, those of the dense model, alike for all calibrations, among them.
+    """
+    shared, found = replace(bench, own_masks=False), dict[str, list[Tensor]]()
+
+    def under_all_masks() -> Float[Tensor, "window set"]:
+        return torch.stack([runs.loss(replace(shared, seed=bench.seed + at)) for at in range(sets)], dim=1)
+
+    dense = under_all_masks()
+    for seed in seeds:
+        of_seed = Calibrations(shared, seed)
+        of_seed.prepare(chosen.values())
+        for name, method in chosen.items():
+            of_seed.share(method)
+            with pruner.restored(bench.model):
+                runs.prune_(of_seed, method, target)
+                found.setdefault(name, []).append(under_all_masks())
+    return {DENSE: dense.expand(len(seeds), -1, -1), **{name: torch.stack(rows) for name, rows in found.items()}}
+
+
+def table(differences: Mapping[str, Float[Tensor, "calibration window set"]], *, calibrations: int, windows: int) -> pd.DataFrame:
+    """Tabulate variance components of differences, and the standard errors that they promise.
+
+    Args:
+        differences: by name, in nats per token.
+        calibrations: that are to be measured.
+        windows: held-out windows that each of them is to be measured on, with one set of masks each.
+
+    Returns:
+        One row a difference: its mean; the share of each component in the variance of a single value, in per cent; the standard
+        error of the planned mean with the same masks for all calibrations and with masks of their own, in nats per token, and
+        how much narrower the second is.
+    """
+    rows = []
+    for name, values in differences.items():
+        found = components.components(values)
+        parts = {label: max(getattr(found, part), 0.0) for part, label in COMPONENTS.items()}
+        whole = sum(parts.values())
+        shared, own = (
+            math.sqrt(found.variance(calibrations=calibrations, windows=windows, draws=1, own_masks=own)) for own in (False, True)
+        )
+        rows.append({
+            "difference": name, "mean": float(values.mean()),
+            **{f"{label}, %": 100 * part / whole if whole else math.nan for label, part in parts.items()},
+            "standard error, same masks": shared, "standard error, own masks": own,
+            "times narrower": shared / own if own else math.nan,
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -201,7 +201,8 @@ def _trace_denoising(
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
     kept, ids, masked, at_marks, parts, value_norms, lengths, opened = [], [], [], [], [], [], [], []
-    with masses.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
+    kinds = ("argmax", "value_norm") if heads else ()
+    with masses.record(model, keep=kinds) as recorder, progress(total=steps, desc=model.name, unit="step") as bar:
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
@@ -221,6 +222,7 @@ def _trace_denoising(
                 parts.append(_reduce_heads(sums, mass, favourites, keys=keys, size=size))
                 norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
                 value_norms.extend([_grown(norms, size)] if step.step in marks else [])
+            bar.update()
 
         texts = sample(on_step=on_step)
     return SinkTrace(

@@ -182,20 +182,17 @@ def write(
     tokenizer_of(model)
     pruned = rounding is None or target != Target(0.0)
     needed = (pruned and method.needs_calibration) or (rounding is not None and rounding.needs_calibration)
-    rule = f"{method.importance} pruning must come {'with' if needed else 'without'} a calibration"
+    steps = f"{method.importance} pruning" + (f" and rounding ({rounding.way})" if rounding is not None else "")
+    rule = f"{steps} must come {'with' if needed else 'without'} a calibration"
     require((reading is not None) == needed, rule, str(reading), "describe what was read, or leave it out")
     got = f"{pruner.measured_sparsity(model) if cut is None else cut:.2%}"
     gone = [f"{got} of its block weights pruned"] if pruned else []
     name = ", ".join([_base_name(model), *gone, *([] if rounding is None else [f"{rounding.bits} bits"])])
-    how = ZEROED if cut is None else WITHOUT_EXPERTS if model.has_experts else CUT
-    if rounding is not None:
-        what = "setting weights to zero and rounding the others" if pruned else "rounding the weights of its blocks"
-        how = ROUNDED.format(what=what, bits=rounding.bits)
     done = [*_origin(model, folder, rounding), *(_how(method) if pruned else ()), *_rounded(rounding)]
     done += [*(_how_much(model, target, got, cut) if pruned else ()), *_read(reading), _code()]
     parts = [
         f"---\n{_front_matter(model, license_id, pruned=pruned, rounding=rounding)}\n---\n\n# {name}\n",
-        f"Made from `{_base_name(model)}` by {how}",
+        f"Made from `{_base_name(model)}` by {_how_made(model, cut, rounding, pruned=pruned)}",
         "## What was done\n",
         _table(("", ""), done),
         "## What was measured\n",
@@ -205,6 +202,13 @@ def write(
     ]
     provenance.write_text(folder / FILE, "\n".join(parts))
     return folder / FILE
+
+
+def _how_made(model: LanguageModel, cut: float | None, rounding: Rounding | None, *, pruned: bool) -> str:
+    if rounding is None:
+        return ZEROED if cut is None else WITHOUT_EXPERTS if model.has_experts else CUT
+    what = "setting weights to zero and rounding the others" if pruned else "rounding the weights of its blocks"
+    return ROUNDED.format(what=what, bits=rounding.bits)
 
 
 def _front_matter(model: LanguageModel, license_id: str, *, pruned: bool, rounding: Rounding | None) -> str:

@@ -97,7 +97,7 @@ def test_codes_go_through_every_form_unchanged(checkpoints: Path, tmp_path: Path
     again = containers.read_codes(tmp_path / "again")
     assert all(torch.equal(codes[name].codes, again[name].codes) and codes[name].bits == again[name].bits for name in codes)
     told = answer(capsys, "export", "q", "--as", "gguf", "-o", "q.gguf")
-    assert told["codes"] == told["exact"] == len(codes)
+    assert told["codes"] == told["exact"] == len(codes) and told["tokenizer_mismatch"] == 0.0
     answer(capsys, "export", "q", "--as", "llada", "-o", "own")
     first, second = loading.load(tmp_path / "q"), loading.load(tmp_path / "own")
     assert all(torch.equal(a.module.weight, b.module.weight) for a, b in zip(first.layers, second.layers, strict=True))

@@ -29,7 +29,8 @@ def test_block_lists_claims_and_notebooks(pages: Path) -> None:
     assert markdown.verdict_block().splitlines() == [
         "| claim | verdict | estimate [95 % interval] | n | model | source | rule | note |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 prompts | dlm | paper, abstract | {CLAIM['rule']} |  |",
+        "| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 prompts | dlm | paper, abstract "
+        f"| {CLAIM['rule']} |  |",
         f"| Sinks move. | – **not tested** | - | 0 | smollm2 | paper, abstract | {CLAIM['rule']} | no file |",
         "",
         "- [Notebook 01](../notebooks/01_sink_traces.ipynb), Do sinks move? (full, commit "

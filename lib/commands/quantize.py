@@ -3,10 +3,15 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.commands import prune
 from lib.commands.words import MODEL, UsageError, add_common, whole
+
+if TYPE_CHECKING:
+    from lib.evaluation.model_card import Measure, Reading
+    from lib.models.language_model import LanguageModel
+    from lib.studies.joint.runs import Recipe
 
 EPILOG = """With --prune, SparseGPT prunes and rounds in one sweep; any other method prunes first. Mixtures of experts are
 written as a container that sinks alone reads."""
@@ -84,16 +89,9 @@ def _rounded(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     zeros = pruner.measured_sparsity(rounded)
     sizes = model_card.size_measures(rounded, folder, dense_bits=8 * stored.itemsize)
-    model_card.write(
-        folder,
-        model=rounded,
-        method=recipe.method,
-        target=target,
-        reading=prune.reading_of(chosen, length) if recipe.needs_calibration else None,
-        measured=[*sizes, session.loss_measure(before, after, chosen, length)],
-        rounding=model_card.Rounding(chosen.bits, chosen.group, rounding, order if chosen.prune else ""),
-        license_id=session.license_of(model),
-    )
+    reading = prune.reading_of(chosen, length) if recipe.needs_calibration else None
+    measures = [*sizes, session.loss_measure(before, after, chosen, length)]
+    _write_card(folder, recipe, dense=model, rounded=rounded, reading=reading, measures=measures)
     facts = {
         "model": session.facts_of(model), "bits": chosen.bits, "group": chosen.group,
         "rounding": rounding, "order": order, "method": chosen.prune, "sparsity_asked": target.sparsity,
@@ -107,3 +105,30 @@ def _rounded(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
         session.loss_line(before, after, chosen),
     ]
     return facts, lines
+
+
+def _write_card(
+    folder: Path,
+    recipe: "Recipe",
+    *,
+    dense: "LanguageModel",
+    rounded: "LanguageModel",
+    reading: "Reading | None",
+    measures: "list[Measure]",
+) -> None:
+    """Write the card of a rounded checkpoint."""
+    from lib.commands import session
+    from lib.evaluation import model_card
+
+    order = recipe.order if recipe.prunes else ""
+    rounding = model_card.Rounding(recipe.grid.bits, recipe.grid.group_size or 0, recipe.rounding, order)
+    model_card.write(
+        folder,
+        model=rounded,
+        method=recipe.method,
+        target=recipe.target,
+        reading=reading,
+        measured=measures,
+        rounding=rounding,
+        license_id=session.license_of(dense),
+    )

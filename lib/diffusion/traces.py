@@ -17,6 +17,7 @@ from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import Attention, LanguageModel, blocks_of
 
 MARKS = (0.25, 0.5, 0.75)
+OF_HEADS = ("argmax", "value_norm")  # what the recorder keeps for single heads
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,10 @@ def _trace_denoising(
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
     kept, ids, masked, at_marks, parts, value_norms, lengths, opened = [], [], [], [], [], [], [], []
-    kinds = ("argmax", "value_norm") if heads else ()
-    with masses.record(model, keep=kinds) as recorder, progress(total=steps, desc=model.name, unit="step") as bar:
+    with (
+        masses.record(model, keep=OF_HEADS if heads else ()) as recorder,
+        progress(total=steps, desc=model.name, unit="step") as bar,
+    ):
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
@@ -217,12 +220,11 @@ def _trace_denoising(
             opened.append(block)
             if step.step in marks:
                 at_marks.append(_grown(mass, size))
-            if heads:
-                favourites = recorder.pop_argmax()[:, : len(prompts), 0].transpose(0, 1).cpu()
-                parts.append(_reduce_heads(sums, mass, favourites, keys=keys, size=size))
-                norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
-                value_norms.extend([_grown(norms, size)] if step.step in marks else [])
             bar.update()
+            if heads:
+                favourites, norms = (each[:, : len(prompts)] for each in (recorder.pop_argmax(), recorder.pop_value_norms()))
+                parts.append(_reduce_heads(sums, mass, favourites[:, :, 0].transpose(0, 1).cpu(), keys=keys, size=size))
+                value_norms.extend([_grown(norms.transpose(0, 1).cpu(), size)] if step.step in marks else [])
 
         texts = sample(on_step=on_step)
     return SinkTrace(
@@ -250,7 +252,7 @@ def _trace_prefixes(
     marks = mark_steps(steps)
     kept, at_marks, parts, value_norms = [], [], [], []
     for text in progress(texts, desc=model.name, unit="text"):  # all prefixes of all heads of one are up to 10^8 numbers
-        recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
+        recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=OF_HEADS if heads else ())
         by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
         kept.append(_reduce(by_step, by_step, keys=lengths, is_causal=True))
         at_marks.append(by_step[list(marks)])
@@ -315,8 +317,7 @@ def _reduce_heads(
 
     def mark(rule: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a rule to the keys that exist."""
-        rows = [_grown(rule(row[..., :n]), size) for row, n in zip(mass, keys, strict=True)]
-        return torch.stack(rows)
+        return torch.stack([_grown(rule(row[..., :n]), size) for row, n in zip(mass, keys, strict=True)])
 
     scores = [sinks.first_token_score(row, queries=n).mean(-1) for row, n in zip(sums, keys, strict=True)]
     return {

@@ -17,7 +17,6 @@ from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.language_model import Attention, LanguageModel, blocks_of
 
 MARKS = (0.25, 0.5, 0.75)
-OF_HEADS = ("argmax", "value_norm")  # what the recorder keeps for single heads
 
 
 @dataclass(frozen=True)
@@ -202,10 +201,8 @@ def _trace_denoising(
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
     kept, ids, masked, at_marks, parts, value_norms, lengths, opened = [], [], [], [], [], [], [], []
-    with (
-        masses.record(model, keep=OF_HEADS if heads else ()) as recorder,
-        progress(total=steps, desc=model.name, unit="step") as bar,
-    ):
+    kinds = ("argmax", "value_norm") if heads else ()
+    with masses.record(model, keep=kinds) as recorder, progress(total=steps, desc=model.name, unit="step") as bar:
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
@@ -252,7 +249,7 @@ def _trace_prefixes(
     marks = mark_steps(steps)
     kept, at_marks, parts, value_norms = [], [], [], []
     for text in progress(texts, desc=model.name, unit="text"):  # all prefixes of all heads of one are up to 10^8 numbers
-        recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=OF_HEADS if heads else ())
+        recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
         by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)
         kept.append(_reduce(by_step, by_step, keys=lengths, is_causal=True))
         at_marks.append(by_step[list(marks)])

@@ -198,8 +198,8 @@ def test_the_printed_code_of_a_packed_model_runs_without_this_project(dense: Pat
     ready = exported.exportable(found, Recipe(Grid(2, 32, "search"), rounding="nearest"), dtype=torch.bfloat16)
     folder = export.save_packed(ready.model, tmp_path / "packed", quantized=ready.quantized)
     rounded = loading.load(folder, dtype=torch.bfloat16)
-    card = {"method": METHODS["magnitude"], "target": Target(0.0), "rounding": Rounding(2, 32, "nearest", "")}
-    model_card.write(folder, model=rounded, **card)
+    rounding = Rounding(2, 32, "nearest", "")
+    model_card.write(folder, model=rounded, method=METHODS["magnitude"], target=Target(0.0), rounding=rounding)
     ids: Any = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
     assert run_printed_code(folder) == [by_hand(rounded, ids), []]
     assert by_hand(rounded, ids) != by_hand(model, ids)

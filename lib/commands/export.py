@@ -37,7 +37,7 @@ def run(chosen: argparse.Namespace) -> None:
         raise UsageError(f"a GGUF must be a file that ends in .gguf, got {chosen.output!r}: name it so")
     model = session.open_model(chosen.model, chosen, as_stored=True)
     codes = _codes(model, chosen)
-    note, exact = "", 0
+    note, told = "", dict[str, float | None]()
     if chosen.form == "transformers":
         export.save_plain(model, path)
     elif chosen.form == "sparse":
@@ -46,14 +46,15 @@ def run(chosen: argparse.Namespace) -> None:
         export.save_packed(model, path, quantized=codes)
     elif chosen.form == "gguf":
         done = save_gguf(model, path, quantized=codes)
-        exact = len(done.exact)
-        note = f", {exact} layers bit for bit, {len(done.requantized)} rounded again" if codes else ", floats"
+        note = f", {len(done.exact)} layers bit for bit, {len(done.requantized)} rounded again" if codes else ", floats"
+        rate = _mismatch(model, path)
+        note += "" if rate is None else f", {rate:.2%} of articles in other tokens when its tokenizer is read back"
+        told = {"exact": len(done.exact), "tokenizer_mismatch": rate}
     else:
         _official(model, path, chosen.form)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     facts = {"model": session.facts_of(model), "output": str(path), "form": chosen.form, "bytes": size, "codes": len(codes)}
-    facts |= {"exact": exact} if chosen.form == "gguf" else {}
-    session.finish(chosen, facts, [f"wrote {path} (as {chosen.form}, {size / 1e6:.1f} MB{note})"], begun=begun)
+    session.finish(chosen, facts | told, [f"wrote {path} (as {chosen.form}, {size / 1e6:.1f} MB{note})"], begun=begun)
 
 
 def _official(model: "LanguageModel", path: Path, form: str) -> None:
@@ -66,6 +67,20 @@ def _official(model: "LanguageModel", path: Path, form: str) -> None:
         official.save_as_read(model, path)
     else:
         official.save_as(model, path, layout="llada" if form == "llada" else "dream")
+
+
+def _mismatch(model: "LanguageModel", path: Path) -> float | None:
+    """Return the share of articles that the file's tokenizer writes with other tokens; None where it cannot be read back."""
+    from lib.models.gguf.export import tokenizer_mismatch
+    from lib.texts import articles
+
+    if model.tokenizer is None:
+        return None
+    texts = [articles.format_article(row, description_last=False) for row in articles.read_rows("articles_evaluation")]
+    try:
+        return tokenizer_mismatch(model.tokenizer, path, texts)
+    except (ValueError, KeyError):  # an architecture or a kind of tokenizer that transformers' reader does not know
+        return None
 
 
 def _codes(model: "LanguageModel", chosen: argparse.Namespace) -> "dict[str, QuantizedWeight]":

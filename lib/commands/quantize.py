@@ -1,12 +1,17 @@
-"""Round the weights of a model to a few bits, with or without removing some, and write codes that transformers loads."""
+"""Round the weights of a model to a few bits, with or without removing some; write codes that transformers loads, and a card."""
 
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.commands import prune
 from lib.commands.words import MODEL, UsageError, add_common, whole
+
+if TYPE_CHECKING:
+    from lib.evaluation.model_card import Measure, Reading
+    from lib.models.language_model import LanguageModel
+    from lib.studies.joint.runs import Recipe
 
 EPILOG = """With --prune, SparseGPT prunes and rounds in one sweep; any other method prunes first. Mixtures of experts are
 written as a container that sinks alone reads."""
@@ -48,6 +53,7 @@ def _rounded(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
 
     from lib.checkpoints import lookup
     from lib.commands import session
+    from lib.evaluation import model_card
     from lib.models import containers, export, official
     from lib.pruning import pruner
     from lib.pruning.methods import Target
@@ -82,15 +88,47 @@ def _rounded(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     after = session.loss(rounded, held_out, seed=chosen.seed, what="loss of the rounded model")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     zeros = pruner.measured_sparsity(rounded)
+    sizes = model_card.size_measures(rounded, folder, dense_bits=8 * stored.itemsize)
+    reading = prune.reading_of(chosen, length) if recipe.needs_calibration else None
+    measures = [*sizes, session.loss_measure(before, after, chosen, length)]
+    _write_card(folder, recipe, dense=model, rounded=rounded, reading=reading, measures=measures)
     facts = {
         "model": session.facts_of(model), "bits": chosen.bits, "group": chosen.group,
         "rounding": rounding, "order": order, "method": chosen.prune, "sparsity_asked": target.sparsity,
-        "pattern": target.pattern, "zeros": zeros, "bytes": size,
+        "pattern": target.pattern, "zeros": zeros, "bytes": size, "bits_a_weight": sizes[0].value,
         **session.loss_facts(before, after, chosen, dense=model, length=length),
     }  # fmt: skip
-    what = f"{chosen.bits} bits, groups of {chosen.group}, {rounding}" + (f", {chosen.prune} {order}" if chosen.prune else "")
+    stored_as = f"{chosen.bits} bits ({sizes[0].value:.2f} with scales and masks)"
+    what = f"{stored_as}, groups of {chosen.group}, {rounding}" + (f", {chosen.prune} {order}" if chosen.prune else "")
     lines = [
         f"{model.name}: {what}; {zeros:.2%} of the weights of its linear layers are zero",
         session.loss_line(before, after, chosen),
     ]
     return facts, lines
+
+
+def _write_card(
+    folder: Path,
+    recipe: "Recipe",
+    *,
+    dense: "LanguageModel",
+    rounded: "LanguageModel",
+    reading: "Reading | None",
+    measures: "list[Measure]",
+) -> None:
+    """Write the card of a rounded checkpoint."""
+    from lib.commands import session
+    from lib.evaluation import model_card
+
+    order = recipe.order if recipe.prunes else ""
+    rounding = model_card.Rounding(recipe.grid.bits, recipe.grid.group_size or 0, recipe.rounding, order)
+    model_card.write(
+        folder,
+        model=rounded,
+        method=recipe.method,
+        target=recipe.target,
+        reading=reading,
+        measured=measures,
+        rounding=rounding,
+        license_id=session.license_of(dense),
+    )

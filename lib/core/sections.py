@@ -262,7 +262,7 @@ class Timing(Section):
     decoding_repeats: Annotated[StrictInt, between(3, 1000)]
     late_share: Annotated[StrictFloat, between(0.01, 0.99)]
     coreset_prompts: Annotated[StrictInt, between(2, 4096)]
-    task_name: str
+    task_names: tuple[str, ...]
     task_documents: Annotated[StrictInt, between(2, 100000)]
     system_prompts: Annotated[StrictInt, between(2, 4096)]
     system_tokens: Annotated[StrictInt, between(2, 8192)]
@@ -286,5 +286,7 @@ class Timing(Section):
         rule = f"late_share must leave 1 to {self.block_length - 1} tokens of a block of {self.block_length}"
         remedy = f"use {1 / self.block_length:.3g} for one of them"
         require(1 <= late < self.block_length, rule, f"{self.late_share:g}", remedy)
+        distinct = 0 < len(self.task_names) == len(set(self.task_names))
+        require(distinct, "task_names must be different names, at least one", str(list(self.task_names)), "name a task once")
         rule = f"timed_prompts must be at most the {self.prompts} prompts"
         require(self.timed_prompts <= self.prompts, rule, str(self.timed_prompts), "lower it")

@@ -201,7 +201,8 @@ def _trace_denoising(
     """Record every denoising step of all prompts at once."""
     marks = mark_steps(steps)
     kept, ids, masked, at_marks, parts, value_norms, lengths, opened = [], [], [], [], [], [], [], []
-    with masses.record(model, keep=("argmax", "value_norm") if heads else ()) as recorder:
+    kinds = ("argmax", "value_norm") if heads else ()
+    with masses.record(model, keep=kinds) as recorder, progress(total=steps, desc=model.name, unit="step") as bar:
 
         def on_step(step: DenoisingStep) -> None:
             """Keep the masses of the pass that was just made."""
@@ -216,11 +217,11 @@ def _trace_denoising(
             opened.append(block)
             if step.step in marks:
                 at_marks.append(_grown(mass, size))
+            bar.update()
             if heads:
-                favourites = recorder.pop_argmax()[:, : len(prompts), 0].transpose(0, 1).cpu()
-                parts.append(_reduce_heads(sums, mass, favourites, keys=keys, size=size))
-                norms = recorder.pop_value_norms()[:, : len(prompts)].transpose(0, 1).cpu()
-                value_norms.extend([_grown(norms, size)] if step.step in marks else [])
+                favourites, norms = (each[:, : len(prompts)] for each in (recorder.pop_argmax(), recorder.pop_value_norms()))
+                parts.append(_reduce_heads(sums, mass, favourites[:, :, 0].transpose(0, 1).cpu(), keys=keys, size=size))
+                value_norms.extend([_grown(norms.transpose(0, 1).cpu(), size)] if step.step in marks else [])
 
         texts = sample(on_step=on_step)
     return SinkTrace(
@@ -313,8 +314,7 @@ def _reduce_heads(
 
     def mark(rule: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a rule to the keys that exist."""
-        rows = [_grown(rule(row[..., :n]), size) for row, n in zip(mass, keys, strict=True)]
-        return torch.stack(rows)
+        return torch.stack([_grown(rule(row[..., :n]), size) for row, n in zip(mass, keys, strict=True)])
 
     scores = [sinks.first_token_score(row, queries=n).mean(-1) for row, n in zip(sums, keys, strict=True)]
     return {

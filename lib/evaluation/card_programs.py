@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lib.checkpoints import lookup
-from lib.checkpoints.files import WHOLE
+from lib.checkpoints.files import SPARSE, WHOLE, read_json
 from lib.models.language_model import LanguageModel, tokenizer_of
 
 START = """\
@@ -79,8 +79,9 @@ ids = model.generate(ids, max_new_tokens=8, do_sample=False)
 END = """\
 print(tokenizer.decode(ids[0]))
 """
+PACKED = "Needs the package compressed-tensors beside transformers, which then unpacks the codes by itself.\n"
 OWN = """\
-from lib import models  # of the repository that pruned it; runs none of the family's code
+from lib import models  # of the repository that wrote it; runs none of the family's code
 
 model = models.load(".")  # this folder
 """
@@ -88,13 +89,16 @@ model = models.load(".")  # this folder
 
 def how_to_load(model: LanguageModel, folder: Path) -> list[str]:
     """Show the code that loads a checkpoint: transformers alone, unless it is in a layout that transformers does not know."""
+    if (folder / SPARSE).exists():
+        return ["A container that stores no zeros, which this project alone reads.\n", f"```python\n{OWN}```\n"]
     family = lookup.family_of(folder)
     if family.layout != "plain":
         return [
             f"In the layout of its base ({family.name}): whatever loads the base loads this folder, the family's own code too.\n",
             f"```python\n{OWN}```\n",
         ]
-    return [f"```python\n{_program(model, folder)}```\n", _loading(model)]
+    needs = [PACKED] if "quantization_config" in read_json(folder / "config.json") else []
+    return [*needs, f"```python\n{_program(model, folder)}```\n", _loading(model)]
 
 
 def _program(model: LanguageModel, folder: Path) -> str:

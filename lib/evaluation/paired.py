@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lib.core.errors import InputError
 from lib.core.runtime import generator
+from lib.evaluation.sums import matched_interval
 
 Interval = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
@@ -58,7 +59,7 @@ class McNemar:
     Attributes:
         only_first, only_second: discordant documents by the model that is right.
         difference: accuracy of the first minus that of the second, in [-1, 1].
-        interval: 95 % paired percentile bootstrap interval of the difference; too short when few documents are discordant.
+        interval: 95 % paired percentile bootstrap interval, too short where few are discordant; `matched_interval` where none is.
         p_value: two-sided, exact.
         smallest_effect: the smallest difference with p < 0.05 at this number of discordant documents; infinite below six.
         n: number of documents.
@@ -145,7 +146,7 @@ def mcnemar(
         only_first=only_first,
         only_second=only_second,
         difference=(only_first - only_second) / n,
-        interval=_intervals(difference, seed=seed, draws=draws)[0],
+        interval=_intervals(difference, seed=seed, draws=draws)[0] if discordant else matched_interval(0, 0, documents=n),
         p_value=float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         smallest_effect=_smallest_split(discordant) / n,
         n=n,

@@ -1,11 +1,12 @@
-"""Tasks with exact answers: two-number sums, generated or scored."""
+"""Tasks with exact answers: two-number sums, generated or scored; and intervals of shares of right answers."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from jaxtyping import Float
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from lib.core.runtime import generator
@@ -92,3 +93,27 @@ def share_interval(correct: int, total: int) -> tuple[float, float]:
     """
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def matched_interval(only_first: int, only_second: int, *, documents: int) -> tuple[float, float]:
+    """Return a 95 % interval of the difference of two systems' shares of right answers to the same documents.
+
+    Unlike a bootstrap's, it has a width where no document tells the two apart, so it can carry a claim of no loss. It is not for
+    a system beside itself, whose difference is 0 whatever the documents are.
+
+    Args:
+        only_first: documents that only the first answers correctly.
+        only_second: documents that only the second does.
+        documents: all of them.
+
+    Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions (2005): Wald's, with half a
+        document added to each of the four cells. With 20 documents it covers 93 to 100 times in 100, but 88
+        times where one of the two is right in a tenth and the other in none.
+
+    >>> low, high = matched_interval(0, 0, documents=198)
+    >>> round(low, 4), round(high, 4)
+    (-0.0098, 0.0098)
+    """
+    size, gap = documents + 2, only_first - only_second
+    half = float(norm.ppf(0.975)) * math.sqrt(only_first + only_second + 1 - gap**2 / size) / size
+    return max(gap / size - half, -1.0), min(gap / size + half, 1.0)

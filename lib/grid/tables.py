@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.core.config import ROOT, Config
+from lib.core.config import Config
 from lib.core.settings.grid import CalibrationText
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
@@ -47,8 +47,7 @@ def of_profile(config: Config) -> dict[Cell, Record | None]:
         return {}
     if config.grid.scope == "core" and config.grid.core is not None:
         return verdicts.of_profile(config)
-    store, code = cells.store_of(config), cells.code_version(ROOT)
-    return {cell: store.read(cell.spec(code=code)["id"]) for cell in cells.expand(config)}
+    return verdicts.recorded(cells.expand(config), config)
 
 
 def state(found: Mapping[Cell, Record | None]) -> pd.DataFrame:

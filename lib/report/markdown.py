@@ -1,7 +1,8 @@
 """The generated blocks of README.md, docs/verdicts.md and the notebooks' titles, from result files and the models' recipes."""
 
+import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lib.core import config, provenance
 from lib.core.errors import InputError
 from lib.report import cells
 from lib.report.results import SIGNS, in_words, interval_text, load_results
+from lib.report.tables import significant
 
 PROFILE = "full"  # the only profile with enough prompts, windows and calibrations for a verdict, and whose results git tracks
 README, VERDICT_PAGE = "README.md", "docs/verdicts.md"
@@ -25,6 +27,8 @@ HEADLINES = (
     ("06", "cache", "dlm"),
 )
 HEADLINE_HEADER = ("claim", "verdict", "estimate [95 % interval]", "model", "notebook")
+COUNTED = {"points": "documents", "share of documents": "documents", "times": "repeats", "ratio": "repeats"}  # by unit
+LOSSES = ("03", "04", "05")  # notebooks whose claims are about held-out windows
 HEADER = ("claim", "verdict", "estimate [95 % interval]", "n", "model", "source", "rule", "note")
 
 
@@ -58,9 +62,9 @@ def verdict_block(*, root: Path | None = None) -> str:
     results = load_results(PROFILE, root=root)
     if not results:
         return _nothing_yet()
-    rows = [_claim_row(claim) for result in results for claim in result["claims"]]
+    rows = [_claim_row(claim, result["number"]) for result in results for claim in result["claims"]]
     table = _markdown_table(HEADER, rows) if rows else "No claim has been tested yet."
-    return table + "\n\n" + "\n".join(_notebook_line(result) for result in results)
+    return table + "\n\n" + "\n".join(_notebook_line(result, root or config.output_root()) for result in results)
 
 
 def models_block(*, root: Path | None = None) -> str:
@@ -181,17 +185,32 @@ def _headline_row(claim: dict[str, Any], result: dict[str, Any]) -> tuple[str, .
     return claim["statement"], _verdict(claim), _estimate(claim), claim["model"], link
 
 
-def _claim_row(claim: dict[str, Any]) -> tuple[str, ...]:
+def _claim_row(claim: dict[str, Any], number: str) -> tuple[str, ...]:
     return (
         claim["statement"],
         _verdict(claim),
         _estimate(claim),
-        str(claim["n"]),
+        counted(claim, number),
         claim["model"],
         claim["source"],
         claim["rule"],
         claim["note"],
     )
+
+
+def counted(claim: Mapping[str, Any], number: str) -> str:
+    """Say how many of what the interval of a claim is over.
+
+    Args:
+        claim: as recorded.
+        number: of its notebook.
+
+    >>> claims = {"key": "blocking-x", "n": 8, "unit": "nats"}, {"key": "x", "n": 8, "unit": "mass"}
+    >>> [counted(claim, "02") for claim in claims], counted({"key": "x", "n": 9, "unit": "points"}, "04")
+    (['8 windows', '8 prompts'], '9 documents')
+    """
+    what = COUNTED.get(claim["unit"]) or ("windows" if claim["key"].startswith("blocking-") or number in LOSSES else "prompts")
+    return f"{claim['n']} {what}" if claim["n"] else "0"
 
 
 def _verdict(claim: dict[str, Any]) -> str:
@@ -208,11 +227,22 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _notebook_line(result: dict[str, Any]) -> str:
+def _dense_losses(result: dict[str, Any], root: Path) -> str:
+    """Say the losses that gains in nats are measured from, "" where no table holds them."""
+    for table in result["tables"]:
+        if {"model", "method", "loss"} <= set(table["columns"]):
+            with (root / table["file"]).open(encoding="utf-8", newline="") as file:
+                found = {row["model"]: row["loss"] for row in csv.DictReader(file) if row["method"] == "dense"}
+            said = ", ".join(f"`{model}` {significant(float(loss))}" for model, loss in found.items())
+            return f"; loss of the dense models, nats per token: {said}" if found else ""
+    return ""
+
+
+def _notebook_line(result: dict[str, Any], root: Path) -> str:
     name = result["notebook"]
     counts = ", ".join(
         f"{len(result[kind])} {kind if len(result[kind]) != 1 else kind[:-1]}" for kind in ("tables", "figures", "claims")
     )
     links = f"[numbers](../results/{PROFILE}/{name}.json), [figures](../figures/{PROFILE})"
-    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}"
+    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}{_dense_losses(result, root)}"
     return f"- [Notebook {result['number']}](../notebooks/{name}.ipynb), {result['title']} ({made})"

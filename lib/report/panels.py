@@ -1,5 +1,6 @@
 """Parts that figures of several studies share: panels side by side, points with intervals, axes of differences, legends."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from lib.report import figures
 from lib.report.figures import Style
 
 INCREASE = "increase of the loss\n(nats per token)"
+DIFFERENCE = Style("#000000", "o")
 LINEAR_BELOW = 0.01  # nats per token: smaller differences are drawn on a linear scale
 NEAREST_TICKS = 0.07  # of the axis: closer numbers would touch
 
@@ -92,6 +94,28 @@ def points(
     figures.errorbar_points(ax, places, rows[value], rows["low"], rows["high"], style=style, label=label, horizontal=horizontal)
     look: dict[str, Any] = {} if filled else {"markerfacecolor": "white", "markeredgewidth": 1.4}
     ax.containers[-1].lines[0].set(markersize=marker_size(style), **look)  # type: ignore[attr-defined]
+
+
+def differences(table: pd.DataFrame, *, rows: str, value: str, x_label: str) -> tuple[Figure, pd.DataFrame]:
+    """Draw paired differences with their intervals, a row each and a panel a model.
+
+    Args:
+        table: columns model, low and high, and those that are named.
+        rows: column that names the rows.
+        value: column of the differences.
+        x_label: what they are, with the unit.
+    """
+    models, names = unique(table, "model"), unique(table, rows)
+    labels = [textwrap.fill(name, 48) for name in names]
+    height = 1.2 + sum(0.16 + 0.14 * (1 + label.count("\n")) for label in labels)
+    figure, axes = side_by_side(len(models), height=height, x_label=x_label, sharex=True)
+    for ax, model in zip(axes, models, strict=True):
+        own = select(table, model=model)
+        difference_axis(ax)
+        points(ax, own, [float(names.index(str(name))) for name in own[rows]], value=value, style=DIFFERENCE)
+        name_rows(ax, labels)
+        ax.set(title=model)
+    return figure, table
 
 
 def marker_size(style: Style, size: float = 6.0) -> float:

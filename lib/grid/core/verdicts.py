@@ -72,11 +72,19 @@ def of_profile(config: Config) -> dict[Cell, Record | None]:
     Raises:
         InputError: settings that cannot be used, or a damaged store.
     """
-    found = expansion.cells_of(config)
-    if not found:
+    return recorded(expansion.cells_of(config), config)
+
+
+def recorded(listed: Sequence[Cell], config: Config) -> dict[Cell, Record | None]:
+    """Read what the present code has computed of some cells of a profile, in their order; None where there is nothing yet.
+
+    Raises:
+        InputError: a damaged store.
+    """
+    if not listed:
         return {}
     store, code = cells.store_of(config), cells.code_version(ROOT)
-    return {cell: store.read(cell.spec(code=code)["id"]) for cell in found}
+    return {cell: store.read(cell.spec(code=code)["id"]) for cell in listed}
 
 
 def table(found: Found, config: Config) -> pd.DataFrame:

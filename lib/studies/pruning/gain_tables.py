@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib.evaluation import paired
+from lib.evaluation import paired, sums
 from lib.evaluation.paired import PairedDifference
 from lib.evaluation.recovered import Recovered
 from lib.report import claims
@@ -134,6 +134,8 @@ def accuracy_table(by_calibration: Sequence[Results], pairs: Sequence[tuple[Cond
                 sides = [correct_answers(by_calibration, (model, *condition, task)) for condition in (first, second)]
                 name = f"{condition_name(first)} - {condition_name(second)}"
                 result = paired.paired_difference(*sides, seed=seed)
+                if first != second and not (sides[0] - sides[1]).any():  # a bootstrap of equal answers has no width
+                    result = replace(result, interval=sums.matched_interval(0, 0, documents=result.n))
                 found.append((model, task, name, result, (sides[0] - sides[1]).mean(1)))
     adjusted = paired.holm({index: row[3].p_value for index, row in enumerate(found)})
     rows = [

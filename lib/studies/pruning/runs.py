@@ -39,7 +39,8 @@ class Outcome:
         measured_sparsity: share of the linear layers' weights that are gone.
         loss: NELBO, or exact negative log-likelihood, of each held-out window in nats per token.
         fallbacks: matrices of experts that used the statistics of their layer, see `pruner.prune_`.
-        effort: of pruning, without what methods share: text, token weights, and passes over the dense model.
+        effort: of pruning, without what methods share: text, token weights, and passes over the dense model; but see
+            `with_token_weights`.
     """
 
     model: str
@@ -125,6 +126,25 @@ def compare(
         for target in targets:
             outcomes.append(measured(found, name, chosen[name], target))
     return outcomes
+
+
+def with_token_weights(bench: Bench, outcomes: Sequence[Outcome], chosen: Mapping[str, Method]) -> list[Outcome]:
+    """Count in the effort of outcomes what their token weights take, which is where methods that differ in these alone differ.
+
+    Args:
+        bench: of the outcomes; its model must be dense.
+        outcomes: of methods that read text.
+        chosen: those methods by name.
+
+    Returns:
+        The outcomes, their effort preceded by that of making text and token weights, which nothing is shared with.
+    """
+    found = []
+    for each in progress(outcomes, desc=f"{bench.model.name}, token weights"):
+        work = partial(Calibrations(bench, each.seed).set_of, chosen[each.method])
+        _, took = watched(work, device=bench.model.device)
+        found.append(replace(each, effort=took.then(each.effort)))
+    return found
 
 
 def measured(found: Calibrations, name: str, method: Method, target: Target) -> Outcome:

@@ -1,7 +1,7 @@
 """Right answers by published decoder, and of commit rules against how many tokens a pass writes."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -13,11 +13,10 @@ from lib.decoding.commit import Commit
 from lib.decoding.decoder import DecodingPlan
 from lib.decoding.systems import System
 from lib.evaluation.scoring import EvaluationSettings
-from lib.evaluation.sums import share_interval
 from lib.evaluation.tasks import LoadedTask
 from lib.models.language_model import LanguageModel
 from lib.studies.timing.runs import PLAIN
-from lib.studies.timing.tasks import answer_block, answers, difference_interval
+from lib.studies.timing.tasks import answer_block, answers, compared
 
 LARGEST_DROP = 5.0  # points of accuracy below the first point, from which on points of a curve do not count
 PENALTY = 3.0  # of accuracy lost, in the area under the curve
@@ -45,27 +44,43 @@ def curve(
         plain: which of them the plain sampler answers with these settings.
 
     Returns:
-        One row a rule and threshold: `block`, that of the answers; `parallelism`, tokens a forward pass; `accuracy` with its
-        95 % interval, and `difference` to one token a step with its own; `area`, of the rule's curve, see `area`.
+        One row a rule and threshold: `task`; `block`, that of the answers; `parallelism`, tokens a forward pass; the columns of
+        `tasks.compared`; and `area`, of the rule's curve, see `area`.
     """
     _known("curve_rules", names, list(published_systems.commits_by(0.5)))
     settings = replace(settings, batch_size=1)  # so that passes are of one text
-    rows = [_point("plain sampler", 1.0, 1.0, plain, plain)]
+    own = {"task": task.name, "block": answer_block(task, settings)}
+    rows = [{**own, "rule": PLAIN, "threshold": 1.0, "parallelism": 1.0, **compared(plain, None)}]
     for name in names:
         for threshold in thresholds:
             tally: list[tuple[int, int]] = []
             plan = DecodingPlan(published_systems.commits_by(threshold)[name])
             right = answers(model, task, plan, settings=settings, limit=limit, tally=tally)
-            rows.append(_point(name, threshold, _parallelism(tally), right, plain))
+            point = {**own, "rule": name, "threshold": threshold, "parallelism": _parallelism(tally)}
+            rows.append({**point, **compared(right, plain)})
     table = pd.DataFrame(rows)
     first = (1.0, 100 * sum(plain) / len(plain))
-    areas = {"plain sampler": first[1]}
+    areas = {PLAIN: first[1]}
     for name in names:
         own = table[table["rule"] == name]
         points = [first, *zip(own["parallelism"].tolist(), (100 * own["accuracy"]).tolist(), strict=True)]
         areas[name] = area(points)
-    block = answer_block(task, settings)
-    return table.assign(area=[areas[str(name)] for name in table["rule"]], block=block)
+    return table.assign(area=[areas[str(name)] for name in table["rule"]])
+
+
+def settings_by_block(task: LoadedTask, settings: EvaluationSettings, lengths: Sequence[int]) -> list[EvaluationSettings]:
+    """Return settings with each block length, but for those with which the answers have the same blocks as with an earlier one.
+
+    >>> from lib.studies.timing.tasks import load
+    >>> short, long = load("tiny_topic_generated"), load("tiny_topic_written")
+    >>> [[each.block_length for each in settings_by_block(task, EvaluationSettings(), [8, 16, 64])] for task in (short, long)]
+    [[8], [8, 16, 64]]
+    """
+    found: dict[int, EvaluationSettings] = {}
+    for length in lengths:
+        own = replace(settings, block_length=length)
+        found.setdefault(answer_block(task, own), own)
+    return list(found.values())
 
 
 def check_names(curve_rules: Sequence[str], answering: Sequence[str], *, fixed: Commit) -> None:
@@ -85,18 +100,6 @@ def _parallelism(tally: Sequence[tuple[int, int]]) -> float:
     """Return tokens a forward pass."""
     tokens, forwards = (sum(part) for part in zip(*tally, strict=True))
     return tokens / forwards
-
-
-def _point(name: str, threshold: float, parallelism: float, right: Sequence[bool], plain: Sequence[bool]) -> dict[str, object]:
-    """Return one row of `curve`."""
-    low, high = share_interval(sum(right), len(right))
-    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((right, plain), (plain, right))]
-    ends = difference_interval(only[0], only[1], documents=len(right))
-    return {
-        "rule": name, "threshold": threshold, "parallelism": parallelism, "accuracy": sum(right) / len(right),
-        "accuracy low": low, "accuracy high": high, "difference": (only[0] - only[1]) / len(right),
-        "difference low": ends[0], "difference high": ends[1], "documents": len(right),
-    }  # fmt: skip
 
 
 def area(points: Sequence[tuple[float, float]]) -> float:
@@ -131,7 +134,7 @@ def area(points: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def accuracy_rows(
+def system_accuracies(
     model: LanguageModel,
     task: LoadedTask,
     listed: Sequence[System],
@@ -140,7 +143,7 @@ def accuracy_rows(
     limit: int,
     names: Sequence[str],
     plain: Sequence[bool],
-) -> Mapping[str, dict[str, float]]:
+) -> pd.DataFrame:
     """Answer a task with some systems, each compared with the plain sampler document by document.
 
     Args:
@@ -153,18 +156,12 @@ def accuracy_rows(
         plain: which documents the plain sampler answers with these settings.
 
     Returns:
-        By name `accuracy`, `accuracy difference` to the plain sampler and the ends of its interval, the `block` of the settings,
-        and the `answer block`: an answer that is shorter than a block is one block.
+        One row a system, the plain sampler first: `task`; `block`, that of the answers; and the columns of `tasks.compared`.
     """
     _known("answering_systems", names, [each.name for each in listed])
-    found = {PLAIN: plain}
-    for each in listed:
-        if each.name in names:
-            found[each.name] = answers(model, task, each.plan, settings=settings, limit=limit)
-    rows = {}
-    for name, right in found.items():
-        point = _point(name, 0.0, 0.0, right, plain)
-        keys = ("accuracy", "difference", "difference low", "difference high")
-        rows[name] = {key.replace("difference", "accuracy difference"): float(str(point[key])) for key in keys}
-        rows[name] |= {"block": float(settings.block_length), "answer block": float(answer_block(task, settings))}
-    return rows
+    own = {"task": task.name, "block": answer_block(task, settings)}
+    rows = [{**own, "system": PLAIN, **compared(plain, None)}]
+    for each in (each for each in listed if each.name in names):
+        right = answers(model, task, each.plan, settings=settings, limit=limit)
+        rows.append({**own, "system": each.name, **compared(right, plain)})
+    return pd.DataFrame(rows)

@@ -1,6 +1,6 @@
 """The table of published decoders, and its control."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lib.core.errors import require
 from lib.decoding import systems as published_systems
 from lib.decoding.by_attention.control import SETTINGS, Choice, Control, Setting, untested
 from lib.decoding.by_attention.recompute import D2Cache, Focus
@@ -26,7 +25,9 @@ from lib.studies.timing import fidelity
 from lib.studies.timing.fidelity import Fidelity
 from lib.studies.timing.runs import PLAIN, Plan, judged, run_decoder
 from lib.timing import clock
+from lib.timing.effort import watched
 
+MEGABYTE = 1e6
 PLAIN_SYSTEM = System(PLAIN, DecodingPlan(), PLAIN, "")
 CONTROLLED = tuple(published_systems.ranked(Control(), Commit(), threshold=0.5))  # the systems that rank by attention
 
@@ -41,7 +42,6 @@ def compare(
     repeats: int,
     seed: int,
     judge: LanguageModel | None = None,
-    answered: Mapping[str, dict[str, float]] | None = None,
 ) -> pd.DataFrame:
     """Let every system continue the same prompts, one at a time.
 
@@ -54,20 +54,16 @@ def compare(
         repeats: timed rounds.
         seed: of the bootstrap over prompts.
         judge: an autoregressive model with the same tokens.
-        answered: of `accuracy_rows` with the same block, for the systems that answered a task.
 
     Returns:
         One row a system: its four choices, `rival`, how it differs from that (`against rival`), and `control`; `forwards`, `rows`
-        (query positions computed) and `seconds` (median of the rounds, without any instrument of the control) of all prompts;
+        (query positions computed), `seconds` (median of the rounds, without any instrument of the control) and `peak MB` (memory
+        beyond what was there before, once) of all prompts;
         `top1` and `KL` against exact passes, in all and with at most a third (`late`), two thirds (`middle`) and more of the text
         masked (`early`); `agreement`, the share of the plain sampler's tokens; `nats` per token under the judge, with the paired
         `difference` to the rival's and its 95 % interval. What does nothing at this length says so in `not tested`, and has no
         scores.
-
-    Raises:
-        InputError: answers in other blocks than the texts.
     """
-    _check_blocks(answered or {}, block)
     every = [PLAIN_SYSTEM, *listed]
     total, sizes = prompts.shape[1] + new_tokens, {"new_tokens": new_tokens, "block_length": block, "batch_size": 1}
     runnable = [each for each in every if not _shows_all(each.plan, total=total, new_tokens=new_tokens, block=block)]
@@ -76,28 +72,22 @@ def compare(
     calls = {name: partial(run_decoder, model, prompts, plan, **sizes) for name, plan in plans.items()}
     seconds = clock.interleaved(calls, repeats=repeats, warm_up=0, device=model.device)  # the texts have warmed up
     whole = torch.ones((len(prompts), new_tokens), dtype=torch.bool, device=model.device)
+    peaks = {name: watched(call, device=model.device)[1].peak for name, call in calls.items()}
     nats = {name: None if judge is None else judged(judge, run.ids, whole) for name, run in runs.items()}
     by_name, rows = {each.name: each for each in every}, []
     for each in every:
         row = {"system": each.name, "choice": each.choice, **each.parts, "rival": each.rival,
                "against rival": each.against(by_name[each.rival]), "control": "sinks" if each.name in CONTROLLED else "",
-               **(answered or {}).get(each.name, {}), "block": block}  # fmt: skip
+               "block": block}  # fmt: skip
         run = runs.get(each.name)
         row["not tested"] = "nothing is cut off at this length" if run is None else _idle(each.plan, run)
         if run is not None:
-            row |= _costs(run) | {"seconds": float(seconds[each.name].median())}
+            row |= _costs(run) | {"seconds": float(seconds[each.name].median()), "peak MB": peaks[each.name] / MEGABYTE}
         if run is not None and not row["not tested"]:
             same = (run.ids == runs[PLAIN].ids)[:, prompts.shape[1] :].double().mean()
             row |= {"agreement": float(same), **_fidelity(run), **_against(nats[each.name], nats.get(each.rival), seed=seed)}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _check_blocks(answered: Mapping[str, dict[str, float]], block: int) -> None:
-    """Refuse answers in other blocks."""
-    other = sorted({found["block"] for found in answered.values()} - {float(block)})
-    rule, got = f"a row must hold what was measured in its block of {block}", ", ".join(f"{length:g}" for length in other)
-    require(not other, rule, f"answers in blocks of {got}", "answer in that block")
 
 
 def _costs(run: Fidelity) -> dict[str, int]:

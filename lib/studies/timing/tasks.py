@@ -1,7 +1,6 @@
 """Right and wrong answers by decoder: a generation task of lm_eval, each document paired with the plain sampler's answer."""
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -10,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Int
-from scipy.stats import norm
 from torch import Tensor
 
 from lib.core.errors import require
@@ -18,7 +16,7 @@ from lib.diffusion import sampler
 from lib.evaluation import generation_options, paired, tasks
 from lib.evaluation.harness import HarnessModel, denoising_plan
 from lib.evaluation.scoring import EvaluationSettings
-from lib.evaluation.sums import share_interval
+from lib.evaluation.sums import matched_interval, share_interval
 from lib.evaluation.tasks import LoadedTask
 from lib.models.language_model import LanguageModel
 from lib.studies.timing.runs import PLAIN, Plan, check_plain, run_decoder
@@ -73,7 +71,6 @@ def accuracies(
     plans: Mapping[str, Plan],
     *,
     settings: EvaluationSettings,
-    seed: int,
     limit: int | None = None,
 ) -> pd.DataFrame:
     """Answer a generation task with every decoder, each compared with the plain sampler document by document.
@@ -83,12 +80,11 @@ def accuracies(
         task: as `load` returns it; lm_eval asks and scores.
         plans: decoders by name, one of them `"plain sampler"`.
         settings: lengths and blocks; guidance and steps are the plain sampler's alone.
-        seed: of the bootstrap.
         limit: only the first documents.
 
     Returns:
-        One row a decoder: `accuracy` with its 95 % Wilson interval, `difference` to the plain sampler with its interval (see
-        `difference_interval`), `p` of the exact McNemar test, how many documents only one of the two answers, and `documents`.
+        One row a decoder: `task`; the columns of `compared`; `chance`, what guessing gets; and `usable`, whether the interval of
+        the plain sampler's accuracy lies above it: elsewhere there is nothing to lose.
 
     Raises:
         InputError: no plain sampler, guidance, a task without generation, or what a task or a decoder refuses.
@@ -99,16 +95,37 @@ def accuracies(
     require(settings.cfg_scale == 0, "decoders must be compared without guidance", f"{settings.cfg_scale}", "set cfg_scale to 0")
     right = {name: answers(model, task, plan, settings=settings, limit=limit) for name, plan in plans.items()}
     plain = right[next(name for name, plan in plans.items() if plan == PLAIN)]
-    rows = []
-    for name, marks in right.items():
-        low, high = share_interval(sum(marks), len(marks))
-        pair = paired.mcnemar(marks, plain, seed=seed)
-        found = {"decoder": name, "accuracy": sum(marks) / len(marks), "accuracy low": low, "accuracy high": high}
-        ends = difference_interval(pair.only_first, pair.only_second, documents=pair.n)
-        found |= {"difference": pair.difference, "difference low": ends[0], "difference high": ends[1]}
-        found |= {"p": pair.p_value, "only this": pair.only_first, "only plain": pair.only_second, "documents": len(marks)}
-        rows.append(found)
-    return pd.DataFrame(rows)
+    usable = share_interval(sum(plain), len(plain))[0] > task.chance
+    rows = [
+        {"task": task.name, "decoder": name, **compared(marks, None if plans[name] == PLAIN else plain)}
+        for name, marks in right.items()
+    ]
+    return pd.DataFrame(rows).assign(chance=task.chance, usable=usable)
+
+
+def compared(right: Sequence[bool], plain: Sequence[bool] | None) -> dict[str, float]:
+    """Compare right answers with those of the plain sampler to the same documents.
+
+    Args:
+        right: which documents are answered correctly.
+        plain: which the plain sampler answers; None where `right` is the plain sampler's, which differs from itself by exactly 0.
+
+    Returns:
+        `accuracy` with its 95 % Wilson interval, `difference` with its own (`sums.matched_interval`), `p` of the exact McNemar
+        test, how many documents only one of the two answers, and `documents`.
+
+    >>> row = compared([True, False], [True, False])
+    >>> row["difference"], round(row["difference high"], 2), compared([True, False], None)["difference high"]
+    (0.0, 0.49, 0.0)
+    """
+    pair = paired.mcnemar(right, right if plain is None else plain, seed=0, draws=1)  # its bootstrap is not what we show
+    low, high = share_interval(sum(right), len(right))
+    ends = (0.0, 0.0) if plain is None else matched_interval(pair.only_first, pair.only_second, documents=pair.n)
+    return {
+        "accuracy": sum(right) / len(right), "accuracy low": low, "accuracy high": high,
+        "difference": pair.difference, "difference low": ends[0], "difference high": ends[1],
+        "p": pair.p_value, "only this": pair.only_first, "only plain": pair.only_second, "documents": len(right),
+    }  # fmt: skip
 
 
 def check_task(task: LoadedTask) -> None:
@@ -130,29 +147,6 @@ def answer_block(task: LoadedTask, settings: EvaluationSettings) -> int:
     wanted = [generation_options.read(part.config.generation_kwargs).new_tokens for part in task.parts.values()]
     longest = max(min(length or settings.gen_length, settings.gen_length) for length in wanted)
     return denoising_plan(longest, settings)[2]
-
-
-def difference_interval(only_first: int, only_second: int, *, documents: int) -> tuple[float, float]:
-    """Return a 95 % interval of the difference of two accuracies on the same documents.
-
-    Unlike a bootstrap's, it has a width where no document tells the two apart, so it can carry a claim of no loss.
-
-    Args:
-        only_first: documents that only the first answers correctly.
-        only_second: documents that only the second does.
-        documents: all of them.
-
-    Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions (2005): Wald's, with half a
-        document added to each of the four cells. With 20 documents it covers 93 to 100 times in 100, but 88
-        times where one of the two is right in a tenth and the other in none.
-
-    >>> low, high = difference_interval(0, 0, documents=198)
-    >>> round(low, 4), round(high, 4)
-    (-0.0098, 0.0098)
-    """
-    size, gap = documents + 2, only_first - only_second
-    half = float(norm.ppf(0.975)) * math.sqrt(only_first + only_second + 1 - gap**2 / size) / size
-    return max(gap / size - half, -1.0), min(gap / size + half, 1.0)
 
 
 def answers(

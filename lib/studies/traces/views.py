@@ -1,6 +1,6 @@
 """Look at a trace again: maps, single heads, masses relative to the frontier, and the masses that a mask alone would give."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attention import masses, sinks
+from lib.core.runtime import progress
 from lib.diffusion.block_reader import pass_mask
 from lib.diffusion.traces import SinkTrace
 from lib.models import visibility
@@ -34,9 +35,7 @@ def attention_maps(
     """
     frames = []
     with masses.record(model, keep=("map",)) as recorder:
-        for step in steps:
-            ids = trace.ids[prompt, step, : int(trace.keys[step])][None].to(model.device)
-            network_body(model)(input_ids=ids, attention_mask=_mask_of(trace, step, model.device), use_cache=False)
+        for _ in _passes(model, trace, prompt=prompt, steps=steps):
             frames.append(recorder.pop_map()[0].cpu())
     size = trace.ids.shape[-1]
     return torch.stack([torch.nn.functional.pad(frame, (0, size - frame.shape[1], 0, size - frame.shape[0])) for frame in frames])
@@ -59,14 +58,21 @@ def head_masses(
         return masses.read_prefixes(model, text, lengths=lengths).pop()[:, 0].cpu().permute(2, 0, 1, 3)
     frames = []
     with masses.record(model) as recorder:
-        for step in steps:
-            ids = trace.ids[prompt, step, : int(trace.keys[step])][None].to(model.device)
-            mask = _mask_of(trace, step, model.device)
-            network_body(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        for mask in _passes(model, trace, prompt=prompt, steps=steps):
             sums = recorder.pop()[:, 0, :, 0]
             frames.append((sums if mask is None else sinks.per_viewer(sums, visibility.viewers(mask)[0])).cpu())
     size = trace.ids.shape[-1]
     return torch.stack([torch.nn.functional.pad(frame, (0, size - frame.shape[-1])) for frame in frames])
+
+
+def _passes(
+    model: LanguageModel, trace: SinkTrace, *, prompt: int, steps: Sequence[int]
+) -> Iterator[Bool[Tensor, "1 1 query key"] | None]:
+    """Read one prompt again as it was at some steps, a forward pass each; tell the mask of each, where there is one."""
+    for step in progress(steps, desc=model.name, unit="step"):
+        ids, mask = trace.ids[prompt, step, : int(trace.keys[step])][None], _mask_of(trace, step, model.device)
+        network_body(model)(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False)
+        yield mask
 
 
 def scene(model: LanguageModel, trace: SinkTrace, *, prompt: int = 0, values: int = VALUES) -> Scene:

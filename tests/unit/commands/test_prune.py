@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lib.commands import command, prune
 from lib.models import containers, loading
@@ -58,6 +59,34 @@ def test_lines_for_people_hold_sparsity_both_losses_and_an_absolute_path(
     assert lines[3].startswith("total ")
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "shown"),
+    [
+        ("dream", ["--bits", "4"], {"GPTQ", "4 bits, symmetric, 32 neighbours share a scale", "windows | 4 of 32"}),
+        ("llama", ["--bits", "3", "--nearest"], {"rounding to the nearest", "| calibration | none |"}),
+        ("llada", ["--bits", "8", "--prune", "wanda", "--sparsity", "0.25"], {"GPTQ", "Wanda", "25.0% of every", "| order |"}),
+    ],
+)  # fmt: skip
+def test_quantize_writes_a_card_of_what_it_did_and_measured(
+    name: str, words: list[str], shown: set[str], checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bits and sizes are those of the files, losses those that are printed; nothing of pruning where nothing was pruned."""
+    said = answer(capsys, "quantize", checkpoints / name, *words, "--group", 32, "-o", "q", *FEW)
+    card, folder = (tmp_path / "q" / "README.md").read_text(), tmp_path / "q"
+    assert not {each for each in shown if each not in card}
+    tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    stored = {key: value for key, value in tensors.items() if key.endswith(("_packed", "_scale"))}
+    bits = 8 * sum(value.numel() * value.element_size() for value in stored.values())
+    layers = loading.load(folder).layers
+    assert said["bits_a_weight"] == bits / sum(layer.module.weight.numel() for layer in layers)
+    row = next(line for line in card.splitlines() if line.startswith("| bits a weight |"))
+    assert float(row.split("|")[2]) == float(f"{said['bits_a_weight']:.4g}") > said["bits"]
+    loss = next(line for line in card.splitlines() if line.startswith("| loss, nats per token |"))
+    assert f"| {said['loss_after']:.4g} |" in loss and f"| {said['loss_before']:.4g} |" in loss
+    assert ("pruned" in card) == ("sparsity asked for" in card) == ("--prune" in words) and "quantized" in card
+    assert str(checkpoints) not in card and "compressed-tensors" in card
+
+
 def test_codes_go_through_every_form_unchanged(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--bits", "4", "--group", "32", "--prune", "sparsegpt"]
     said = answer(capsys, "quantize", checkpoints / "llada", *words, "-o", "q", *FEW)
@@ -68,7 +97,7 @@ def test_codes_go_through_every_form_unchanged(checkpoints: Path, tmp_path: Path
     again = containers.read_codes(tmp_path / "again")
     assert all(torch.equal(codes[name].codes, again[name].codes) and codes[name].bits == again[name].bits for name in codes)
     told = answer(capsys, "export", "q", "--as", "gguf", "-o", "q.gguf")
-    assert told["codes"] == told["exact"] == len(codes)
+    assert told["codes"] == told["exact"] == len(codes) and told["tokenizer_mismatch"] == 0.0
     answer(capsys, "export", "q", "--as", "llada", "-o", "own")
     first, second = loading.load(tmp_path / "q"), loading.load(tmp_path / "own")
     assert all(torch.equal(a.module.weight, b.module.weight) for a, b in zip(first.layers, second.layers, strict=True))

@@ -262,6 +262,8 @@ def test_compression_settings_that_do_not_fit_are_refused(changes: dict[str, obj
         ({"new_tokens": 40}, "block_length must divide the 40 new_tokens, got 16"),
         ({"late_share": 0.05}, "late_share must leave 1 to 15 tokens of a block of 16, got 0.05: use 0.0625 for one of them"),
         ({"timed_prompts": 5}, "timed_prompts must be at most the 4 prompts, got 5"),
+        ({"task_names": []}, "task_names must be different names, at least one, got []: name a task once"),
+        ({"task_names": ["a", "b", "a"]}, "task_names must be different names, at least one, got ['a', 'b', 'a']"),
         ({"system_blocks": [3]}, "system_blocks must divide the 8 system_tokens, got 3"),
         ({"system_tokens_a_step": 3}, "system_tokens_a_step must divide the 8 tokens of a block, got 3"),
     ],

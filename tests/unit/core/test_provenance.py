@@ -155,7 +155,9 @@ def test_code_is_what_is_left_without_comments_and_docstrings(source: str, code:
     assert python_code.code_only(source) == code
 
 
-@pytest.mark.parametrize("path", sorted(provenance.LIB.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(provenance.LIB.rglob("*.py")), ids=lambda path: path.relative_to(provenance.LIB).as_posix()
+)
 def test_code_alone_is_the_same_program(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert program(with_bodies(python_code.code_only(source))) == program(source)

@@ -1,7 +1,9 @@
 """Traces of sinks along a generation: against separate forward passes, and on traces made by hand."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion import traces
 from lib.models import loading
-from lib.models.language_model import network_body
+from lib.models.language_model import LanguageModel, network_body
 from lib.studies.traces import views
 from lib.studies.traces.figures import frontier_by_step, heads_at_mark, layers_by_step, position_by_step
 from lib.studies.traces.tables import concentration, first_position_share, mass_by_state, rates_table, top_sinks_table, wander
@@ -301,3 +303,48 @@ def test_a_scene_keeps_as_much_as_fits(kind, request):
     assert whole.masked.tolist() == trace.is_masked[1].tolist()
     few = views.scene(model, trace, values=3 * heads * positions)
     assert (len(few.steps), few.layers) == (3, ["layer 0"]) and few.steps[-1] == whole.steps[-1]
+
+
+class Bar:
+    """Takes the place of a bar."""
+
+    def __init__(self, work: Any = None, **options: Any) -> None:
+        self.work, self.options, self.moved = work, options, 0
+        BARS.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.options["closed"] = True
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in self.work:
+            self.moved += 1
+            yield each
+
+    def update(self) -> None:
+        self.moved += 1
+
+
+BARS: list[Bar] = []
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_trace_moves_a_bar_to_its_end(is_causal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step at a time, or a text at a time; and where nobody watches nothing is drawn."""
+    model = tiny.model(tmp_path, causal=is_causal)
+    monkeypatch.setattr(traces, "progress", Bar)
+    BARS.clear()
+    traces.trace(model, PROMPTS, **SETTINGS)
+    (bar,) = BARS
+    assert bar.moved == (len(PROMPTS) if is_causal else SETTINGS["steps"]) and bar.options["desc"] == model.name
+    assert is_causal or (bar.options["total"], bar.options["closed"]) == (SETTINGS["steps"], True)
+
+
+def test_no_bar_is_drawn_where_nobody_watches(
+    diffusion: tuple[LanguageModel, traces.SinkTrace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, trace = diffusion
+    again = traces.trace(model, PROMPTS, **SETTINGS)
+    assert torch.equal(again.mass, trace.mass) and capsys.readouterr().err == ""

@@ -21,14 +21,18 @@ from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.diffusion import block_sampler, sampler
 from lib.evaluation import model_card
-from lib.evaluation.model_card import Measure, Reading
+from lib.evaluation.model_card import Measure, Reading, Rounding
 from lib.evaluation.scoring import EvaluationSettings
 from lib.evaluation.sums import share_interval
 from lib.evaluation.tasks import TaskResult
-from lib.models import export, language_model, loading
+from lib.models import containers, export, language_model, loading
 from lib.models.language_model import LanguageModel
 from lib.pruning import pruner, shrink
 from lib.pruning.methods import METHODS, Method, Target, without_noise
+from lib.quantization.rounding import Grid
+from lib.studies.joint import exported
+from lib.studies.joint.runs import Recipe
+from lib.studies.pruning.bench import Bench, Calibrations
 from recipes import rehearsal
 from tests import tiny
 
@@ -124,6 +128,19 @@ def test_code_and_libraries_are_named(cards: dict[str, tuple[LanguageModel, Path
     assert model_card._code()[1].startswith("no-such-distribution not installed (modules ")
 
 
+def test_the_code_of_a_card_is_that_of_all_rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A change in any module shows, however deep it lies."""
+    (tmp_path / "pruning" / "deeper").mkdir(parents=True)
+    for name in ("__init__.py", "pruning/methods.py", "pruning/deeper/x.py"):
+        (tmp_path / name).write_text("a = 1\n")
+    monkeypatch.setattr(provenance, "LIB", tmp_path)
+    said = [model_card._code()[1]]
+    for name in ("pruning/methods.py", "pruning/deeper/x.py"):
+        (tmp_path / name).write_text("a = 2\n")
+        said.append(model_card._code()[1])
+    assert len(set(said)) == 3
+
+
 def test_the_front_matter_is_the_hubs(cards: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:
     model, folder = cards["dream"]
     found = front_matter(folder)
@@ -171,6 +188,30 @@ def test_the_printed_code_runs_without_this_project(cards: dict[str, tuple[Langu
         assert (config["is_causal"], config["mask_token_id"]) == (False, model.mask_token_id)
         assert f"the mask token {config['mask_token_id']} " in text
         assert f"`logit_shift: {config['logit_shift']}`" in text
+
+
+def test_the_printed_code_of_a_packed_model_runs_without_this_project(dense: Path, tmp_path: Path) -> None:
+    """transformers unpacks the codes; the text is the one of the rounded weights, which differs from the dense model's."""
+    model = loading.load(dense / "dream")
+    windows = tiny.ids(2, 16, vocab=1024)
+    found = Calibrations(Bench(model, windows, windows, 2, 1, 0), 0)
+    ready = exported.exportable(found, Recipe(Grid(2, 32, "search"), rounding="nearest"), dtype=torch.bfloat16)
+    folder = export.save_packed(ready.model, tmp_path / "packed", quantized=ready.quantized)
+    rounded = loading.load(folder, dtype=torch.bfloat16)
+    rounding = Rounding(2, 32, "nearest", "")
+    model_card.write(folder, model=rounded, method=METHODS["magnitude"], target=Target(0.0), rounding=rounding)
+    ids: Any = language_model.tokenizer_of(model)(PROMPT, return_tensors="pt")["input_ids"]
+    assert run_printed_code(folder) == [by_hand(rounded, ids), []]
+    assert by_hand(rounded, ids) != by_hand(model, ids)
+
+
+def test_the_card_of_a_container_names_this_project_alone(tmp_path: Path) -> None:
+    model = tiny.of_network(
+        tiny.stacked("qwen3_moe", num_hidden_layers=2, num_experts=4, mlp_only_layers=[]), tokenizer=tiny.words()
+    )
+    folder = containers.save_sparse(model, tmp_path / "sparse")
+    model_card.write(folder, model=model, method=METHODS["magnitude"], target=Target(0.5))
+    assert "this project alone reads" in text_of(folder) and "from transformers" not in text_of(folder)
 
 
 BLOCKS = {

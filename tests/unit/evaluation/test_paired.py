@@ -266,8 +266,14 @@ def test_the_smallest_difference_that_mcnemar_finds(discordant: int) -> None:
     assert (result.smallest_effect == math.inf) == (discordant < 6)
 
 
-def test_no_discordant_documents() -> None:
-    assert mcnemar(*answers(3, 0, 0, 2), seed=0) == paired.McNemar(0, 0, 0.0, (0.0, 0.0), 1.0, math.inf, 5)
+@pytest.mark.parametrize(("right", "wrong"), [(3, 2), (0, 5), (5, 0), (120, 80)])
+def test_equal_answers_of_two_models_have_an_interval_with_a_width(right: int, wrong: int) -> None:
+    """None of n documents told them apart, so the next one may: a bootstrap would say [0, 0]."""
+    n = right + wrong
+    half = 1.959964 / (n + 2)
+    found = mcnemar(*answers(right, 0, 0, wrong), seed=0)
+    assert found == paired.McNemar(0, 0, 0.0, found.interval, 1.0, math.inf, n)
+    assert found.interval == pytest.approx((-half, half))
 
 
 def test_answers_may_be_tensors() -> None:

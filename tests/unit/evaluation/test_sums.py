@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -198,3 +199,21 @@ def test_the_share_interval_is_wilsons(correct: int, total: int) -> None:
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
     assert sums.share_interval(correct, total) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def test_the_interval_of_a_paired_difference_covers_and_has_a_width_without_discordant_documents() -> None:
+    """How often it covers is summed over all counts that 20 documents can have, at several true shares."""
+    for only_first, only_second in ((0.05, 0.05), (0.2, 0.05), (0.3, 0.3)):
+        covered = 0.0
+        for first, second in itertools.product(range(21), repeat=2):
+            if first + second > 20:
+                continue
+            chance = math.comb(20, first) * math.comb(20 - first, second) * only_first**first * only_second**second
+            low, high = sums.matched_interval(first, second, documents=20)
+            assert -1 <= low <= (first - second) / 20 <= high <= 1
+            covered += (
+                (low <= only_first - only_second <= high) * chance * (1 - only_first - only_second) ** (20 - first - second)
+            )
+        assert covered > 0.93
+    low, high = sums.matched_interval(0, 0, documents=16)
+    assert low == -high and low < -0.05, "16 documents prove no loss of 5 points"

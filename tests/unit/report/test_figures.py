@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 
 from lib.core.errors import InputError
-from lib.report import animation, canvas, figures
+from lib.report import animation, canvas, figures, panels
 from tests.reporting import begin, line_figure
 
 FOOTER = "notebook 01  |  profile quick  |  seed 0  |  models dlm, ar, smollm2"
@@ -286,3 +286,15 @@ def test_broken_figure_data_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(InputError, match="different names"):
         run.figure("line", fig, pd.DataFrame(), caption="Mass.")
     assert not list(tmp_path.glob("figures/**/*.*"))
+
+
+def test_differences_stand_in_the_row_of_their_name_and_the_panel_of_their_model() -> None:
+    """Model n lacks a row and has the rest in another order."""
+    rows = [("m", "a - b", 0.1), ("m", "c - d", -0.2), ("m", "e - f", 0.3), ("n", "e - f", 0.4), ("n", "a - b", 0.5)]
+    table = pd.DataFrame(rows, columns=pd.Index(["model", "comparison", "gain"]))
+    table = table.assign(low=table["gain"] - 0.05, high=table["gain"] + 0.1)
+    figure, drawn = panels.differences(table, rows="comparison", value="gain", x_label="gain (nats)")
+    assert drawn is table and [ax.get_title() for ax in figure.axes] == ["m", "n"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["a - b", "c - d", "e - f"]
+    found: list[Any] = [ax.containers[0].lines[0].get_xydata().tolist() for ax in figure.axes]  # type: ignore[attr-defined]
+    assert found == [[[0.1, 0], [-0.2, 1], [0.3, 2]], [[0.4, 2], [0.5, 0]]]

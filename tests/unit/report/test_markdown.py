@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lib.core import config, provenance
@@ -28,13 +29,26 @@ def test_block_lists_claims_and_notebooks(pages: Path) -> None:
     assert markdown.verdict_block().splitlines() == [
         "| claim | verdict | estimate [95 % interval] | n | model | source | rule | note |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 | dlm | paper, abstract | {CLAIM['rule']} |  |",
+        "| Sinks move. | ✓ **reproduced** | 2.00 [1.50, 2.50] positions | 8 prompts | dlm | paper, abstract "
+        f"| {CLAIM['rule']} |  |",
         f"| Sinks move. | – **not tested** | - | 0 | smollm2 | paper, abstract | {CLAIM['rule']} | no file |",
         "",
         "- [Notebook 01](../notebooks/01_sink_traces.ipynb), Do sinks move? (full, commit "
         f"{provenance.commit()}: 1 table, 2 figures, 2 claims; "
         "[numbers](../results/full/01_sink_traces.json), [figures](../figures/full))",
     ]
+
+
+def test_losses_of_the_dense_models_stand_where_gains_in_nats_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the dense rows alone, and of the first table that has losses; a notebook without such a table says nothing."""
+    run = begin(monkeypatch, tmp_path, profile="full")
+    rows = [("dlm", "Wanda", 3.9), ("dlm", "dense", 3.7096), ("ar", "dense", 3.1274), ("ar", "random", 5.0)]
+    run.table("loss", pd.DataFrame(rows, columns=pd.Index(["model", "method", "loss"])), "Losses.")
+    run.finish()
+    assert markdown.verdict_block().endswith("; loss of the dense models, nats per token: `dlm` 3.71, `ar` 3.13)")
+    assert [markdown.counted({"key": "k", "n": 5, "unit": unit}, "06") for unit in ("times", "nats per token")] == [
+        "5 repeats", "5 prompts",
+    ]  # fmt: skip
 
 
 def test_headlines_are_the_chosen_claims_that_were_run(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from lib.core import config
 from lib.core.errors import InputError
 from lib.report import page as html_report
 from lib.report import tables
-from lib.report.results import evidence_of, load_results
+from lib.report.results import EVIDENCE, evidence_of, load_results
 from tests.reporting import CLAIM, NAME, TITLE, begin, line_figure, record_everything
 
 
@@ -119,6 +119,16 @@ def test_every_verdict_of_the_committed_results_rests_on_a_table_that_is_there()
     for result in load_results("full", root=config.ROOT):
         without = [claim["key"] for claim in result["claims"] if "table" not in evidence_of(result, claim)]
         assert not without, "say in EVIDENCE where the numbers stand"
+
+
+@pytest.mark.parametrize("number", list(EVIDENCE))
+def test_tables_and_figures_that_verdicts_lead_to_are_made_by_the_notebook(number: str) -> None:
+    """A name that no cell writes would be a link to nothing, in silence. A figure of a model bears its name behind its own."""
+    cells = json.loads(config.notebooks()[number].read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for pattern, table, figure in EVIDENCE[number]:
+        assert f'"{table}"' in code, f"{pattern}: no table {table}"
+        assert not figure or f'"{figure}"' in code or f'f"{figure}_{{' in code, f"{pattern}: no figure {figure}"
 
 
 def test_page_tells_everything(page: Page) -> None:

@@ -267,7 +267,9 @@ SMALL = {
 }  # fmt: skip
 SECTIONS: dict[str, str] = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
 REWRITTEN = {"rewritten", "shifts_and_planes"}
-DECODERS = {"decoders", "accuracy", "late_steps", "composition", "systems", "sink_control", "parallelism"}
+DECODERS = {
+    "decoders", "accuracy", "late_steps", "composition", "systems", "system_accuracy", "sink_control", "parallelism",
+}  # fmt: skip
 
 
 def checkpoint(kind: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lib.core.errors import InputError
 from lib.evaluation.paired import PairedDifference, mcnemar, paired_difference
 from lib.evaluation.scoring import EvaluationSettings
+from lib.evaluation.sums import matched_interval
 from lib.evaluation.tasks import TaskResult
 from lib.studies.pruning import gain_tables
 from lib.studies.pruning.runs import Outcome
@@ -209,6 +210,15 @@ def test_accuracies_over_calibrations_pair_documents_and_calibrations() -> None:
     assert row["low"] < -12.5 + 25 and row["smallest effect, points"] == 100 * expected.smallest_effect
     assert table["smallest effect, points"].tolist()[2] == math.inf, "no document tells the two apart"
     assert table["p (Holm)"].tolist() == pytest.approx(holm(table["p"].tolist()))
+
+
+def test_equal_answers_of_two_methods_have_a_width_and_a_method_beside_itself_has_none() -> None:
+    """Whatever the calibrations: 8 documents never told the two apart, which the next one may."""
+    by_calibration = [{("m", name, 0.5, "t"): answers(row) for name in ("a", "b")} for row in ("11110000", "11000000")]
+    table = gain_tables.accuracy_table(by_calibration, [(("a", 0.5), ("b", 0.5)), (("a", 0.5), ("a", 0.5))], seed=0)
+    assert table["difference, points"].tolist() == [0.0, 0.0] and table["p"].tolist() == [1.0, 1.0]
+    ends = [100 * end for end in matched_interval(0, 0, documents=8)]
+    assert table[["low", "high"]].to_numpy().tolist() == [ends, [0.0, 0.0]] and ends[1] > 15
 
 
 def test_accuracies_with_some_of_the_calibrations_are_refused() -> None:

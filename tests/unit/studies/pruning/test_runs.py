@@ -25,6 +25,7 @@ from lib.pruning.methods import SINKS, Method, Target
 from lib.studies.pruning import runs
 from lib.studies.pruning.runs import Bench, Calibrations
 from lib.timing import clock
+from lib.timing.effort import Effort
 from tests import tiny
 from tests.unit import slow_pruning as slow
 
@@ -516,3 +517,27 @@ def test_every_model_says_what_pruning_it_took(diffusion_model: LanguageModel) -
     cut = runs.structured(bench, {"FLAP": methods.STRUCTURES["FLAP"]}, [0.5], seeds=[0])[0]
     assert all(0 < found.effort.seconds < 60 and found.effort.peak >= 0 for found in (one, cut))
     assert math.isnan(runs.dense(bench).effort.seconds)
+
+
+def test_the_effort_of_token_weights_is_counted_for_every_outcome(noisy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made anew with its own calibration's text: what one method has measured is not there for the next."""
+    chosen = {name: MIXED[name] for name in ("noised", "sink-aware", "random control")}
+    outcomes = [replace(each, effort=Effort(2.0, 3e6)) for each in runs.compare(noisy, chosen, [HALF], seeds=[4, 5])]
+    passes: list[str] = []
+    real, effort = attention.sink_mass, iter(range(1, 7))
+    monkeypatch.setattr(attention, "sink_mass", lambda *given: passes.append("") or real(*given))
+
+    def watched(work: Callable[[], Any], **_: Any) -> tuple[Any, Effort]:
+        before = len(passes)
+        made = work()
+        order.append((len(passes) - before, made.input_ids))
+        return made, Effort(float(next(effort)), 1e6 * len(order))
+
+    order: list[tuple[int, Tensor]] = []
+    monkeypatch.setattr(runs, "watched", watched)
+    found = runs.with_token_weights(noisy, outcomes, chosen)
+    assert [each.effort for each in found] == [Effort(2.0 + n, 1e6 * max(3, n)) for n in range(1, 7)]
+    assert [replace(each, effort=Effort(2.0, 3e6)) for each in found] == outcomes
+    assert [count > 0 for count, _ in order] == [False, True, True] * 2, "no weights need no masses"
+    texts = [sets.read(noisy.model, Calibrations(noisy, seed).windows, FEW, seed=seed).flatten(0, 1) for seed in (4, 5)]
+    assert all(torch.equal(ids, texts[index // 3]) for index, (_, ids) in enumerate(order))

@@ -1,8 +1,6 @@
 """Answers by decoder: lm_eval asks and scores, documents are paired, intervals cover."""
 
 import dataclasses
-import itertools
-import math
 from collections import Counter
 from typing import Any, cast
 
@@ -69,7 +67,7 @@ def test_accuracies_pair_documents_with_the_plain_sampler(dlm: LanguageModel, mo
     monkeypatch.setattr(decoding_tasks, "answers", answers)
     plans: dict[str, Plan] = {"a": fast_plan(threshold=0.1), "slow": PLAIN, "b": fast_plan(threshold=0.2)}
     task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
-    table = decoding_tasks.accuracies(dlm, task, plans, settings=SETTINGS, seed=0, limit=20).set_index("decoder")
+    table = decoding_tasks.accuracies(dlm, task, plans, settings=SETTINGS, limit=20).set_index("decoder")
     assert table["accuracy"].to_dict() == {"a": 0.6, "slow": 0.15, "b": 0.0}
     assert table["difference"].to_dict() == pytest.approx({"a": 0.45, "slow": 0.0, "b": -0.15})
     assert table.loc["a", ["only this", "only plain"]].tolist() == [10, 1]
@@ -78,24 +76,30 @@ def test_accuracies_pair_documents_with_the_plain_sampler(dlm: LanguageModel, mo
         lows, middles, highs = (table[f"{name}{end}"].tolist() for end in (" low", "", " high"))
         assert all(low <= middle <= high for low, middle, high in zip(lows, middles, highs, strict=True))
     assert table["difference low"].tolist()[0] > 0 and set(table["documents"]) == {20}
+    assert table.loc["slow", ["difference", "difference low", "difference high"]].tolist() == [0.0] * 3, "it is itself"
+    assert set(table["task"]) == {"t"} and set(table["usable"]) == {True}
 
 
-def test_the_interval_of_a_paired_difference_covers_and_has_a_width_without_discordant_documents() -> None:
-    """How often it covers is summed over all counts that 20 documents can have, at several true shares."""
-    for only_first, only_second in ((0.05, 0.05), (0.2, 0.05), (0.3, 0.3)):
-        covered = 0.0
-        for first, second in itertools.product(range(21), repeat=2):
-            if first + second > 20:
-                continue
-            chance = math.comb(20, first) * math.comb(20 - first, second) * only_first**first * only_second**second
-            low, high = decoding_tasks.difference_interval(first, second, documents=20)
-            assert -1 <= low <= (first - second) / 20 <= high <= 1
-            covered += (
-                (low <= only_first - only_second <= high) * chance * (1 - only_first - only_second) ** (20 - first - second)
-            )
-        assert covered > 0.93
-    low, high = decoding_tasks.difference_interval(0, 0, documents=16)
-    assert low == -high and low < -0.05, "16 documents prove no loss of 5 points"
+@pytest.mark.parametrize("right", [0, 1, 7, 20])
+def test_equal_answers_of_two_decoders_have_a_width_and_those_of_one_have_none(right: int) -> None:
+    """Twenty documents cannot tell that two decoders never differ; that a row is itself needs no document."""
+    marks = [index < right for index in range(20)]
+    two, one = decoding_tasks.compared(marks, list(marks)), decoding_tasks.compared(marks, None)
+    assert {two["difference"], one["difference"], one["difference low"], one["difference high"]} == {0.0}
+    assert two["difference low"] == -two["difference high"] < -0.05 and two["p"] == one["p"] == 1.0
+    assert all(two[key] == one[key] for key in two if not key.startswith("difference ")) and two.keys() == one.keys()
+
+
+@pytest.mark.parametrize(("right", "chance", "usable"), [(10, 0.2, True), (10, 0.35, False), (0, 0.0, False), (20, 1.0, False)])
+def test_there_is_something_to_lose_where_the_plain_sampler_is_above_guessing(
+    dlm: LanguageModel, monkeypatch: pytest.MonkeyPatch, right: int, chance: float, usable: bool
+) -> None:
+    """By its interval: 10 of 20 reaches down to 0.30. The fast decoder's own answers do not count."""
+    marks = {True: (True,) * right + (False,) * (20 - right), False: (False,) * 20}
+    monkeypatch.setattr(decoding_tasks, "answers", lambda _, __, plan, **___: marks[plan == PLAIN])
+    task: Any = tasks.LoadedTask("t", {}, "exact_match", chance)
+    table = decoding_tasks.accuracies(dlm, task, PLANS, settings=SETTINGS)
+    assert set(table["usable"]) == {usable} and set(table["chance"]) == {chance}
 
 
 def test_lm_eval_scores_what_the_decoder_writes(reference: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +150,12 @@ def test_guidance_is_refused(dlm: LanguageModel) -> None:
     task: Any = tasks.LoadedTask("t", {}, "exact_match", 0.0)
     settings = dataclasses.replace(SETTINGS, cfg_scale=0.5)
     with pytest.raises(InputError, match=r"without guidance, got 0\.5"):
-        decoding_tasks.accuracies(dlm, task, PLANS, settings=settings, seed=0)
+        decoding_tasks.accuracies(dlm, task, PLANS, settings=settings)
 
 
 def test_a_task_without_generation_is_refused(dlm: LanguageModel) -> None:
     task = tasks.load_tasks(["tiny_topic"])["tiny_topic"]
     with pytest.raises(InputError, match=r"one of generation, got tiny_topic \(multiple_choice\)"):
-        decoding_tasks.accuracies(dlm, task, PLANS, settings=SETTINGS, seed=0)
+        decoding_tasks.accuracies(dlm, task, PLANS, settings=SETTINGS)
     with pytest.raises(InputError, match=r"one of generation, got tiny_topic \(multiple_choice\)"):
         decoding_tasks.load("tiny_topic")

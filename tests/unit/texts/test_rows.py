@@ -18,7 +18,7 @@ TEXT = "Owls hunt at night.  Café owls – 3 of 12 – do not. " * 3
 ARTICLES = [{"title": f"Owl {n}", "extract": TEXT, "description": "A bird", "topic": "Life"} for n in range(8)]
 
 
-def framing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def framing(tokenizer: Any) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token})
     return tokenizer
 

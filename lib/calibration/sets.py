@@ -281,6 +281,7 @@ def trajectory_states(
             new_tokens=windows.shape[1] - prompt_tokens,
             steps=steps,
             temperature=temperature,
+            closed=True,
             generator=generator(seed, "calibration trajectory"),
             on_step=on_step,
         )

@@ -168,7 +168,7 @@ def masked_log_likelihood(
     Args:
         model: a diffusion model.
         input_ids: one sequence, clean.
-        maskable: the n tokens to score.
+        maskable: the n tokens to score; those that the model was always shown are given all the same.
         draws: Monte-Carlo draws.
         generator: CPU generator; the same state gives every model the same masks.
         batch_size: draws per forward pass; does not change the result.
@@ -183,6 +183,7 @@ def masked_log_likelihood(
 
     Source: LLaDA (arXiv 2502.09992), Eq. 6, and its `get_log_likelihood`.
     """
+    maskable = maskable & may_be_noised(model, input_ids.to(maskable.device))
     _check_scored(model, int(maskable.sum()), draws)
     if not model.noise.is_masked:
         _check_default(model, count_rule, masks)
@@ -276,10 +277,11 @@ def nelbo(
     if not model.noise.is_masked:
         _check_default(model, count_rule, masks)
         process = process_of(model)
-        pairs = zip(windows, streams, strict=True)
-        noised = [drawn_likelihood.draw(process, ids, whole, draws=draws, generator=stream) for ids, stream in pairs]
+        scored = may_be_noised(model, windows.cpu())
+        of_rows = zip(windows, scored, streams, strict=True)
+        noised = [drawn_likelihood.draw(process, ids, row, draws=draws, generator=stream) for ids, row, stream in of_rows]
         sums = drawn_likelihood.losses(model, process, drawn_likelihood.together(noised), batch_size=batch_size)
-        return summarise(sums.view(len(windows), draws).mean(1) / windows.shape[1])
+        return summarise(sums.view(len(windows), draws).mean(1) / scored.sum(1))
     split = parts(model, whole)
     draw = partial(exact_count_masks, draws=draws, count_rule=count_rule, masks=masks)
     pairs = zip(may_be_noised(model, windows.cpu()), streams, strict=True)

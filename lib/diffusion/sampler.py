@@ -14,7 +14,7 @@ from lib.diffusion import ancestral, block_sampler, commits
 from lib.diffusion.block_rules import in_steps
 from lib.diffusion.commits import DenoisingStep, Remasking
 from lib.models.finite import require_finite
-from lib.models.language_model import LanguageModel, check_length, logits_at, require_masks
+from lib.models.language_model import LanguageModel, check_length, closing_token, logits_at, may_be_noised, require_masks
 
 
 @torch.inference_mode()
@@ -28,6 +28,7 @@ def sample(
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     remasking: Remasking = "low_confidence",
+    closed: bool = False,
     generator: torch.Generator | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Int[Tensor, "batch position"]:
@@ -42,6 +43,7 @@ def sample(
         temperature: 0 is greedy.
         cfg_scale: classifier-free guidance: logits become u + (1 + scale)(c - u), u with the prompt masked.
         remasking: keep the most confident predictions, or random ones.
+        closed: let the last new token be the model's `closing_token` from the start, if it has one: a row as it was trained on.
         generator: CPU generator of the sampling stream; needed for random remasking or a temperature.
         on_step: called after the forward pass of every step.
 
@@ -63,7 +65,7 @@ def sample(
     if not model.noise.is_masked:
         check_noise(model, cfg_scale=cfg_scale)
         return ancestral.generate(model, prompt, **given)
-    return _filled_in(model, prompt, cfg_scale=cfg_scale, **given)
+    return _filled_in(model, prompt, cfg_scale=cfg_scale, last=closing_token(model) if closed else None, **given)
 
 
 def _filled_in(
@@ -75,6 +77,7 @@ def _filled_in(
     block_length: int | None,
     temperature: float,
     cfg_scale: float,
+    last: int | None,
     remasking: Remasking,
     generator: torch.Generator | None,
     on_step: Callable[[DenoisingStep], None] | None,
@@ -86,6 +89,8 @@ def _filled_in(
     start, mask_id = prompt.shape[1], cast(int, model.mask_token_id)
     ids = F.pad(prompt.to(model.device, torch.long), (0, new_tokens), value=mask_id)
     prompt_positions, per_block = ids != mask_id, steps // (new_tokens // block)
+    if last is not None:
+        ids[:, -1] = last
     for step in range(steps):
         first = start + step // per_block * block
         masked, where = ids == mask_id, ids == mask_id
@@ -118,7 +123,7 @@ def guided_logits(
         model: a diffusion model when there is guidance.
         ids: what the network reads, masks included.
         where: positions whose token is to be predicted.
-        prompt_positions: what guidance masks.
+        prompt_positions: what guidance masks, but for tokens that the model was always shown.
         cfg_scale: as in `sample`; 0 is none, and one pass instead of two.
         attention_mask: as `logits_at` takes it.
 
@@ -128,7 +133,7 @@ def guided_logits(
     check_blocks(model, cfg_scale=cfg_scale)
     if cfg_scale <= 0:
         return logits_at(model, ids, where, attention_mask=attention_mask)
-    unguided = ids.masked_fill(prompt_positions, cast(int, model.mask_token_id))
+    unguided = ids.masked_fill(prompt_positions & may_be_noised(model, ids), cast(int, model.mask_token_id))
     mask = None if attention_mask is None else attention_mask.repeat(2, 1)
     both = logits_at(model, torch.cat([ids, unguided]), torch.cat([where, where]), attention_mask=mask)
     conditional, unconditional = both.chunk(2)

@@ -148,7 +148,7 @@ def trace(
     Args:
         model: diffusion or autoregressive.
         prompts: token ids of equal length.
-        positions: length of prompt and generated text together.
+        positions: length of prompt and generated text together, with the token that closes an encoder's rows.
         steps: denoising steps, or prefix lengths.
         block_length: semi-autoregressive block of a diffusion model; None is one block, or the model's own blocks.
         temperature: 0 is greedy.
@@ -179,6 +179,7 @@ def trace(
         block_length=block_length,
         temperature=temperature,
         remasking=remasking,
+        closed=True,
         generator=generator,
     )
     return _trace_denoising(model, prompts, sample, steps=steps, heads=heads)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.core.runtime import generator
 from lib.diffusion.likelihood import masked_losses, part_sums, parts
-from lib.models.language_model import LanguageModel, require_masks
+from lib.models.language_model import LanguageModel, may_be_noised, require_masks
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def pseudo_perplexity(
     Args:
         model: a diffusion model.
         windows: clean token windows, context first; as a sequence they may differ in length (see `answer_windows`).
-        answer_tokens: how many tokens at the end of each window are the answer.
+        answer_tokens: how many tokens at the end of each window are the answer, those that are always shown counted out.
         draws: masks per window.
         seed: seed of the masking stream; the masks of a window depend on it and on the window's index and answer length alone.
         batch_size: draws per forward pass; changes the result by rounding only.
@@ -122,10 +122,12 @@ def pseudo_perplexity(
     losses = []
     for index, ids in enumerate(windows):
         stream, start = generator(seed, "pseudo_perplexity", index), len(ids) - answer_tokens
-        split = parts(model, torch.arange(len(ids)) >= start)
+        answer = (torch.arange(len(ids)) >= start) & may_be_noised(model, ids.cpu())
+        require(bool(answer.any()), "an answer must have a token that may be hidden", f"none in window {index}", "leave it out")
+        split = parts(model, answer)
         masks = torch.stack([_masks_of(part, draws=draws, generator=stream) for part in split], 1)
         found = masked_losses(model, ids, masks.any(1), batch_size=batch_size, origin=start)
         means = torch.cat([part_sums(batch.cpu().double(), split) for batch in found]) / masks.sum(2)
-        losses.append(float((means * (torch.stack(split).sum(1) / answer_tokens).double()).sum(1).mean()))
+        losses.append(float((means * (torch.stack(split).sum(1) / answer.sum()).double()).sum(1).mean()))
     per_window = torch.tensor(losses, dtype=torch.float64)
     return PseudoPerplexity(math.exp(float(per_window.mean())), per_window)

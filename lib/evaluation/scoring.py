@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.core.errors import require
 from lib.core.runtime import generator, progress
 from lib.diffusion import likelihood, sampler
-from lib.models.language_model import LanguageModel, own_mask
+from lib.models.language_model import LanguageModel, may_be_noised, own_mask
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,17 @@ def _noised_likelihood(model: LanguageModel, passage: Passage, settings: Evaluat
 
 
 def _rows(model: LanguageModel, index: int, passage: Passage, settings: EvaluationSettings) -> Iterator[Row]:
-    """Yield the rows that score one passage: one per draw (and block), or the only one of an autoregressive model."""
+    """Yield the rows that score one passage: one per draw (and block), or the only one of an autoregressive model.
+
+    What a diffusion model was always shown is given, not scored.
+    """
     ids = torch.tensor(passage.ids)
     target = torch.arange(len(ids)) >= passage.start
     if model.is_causal:
         yield Row(index, ids, target, passage.start, 1.0)
         return
-    stream = generator(settings.seed, *passage.stream)
-    for part in likelihood.parts(model, target):
+    stream, target = generator(settings.seed, *passage.stream), target & may_be_noised(model, ids)
+    for part in likelihood.parts(model, target) if bool(target.any()) else []:
         count = int(part.sum())
         draws = 1 if count == 1 else settings.draws
         for mask in likelihood.exact_count_masks(part, draws, generator=stream):

@@ -135,6 +135,11 @@ def may_be_noised(model: LanguageModel, ids: Int[Tensor, "*batch position"]) -> 
     return ~torch.isin(ids, torch.tensor(model.seen_token_ids, device=ids.device, dtype=ids.dtype))
 
 
+def closing_token(model: LanguageModel) -> int | None:
+    """Return the token that ends every row of a model that was always shown it, such as an encoder's [SEP]; None for others."""
+    return next((token for token in model.stop_token_ids if token in model.seen_token_ids), None)
+
+
 def require_diffusion(model: LanguageModel, what: str, *, instead: str) -> None:
     """Raise `InputError` for an autoregressive model.
 

@@ -4,7 +4,7 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Int
@@ -16,6 +16,7 @@ from lib.core.errors import InputError, require
 from lib.texts.encoding import encode
 
 DATA = ROOT / "data"
+Token = TypeVar("Token")
 EXTRACT_CHARS = 700  # about 160 tokens: leaves room for the description after the text in one 256-token window
 
 
@@ -95,7 +96,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     return [[*start, *row, cast(int, tokenizer.eos_token_id)] for row in rows]
 
 
-def pack(documents: Iterable[list[int]], *, length: int) -> Iterator[list[int]]:
+def pack(documents: Iterable[list[Token]], *, length: int) -> Iterator[list[Token]]:
     """Pack tokenised documents into windows of exactly `length` tokens that each begin at a document start.
 
     The document that crosses the end of a window is cut there and its rest dropped.
@@ -103,7 +104,7 @@ def pack(documents: Iterable[list[int]], *, length: int) -> Iterator[list[int]]:
     >>> list(pack([[1, 2], [3, 4, 5], [6], [7, 8]], length=3))
     [[1, 2, 3], [6, 7, 8]]
     """
-    window: list[int] = []
+    window: list[Token] = []
     for tokens in documents:
         window += tokens
         if len(window) >= length:

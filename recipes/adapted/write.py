@@ -14,6 +14,8 @@ from lib.core.provenance import write_json
 from lib.models.layers.anatomy import DISTILBERT
 from recipes.adapted import encoder
 
+LOG = "adaptation_log.json"  # not the family's `training_log.json`, which holds other columns
+
 
 def trained_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights in a state of the training, without the head that is the embedding, and what it says of the run."""
@@ -43,7 +45,7 @@ def write(file: Path, out: Path, *, wheel: Path) -> Path:
     tok.save_pretrained(out)
     numbers = {"trained_steps": state["step"], "trained_tokens": state["tokens"], "seconds": round(state["seconds"])}
     write_json(out / "recipe.json", state["recipe"] | numbers | {"base": distilbert.WHEEL, "bf16": state["bf16"]})
-    write_json(out / "training_log.json", state["log"])
+    write_json(out / LOG, state["log"])
     return difference.write(out, weights, base)
 
 

@@ -17,7 +17,7 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator, progress
 from lib.diffusion.block_reader import block_logits
 from lib.diffusion.noise import process_of
-from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, require_diffusion
+from lib.models.language_model import LanguageModel, LinearLayer, Role, logits_at, may_be_noised, require_diffusion
 from lib.pruning import importances, matrices, pruner
 from lib.pruning.methods import Method, Target
 from lib.quantization import joint, planes
@@ -308,7 +308,8 @@ def loss_by_noise(
     Args:
         model: a diffusion model.
         windows: clean held-out windows; where attention goes by blocks, each block is read behind clean earlier ones.
-        ratios: shares of the positions that are masked or drawn anew, in (0, 1]; at least one position is.
+        ratios: shares of the tokens, but for those that the model was always shown, that are masked or drawn anew, in (0, 1]; at
+            least one token is.
         seed: of the masks, which are those of every other model with this seed.
         batch_size: windows at one time.
 
@@ -316,14 +317,15 @@ def loss_by_noise(
         InputError: an autoregressive model.
     """
     require_diffusion(model, "a loss by mask ratio", instead="use lib.studies.pruning.runs.loss")
-    rows, process = [], process_of(model)
+    rows, process, hideable = [], process_of(model), may_be_noised(model, windows.cpu())
     for ratio in ratios:
         stream = generator(seed, "loss by noise", f"{ratio:g}")
-        order = torch.rand(windows.shape, generator=stream).argsort(1).argsort(1)
-        where = order < max(1, round(ratio * windows.shape[1]))
+        order = torch.rand(windows.shape, generator=stream).masked_fill(~hideable, 2.0).argsort(1).argsort(1)
+        counts = torch.tensor([max(1, round(ratio * tokens)) for tokens in hideable.sum(1).tolist()])
+        where = order < counts[:, None]
         noisy = process.fill(windows, where, generator=stream)
         for ids, read, at in zip(*(part.to(model.device).split(batch_size) for part in (windows, noisy, where)), strict=True):
             logits = block_logits(model, ids, read, at) if model.goes_by_blocks else logits_at(model, read, at)
             losses = torch.nn.functional.cross_entropy(logits, ids[at], reduction="none")
-            rows.append(losses.view(len(ids), -1).double().mean(1).cpu())
-    return torch.cat(rows).view(len(ratios), len(windows))
+            rows += [of_row.double().mean().cpu() for of_row in losses.split(at.sum(1).tolist())]
+    return torch.stack(rows).view(len(ratios), len(windows))

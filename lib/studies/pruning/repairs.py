@@ -24,7 +24,7 @@ from lib.pruning import repairs as ways
 from lib.pruning.methods import REPAIRS, SINKS, Method, Target, without_noise
 from lib.studies.pruning import pairs, runs
 from lib.studies.pruning.runs import Bench, Calibrations, Outcome
-from lib.studies.pruning.tables import loss_columns
+from lib.studies.pruning.tables import Weights, loss_columns
 from lib.timing.effort import watched
 
 ALONE = "mask alone"
@@ -172,19 +172,20 @@ def _fallbacks(model: LanguageModel, used: Sequence[Statistics]) -> int:
     return sum(any(fell_back(each[layer.block], layer) for each in used) for layer in model.layers)
 
 
-def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
+def loss_table(outcomes: Sequence[Outcome], *, seed: int, weights: Weights | None = None) -> pd.DataFrame:
     """Tabulate the increase of the loss over the dense model, with its interval, of every mask and repair.
 
     Args:
         outcomes: from `measure`, and the dense model's.
         seed: of the bootstrap.
+        weights: as `tables.loss_table` takes them.
     """
     rows = []
     for model, mask, repair, sparsity, pattern in _cells(outcomes):
         condition = (model, mask if mask == ALPS else name_of(mask, repair), pattern, sparsity)
         rows.append({
             "model": model, "sparsity": sparsity, "pattern": pattern, "mask": mask, "repair": repair,
-            **loss_columns(outcomes, condition, seed=seed),
+            **loss_columns(outcomes, condition, seed=seed, weights=weights),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=None if rows else pd.Index(["model", "mask", "repair"]))
 

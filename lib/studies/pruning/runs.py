@@ -233,6 +233,7 @@ def refusals(model: LanguageModel, chosen: Mapping[str, Method], sparsities: Seq
     for name, method in chosen.items():
         for sparsity in sparsities:
             why_not = expert_removal.refusal(model, method, sparsity=sparsity)
+            why_not = why_not or (None if model.has_experts else shrink.refusal(model))
             why_not = why_not or (shrink.bias_refusal(model.network.config) if method.bias else None)
             found |= {(name, sparsity): why_not} if why_not else {}
     return found

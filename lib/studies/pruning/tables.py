@@ -12,9 +12,12 @@ from lib.evaluation import paired, sums
 from lib.evaluation.tasks import TaskResult
 from lib.studies.pruning.runs import DENSE, STRUCTURED, Outcome
 from lib.texts import articles
+from lib.texts.rows import loss_per_character
 
 Condition = tuple[str, str, str, float]
 Results = Mapping[tuple[str, str, float, str], TaskResult]
+Weights = Mapping[str, Tensor]  # by model, of `rows.character_weights`
+PER_CHARACTER = "loss per character"
 Speeds = Mapping[str, Mapping[tuple[str, float], tuple[float, float, float]]]
 
 
@@ -55,34 +58,44 @@ def conditions(outcomes: Sequence[Outcome]) -> list[Condition]:
     return list(dict.fromkeys((found.model, found.method, found.pattern, found.sparsity) for found in outcomes))
 
 
-def loss_columns(outcomes: Sequence[Outcome], condition: Condition, *, seed: int) -> dict[str, float]:
-    """Return loss, increase over dense and its interval of one (model, method, pattern, sparsity); NaN if not measured."""
+def loss_columns(
+    outcomes: Sequence[Outcome], condition: Condition, *, seed: int, weights: Weights | None = None
+) -> dict[str, float]:
+    """Return loss, increase over dense and its interval of one (model, method, pattern, sparsity); NaN if not measured.
+
+    With weights the loss in nats per character stands beside that per token.
+    """
+    beside = () if weights is None else (PER_CHARACTER,)
     if condition not in conditions(outcomes):
-        return dict.fromkeys(("loss", "increase", "low", "high"), math.nan)
+        return dict.fromkeys(("loss", *beside, "increase", "low", "high"), math.nan)
     model, method, pattern, sparsity = condition
     found = losses(outcomes, model=model, method=method, sparsity=sparsity, pattern=pattern)
     seeds = [o.seed for o in outcomes if (o.model, o.method, o.pattern, o.sparsity) == condition]
     increase = paired.paired_difference(found, dense_loss(outcomes, model, seeds), seed=seed)
     low, high = increase.interval
-    return {"loss": float(found.mean()), "increase": increase.estimate, "low": low, "high": high}
+    each = {} if weights is None else {PER_CHARACTER: loss_per_character(found, weights[model])}
+    return {"loss": float(found.mean()), **each, "increase": increase.estimate, "low": low, "high": high}
 
 
-def loss_table(outcomes: Sequence[Outcome], *, seed: int) -> pd.DataFrame:
+def loss_table(outcomes: Sequence[Outcome], *, seed: int, weights: Weights | None = None) -> pd.DataFrame:
     """Tabulate the loss of every condition and its increase over the dense model.
 
     Args:
         outcomes: of one or several models, each with its dense row.
         seed: of the bootstrap.
+        weights: by model, of `rows.character_weights`: what models of different tokenizers compare by.
 
     Returns:
-        One row a condition: `loss` in nats per token; `increase`, its 95 % interval over windows and calibration seeds; `seeds`.
+        One row a condition: `loss` in nats per token, with weights in nats per character, too; `increase`, its 95 % interval over
+        windows and calibration seeds; `seeds`.
     """
     rows = []
     for condition in conditions(outcomes):
         measured = [o.measured_sparsity for o in outcomes if (o.model, o.method, o.pattern, o.sparsity) == condition]
         named = dict(zip(("model", "method", "pattern", "sparsity"), condition, strict=True))
         mean = sum(measured) / len(measured)
-        rows.append({**named, "measured sparsity": mean, **loss_columns(outcomes, condition, seed=seed), "seeds": len(measured)})
+        found = loss_columns(outcomes, condition, seed=seed, weights=weights)
+        rows.append({**named, "measured sparsity": mean, **found, "seeds": len(measured)})
     return pd.DataFrame(rows)
 
 

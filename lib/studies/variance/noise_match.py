@@ -17,7 +17,7 @@ from lib.attention import masses, sinks
 from lib.core.errors import InputError
 from lib.diffusion.noise import process_of
 from lib.diffusion.traces import SinkTrace
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, may_be_noised
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class NoiseMatch:
         steps: the step of the trace that each level was taken from.
         mask_ratio: share of the generated positions that are masked at that step.
         generation: masses of the generation.
-        noised: two independent draws with any position masked, as in the authors' calibration.
+        noised: two independent draws with any position masked, as in the authors' calibration, but for tokens that the model was
+            always shown.
         prompt_kept: two independent draws with the prompt never masked.
         depth: layers times heads, over which the authors sum.
     """
@@ -55,17 +56,18 @@ def matching_steps(trace: SinkTrace, ratios: Sequence[float]) -> tuple[int, ...]
 
 
 def random_masks(
-    counts: Sequence[int], maskable: Bool[Tensor, "position"], *, generator: torch.Generator
+    counts: Sequence[int], maskable: Bool[Tensor, "row position"], *, generator: torch.Generator
 ) -> Bool[Tensor, "row position"]:
-    """Mark `counts[row]` of the maskable positions at random.
+    """Mark `counts[row]` of the maskable positions of each row at random.
 
     Raises:
         InputError: a count above the number of maskable positions.
     """
-    if max(counts) > int(maskable.sum()):
-        raise InputError(f"masks must fit into the {int(maskable.sum())} maskable positions, got {max(counts)}: allow more")
-    order = torch.rand((len(counts), len(maskable)), generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
-    return order < torch.tensor(list(counts))[:, None]
+    asked, most = torch.tensor(list(counts)), maskable.sum(1)
+    for row in (asked > most).nonzero()[:1, 0].tolist():
+        raise InputError(f"masks must fit into the {most[row]} maskable positions, got {asked[row]}: allow more")
+    order = torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    return order < asked[:, None]
 
 
 def match(model: LanguageModel, trace: SinkTrace, *, ratios: Sequence[float], generator: torch.Generator) -> NoiseMatch:
@@ -78,21 +80,23 @@ def match(model: LanguageModel, trace: SinkTrace, *, ratios: Sequence[float], ge
         generator: CPU generator of the masking stream.
 
     Returns:
-        The masses. Each random mask hides exactly as many positions as the generation did at that step; under other noise as
-        many are drawn anew as were not yet what they became.
+        The masses. Each random mask hides exactly as many positions as the generation did at that step (of an encoder that wrote
+        special tokens itself, at most as many as may be hidden); under other noise as many are drawn anew as were not yet what
+        they became.
 
     Source: the authors analyse generations (paper, section 3.1) and prune with forward noise (release).
     """
     steps, process = matching_steps(trace, ratios), process_of(model)
     size = trace.texts.shape[1]
-    anywhere = torch.ones(size, dtype=torch.bool)
-    generated = torch.arange(size) >= trace.prompt_tokens
+    anywhere = may_be_noised(model, trace.texts)
+    generated = anywhere & (torch.arange(size) >= trace.prompt_tokens)
 
     def read(maskable: Tensor) -> Tensor:
         """Return masses `[row, level, position]` under new masks."""
         levels = []
         for step in steps:
-            masks = random_masks(trace.is_masked[:, step].sum(1).tolist(), maskable, generator=generator)
+            counts = torch.minimum(trace.is_masked[:, step].sum(1), maskable.sum(1))
+            masks = random_masks(counts.tolist(), maskable, generator=generator)
             ids = process.fill(trace.texts, masks, generator=generator)
             levels.append(sinks.aggregate(masses.sink_mass(model, ids.to(model.device))).cpu())
         return torch.stack(levels, 1)

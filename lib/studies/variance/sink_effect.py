@@ -16,7 +16,7 @@ from lib.core.runtime import generator
 from lib.diffusion import likelihood
 from lib.diffusion.noise import process_of
 from lib.evaluation import sums
-from lib.models.language_model import LanguageModel
+from lib.models.language_model import LanguageModel, may_be_noised
 
 NOTHING = "nothing"
 
@@ -130,7 +130,7 @@ def window_frequency_variance(
         lengths = torch.linspace(max(top_k, len(window) / steps), len(window), steps).long().unique().tolist()
         masses = attention.read_prefixes(model, window[None].to(model.device), lengths=lengths).pop()[:, 0]
     else:
-        masks = likelihood.exact_count_masks(torch.ones(len(window), dtype=torch.bool), steps, generator=stream)
+        masks = likelihood.exact_count_masks(may_be_noised(model, window.cpu()), steps, generator=stream)
         ids = process_of(model).fill(window.expand(steps, -1), masks, generator=stream)
         masses = attention.sink_mass(model, ids.to(model.device)).transpose(1, 2)
     return variance.frequency_variance(variance.in_top_k(masses, k=top_k))

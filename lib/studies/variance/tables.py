@@ -19,6 +19,7 @@ from lib.report.claims import bootstrap_mean
 from lib.studies.variance import statistics as ts
 from lib.studies.variance.sink_effect import NOTHING, Effect
 from lib.studies.variance.statistics import Statistic, per_prompt
+from lib.texts.rows import loss_per_character
 
 NO_VALUE = float("nan")  # the paper says nothing
 NOT_SAID = "not said"
@@ -217,13 +218,17 @@ def pick(effects: Sequence[Effect], *, model: str, blocked: str, amount: float) 
     return next(e for e in effects if (e.model, e.blocked, e.amount) == (model, blocked, amount))
 
 
-def effects_table(effects: Sequence[Effect], *, seed: int, amount_name: str = "keys asked") -> pd.DataFrame:
+def effects_table(
+    effects: Sequence[Effect], *, seed: int, amount_name: str = "keys asked", weights: Mapping[str, Tensor] | None = None
+) -> pd.DataFrame:
     """Tabulate the loss of every condition and its increase, paired by text.
 
     Args:
         effects: of one or several models, each with its `nothing` row.
         seed: of the bootstrap over texts.
         amount_name: what `Effect.amount` is.
+        weights: by model, of `rows.character_weights`, of the windows: adds the loss in nats per character, by which models of
+            different tokenizers compare.
 
     Returns:
         One row a condition. `increase` is the mean over texts with its 95 % interval; `attention removed` is what the blocked
@@ -239,6 +244,7 @@ def effects_table(effects: Sequence[Effect], *, seed: int, amount_name: str = "k
             "keys per head": effect.keys_per_head,
             "attention removed, %": 100.0 * effect.removed_share,
             "loss": float(effect.loss.mean()),
+            **({} if weights is None else {"loss per character": loss_per_character(effect.loss, weights[effect.model])}),
             "increase": shown["mean"],
             "low": shown["low"],
             "high": shown["high"],

@@ -14,12 +14,17 @@ from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.decoding import decoder, systems
-from lib.diffusion import likelihood, sampler
+from lib.diffusion import drawn_likelihood, likelihood, sampler, traces
+from lib.diffusion.commits import DenoisingStep
+from lib.diffusion.noise import process_of
+from lib.evaluation import pseudo_perplexity, scoring
 from lib.models import export, loading, official, streaming
 from lib.models.gguf import export as gguf
-from lib.models.language_model import LanguageModel, logits_at
+from lib.models.language_model import LanguageModel, closing_token, logits_at, may_be_noised
 from lib.pruning import methods, phases, pruner, shrink
 from lib.quantization import folding
+from lib.studies.joint import runs as joint_runs
+from lib.studies.variance import noise_match, sink_effect
 from tests import tiny
 
 IDS = tiny.ids(3, 16)
@@ -39,7 +44,7 @@ def network(**changes: Any) -> DistilBertForMaskedLM:
         "n_heads": 4,
         "max_position_embeddings": 64,
     }
-    config = DistilBertConfig(**shape, initializer_range=0.3, **changes)
+    config = DistilBertConfig(**{**shape, "initializer_range": 0.3, **changes})
     config.mask_token_id = tiny.MASK  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -201,6 +206,137 @@ def test_tokens_that_are_always_shown_are_neither_masked_nor_counted(folder: Pat
     assert again.seen_token_ids == (1, 2)
     with pytest.raises(InputError, match="seen_token_ids must be among the 31 tokens of the network, got"):
         loading.load(tiny.edit_config(folder, seen_token_ids=[99]))
+
+
+# --- what is never hidden: [CLS] is 1, [SEP] is 2 and ends a text -----------------------------------------------------------
+
+
+@pytest.fixture
+def shown(folder: Path) -> LanguageModel:
+    return loading.load(tiny.edit_config(folder, seen_token_ids=[1, 2], eos_token_id=2))
+
+
+def framed_windows() -> torch.Tensor:
+    """Rows with one [SEP] within and one with two, so that rows differ in how many tokens may be hidden."""
+    windows = tiny.ids(3, 14) % 20 + 3
+    windows[:, 0], windows[:, -1], windows[1, 5], windows[2, 4], windows[2, 9] = 1, 2, 2, 2, 2
+    return windows
+
+
+def cross_entropies(model: LanguageModel, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Of the tokens of one row that are hidden."""
+    logits = logits_at(model, ids.masked_fill(where, tiny.MASK)[None], where[None])
+    return torch.nn.functional.cross_entropy(logits, ids[where], reduction="none")
+
+
+class Reads:
+    """Takes the place of a function of (model, ids, ...) and keeps the ids."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.ids = real, []
+
+    def __call__(self, model: LanguageModel, ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        self.ids.append(ids.clone())
+        return self.real(model, ids, *rest, **options)
+
+
+def test_the_loss_by_mask_ratio_hides_text_alone(shown: LanguageModel) -> None:
+    """Half of 12, 11 and 10 tokens is 6, 6 and 5: counts of whole rows would be 7, and would hide special tokens."""
+    windows = framed_windows()
+    found = joint_runs.loss_by_noise(shown, windows, ratios=[0.5, 0.05, 1.0], seed=0, batch_size=2)
+    for ratio, values in zip((0.5, 0.05, 1.0), found, strict=True):
+        draws = torch.rand(windows.shape, generator=generator(0, "loss by noise", f"{ratio:g}"))
+        for window, draw, value in zip(windows, draws, values, strict=True):
+            text = window > 2
+            count = max(1, round(ratio * int(text.sum())))
+            where = torch.zeros_like(text)
+            where[draw.masked_fill(~text, 2.0).argsort()[:count]] = True
+            torch.testing.assert_close(value.float(), cross_entropies(shown, window, where).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_random_masks_of_a_generation_hide_text_alone(shown: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = traces.trace(shown, framed_windows()[:, :4], positions=14, steps=5)
+    reads = Reads(masses.sink_mass)
+    monkeypatch.setattr(noise_match.masses, "sink_mass", reads)
+    noise_match.match(shown, trace, ratios=[0.99, 0.5], generator=generator(0))
+    may, seen = may_be_noised(shown, trace.texts), trace.texts < 3
+    assert len(reads.ids) == 8 and bool(seen[:, [0, -1]].all())
+    steps = noise_match.matching_steps(trace, [0.99, 0.5])
+    for number, ids in enumerate(reads.ids):
+        assert torch.equal(ids[seen], trace.texts[seen])
+        hidden = trace.is_masked[:, steps[number % 2]].sum(1)
+        most = (may & (torch.arange(14) >= 4 * (number > 3))).sum(1)
+        assert torch.equal((ids == tiny.MASK).sum(1), torch.minimum(hidden, most))
+
+
+def test_the_frequency_of_sinks_is_counted_over_masks_of_text(shown: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, window = Reads(masses.sink_mass), framed_windows()[2]
+    monkeypatch.setattr(sink_effect.attention, "sink_mass", reads)
+    sink_effect.window_frequency_variance(shown, window, top_k=2, steps=10, stream=generator(0, "x"))
+    (ids,) = reads.ids
+    assert bool((ids[:, window < 3] == window[window < 3]).all())
+    assert sorted((ids == tiny.MASK).sum(1).tolist()) == list(range(1, 11))  # all counts of its ten tokens
+
+
+def test_likelihoods_of_answers_leave_special_tokens_out(shown: LanguageModel) -> None:
+    """An answer that ends with [SEP], as `sums.answer_loss` and a harness may write it, costs what its text costs."""
+    ids = torch.tensor([1, 5, 6, 2, 7, 8, 9, 2])
+    answer = torch.arange(8) >= 3
+    text = answer & (ids > 2)
+    found, wanted = (
+        likelihood.masked_log_likelihood(shown, ids, where, draws=4, generator=generator(0, "a")) for where in (answer, text)
+    )
+    assert torch.equal(found, wanted)
+    settings = scoring.EvaluationSettings(draws=4)
+    one = scoring.Passage((1, 5, 6, 7, 2), 3, ("one",))
+    nothing = scoring.Passage((1, 5, 6, 7, 2), 4, ("nothing",))
+    (value, _), (none, _) = scoring.score(shown, [one, nothing], settings=settings)
+    row = torch.tensor(one.ids)
+    assert value == pytest.approx(-float(cross_entropies(shown, row, row == 7)[0]), rel=1e-5) and none == 0.0
+
+
+def test_a_pseudo_perplexity_leaves_special_tokens_out(shown: LanguageModel) -> None:
+    window = torch.tensor([1, 5, 6, 7, 2])
+    found = pseudo_perplexity.pseudo_perplexity(shown, window[None], answer_tokens=2, draws=3, seed=0)
+    assert float(found.per_window[0]) == pytest.approx(float(cross_entropies(shown, window, window == 7)[0]), rel=1e-5)
+    with pytest.raises(InputError, match="an answer must have a token that may be hidden, got none in window 0: leave it out"):
+        pseudo_perplexity.pseudo_perplexity(shown, window[None], answer_tokens=1, draws=3, seed=0)
+
+
+def test_the_bound_of_other_noise_leaves_special_tokens_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loading.load(tiny.edit_config(folder, seen_token_ids=[1, 2], noise={"kind": "uniform"}))
+    windows, reads = framed_windows(), Reads(logits_at)
+    monkeypatch.setattr(drawn_likelihood, "logits_at", reads)
+    found = likelihood.nelbo(model, windows, draws=3, seed=0).per_window
+    seen = (windows < 3).repeat_interleave(3, 0)
+    assert torch.equal(torch.cat(reads.ids)[seen], windows.repeat_interleave(3, 0)[seen])
+    for index, window in enumerate(windows):
+        options = {"draws": 3, "generator": generator(0, "nelbo", index)}
+        wanted = -drawn_likelihood.log_likelihood(model, process_of(model), window, window > 2, **options).mean()
+        torch.testing.assert_close(found[index], wanted / (window > 2).sum(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_generations_stand_between_the_frame_of_training(shown: LanguageModel, steps: int) -> None:
+    """The last new token is [SEP] from the first step on, neither masked nor counted as written; 10 steps write 9 tokens."""
+    assert closing_token(shown) == 2
+    prompts = framed_windows()[:, :4]
+    trace = traces.trace(shown, prompts, positions=14, steps=steps)
+    assert bool((trace.ids[:, :, -1] == 2).all()) and not bool(trace.is_masked[:, :, -1].any())
+    assert bool(trace.is_masked[:, 0, 4:-1].all()) and not bool((trace.texts == tiny.MASK).any())
+    plain = sampler.sample(shown, prompts, new_tokens=10, steps=steps)
+    assert not torch.equal(plain, trace.texts)
+    states = sets.trajectory_states(shown, framed_windows(), prompt_tokens=4, steps=10, at=[0.0, 0.5], seed=0)
+    assert bool((states[:, :, -1] == 2).all()) and bool((states[:, 0, 4:-1] == tiny.MASK).all())
+
+
+def test_guidance_masks_no_special_tokens(shown: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, steps = Reads(logits_at), list[DenoisingStep]()
+    monkeypatch.setattr(sampler, "logits_at", reads)
+    prompt = torch.tensor([[1, 5, 2, 6]])
+    sampler.sample(shown, prompt, new_tokens=4, steps=2, cfg_scale=1.0, on_step=steps.append)
+    assert len(steps) == 2
+    assert [ids[1, :4].tolist() for ids in reads.ids] == [[1, tiny.MASK, 2, tiny.MASK]] * 2
 
 
 def test_an_encoders_tokenizer_says_what_is_always_shown(folder: Path) -> None:

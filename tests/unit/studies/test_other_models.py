@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lib.checkpoints.facts import NoiseKind
+from lib.core import config
 from lib.core.errors import InputError
 from lib.decoding import commit, late_steps
 from lib.decoding import systems as published
@@ -35,8 +36,10 @@ from lib.studies.timing import tables as timing_tables
 from lib.studies.traces import tables as trace_tables
 from lib.studies.variance import agreement_tables, sink_effect
 from lib.studies.variance import tables as variance_tables
+from lib.texts import rows as rows_of
 from lib.timing import latency, linear_formats, roofline
 from tests import tiny
+from tests.unit.models import test_encoders
 
 LENGTH = 12
 AWARE = replace(RELEASE["sink_wanda"], inputs=replace(RELEASE["sink_wanda"].inputs, levels=2))
@@ -256,6 +259,11 @@ def test_a_judge_reads_its_own_tokens_alone(model: LanguageModel) -> None:
 
 
 SMALL = {
+    "sink_traces": {"prompts": 2, "prompt_tokens": 4, "steps": 10, "gif_frames": 2},
+    "variance_analysis": {"prompts": 2, "seeds": 1, "prompt_tokens": 4, "top_k": 2, "tokens_per_step": 2, "factor_prompts": 2,
+                          "windows": 2, "draws": 2, "blocked_keys": "[1]", "sums": 2, "block_lengths": "[14]",
+                          "other_tokens_per_step": "[4]", "other_prompt_tokens": "[8]", "digest_steps": 4,
+                          "mask_ratios": "[0.9, 0.5]"},
     "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
     "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1,
                            "decisive_windows": 2, "decisive_seeds": 1},
@@ -265,7 +273,7 @@ SMALL = {
                "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2,
                "system_tokens": 4, "system_blocks": "[4]", "answering_systems": "[]", "curve_rules": "[threshold]"},
 }  # fmt: skip
-SECTIONS: dict[str, str] = dict(zip(("03", "04", "05", "06"), SMALL, strict=True))
+SECTIONS: dict[str, str] = dict(zip(("01", "02", "03", "04", "05", "06"), SMALL, strict=True))
 REWRITTEN = {"rewritten", "shifts_and_planes"}
 DECODERS = {
     "decoders", "accuracy", "late_steps", "composition", "systems", "system_accuracy", "sink_control", "parallelism",
@@ -348,3 +356,51 @@ def test_a_notebook_runs_to_its_end(
     assert words in capsys.readouterr().out
     assert {name for name, frame in seen.tables.items() if not len(frame)} == empty
     assert len(seen.figures) >= 3
+
+
+def encoder(folder: Path) -> Path:
+    """Write a tiny encoder that was always shown [CLS] and [SEP], which are the embedded pair's BOS and EOS."""
+    reference = loading.load(ROOT / "models/reference/dlm")
+    tokenizer: Any = reference.tokenizer
+    tokenizer.add_special_tokens({"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token})
+    network: Any = test_encoders.network(vocab_size=reference.network.config.vocab_size, max_position_embeddings=512)
+    network.config.mask_token_id = reference.mask_token_id
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tiny.edit_config(folder, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+
+
+def twin(folder: Path) -> Path:
+    """Write a tiny autoregressive model with the same tokens."""
+    reference = loading.load(ROOT / "models/reference/ar")
+    network = tiny.network(vocab_size=reference.network.config.vocab_size, max_position_embeddings=512)
+    return export.save_plain(tiny.of_network(network, tokenizer=reference.tokenizer, is_causal=True, mask_token_id=None), folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        ("01", "[dlm]"),
+        ("02", "dlm rows, steps, layers, heads, positions: [2, 14, 2, 4, 32]"),
+        ("03", "dlm, structured 50%, Wanda-sp: left out: dlm is an encoder, whose class has one width for heads and states"),
+        ("04", "dlm 16 combinations"),
+    ],
+)
+def test_a_notebook_runs_on_an_encoder(
+    number: str, words: str, seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside autoregressive models; its rows are framed, and its losses stand per character beside theirs."""
+    section, sources = SECTIONS[number], {"dlm": encoder(tmp_path / "encoder")}
+    model = loading.load(sources["dlm"])
+    rows = rows_of.model_rows(model, [{"title": "a", "extract": "b c d e f g " * 9, "description": "", "topic": ""}], length=32)
+    assert bool((rows.ids[:, 0] == model.seen_token_ids[0]).all() and (rows.ids[:, -1] == model.seen_token_ids[1]).all())
+    small = {"positions": 32, **({"task_documents": 2, "task_draws": 1} if number in ("03", "04") else {}), **SMALL[section]}
+    overrides = {f"{section}.{key}": str(value) for key, value in small.items()}
+    names = [name for name in config.load("quick").models if name != "dlm"]
+    overrides |= {f"models.{name}.source": str(source) for name, source in sources.items()}
+    overrides |= {f"models.{name}.source": str(twin(tmp_path / name)) for name in names}
+    execute(number, overrides)
+    assert words in capsys.readouterr().out
+    assert len(seen.figures) >= 3
+    for name in {"02": ["blocking"], "03": ["loss"], "04": ["released", "repairs"]}.get(number, []):
+        finite(seen.tables[name], ["loss", "loss per character"])

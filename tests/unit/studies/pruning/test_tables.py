@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_increases_are_paired_with_the_dense_model_window_by_window() -> None:
         result = paired_difference(torch.stack([one.loss for one in mine]), base[None], seed=5)
         assert (row["low"], row["high"]) == result.interval
         assert row["low"] <= row["increase"] <= row["high"] and row["high"] - row["low"] < 0.15
+
+
+def test_losses_per_character_stand_beside_those_per_token() -> None:
+    found = dense() + dense("n", level=4.0) + outcomes("a", 0.3)
+    weights = {"m": torch.arange(WINDOWS).double() / 7, "n": torch.full_like(BASE, 0.01)}
+    table: Any = tables.loss_table(found, seed=0, weights=weights)
+    assert list(table.columns).index("loss per character") == list(table.columns).index("loss") + 1
+    for row in table.to_dict("records"):
+        mine = [one.loss.double() for one in found if (one.model, one.method) == (row["model"], row["method"])]
+        wanted = sum(float((loss * weights[row["model"]]).sum()) for loss in mine) / len(mine)
+        assert row["loss per character"] == pytest.approx(wanted)
+    assert tables.loss_table(found, seed=0).equals(table.drop(columns="loss per character"))
+    assert list(tables.loss_columns(found, ("m", "b", "2:4", 0.5), seed=0, weights=weights))[1] == "loss per character"
 
 
 def test_a_model_without_its_dense_row_has_no_increase() -> None:

@@ -34,19 +34,20 @@ def trace(model: LanguageModel) -> SinkTrace:
 
 
 def test_random_masks_hide_exactly_as_many_as_asked_and_only_what_may_be() -> None:
-    maskable = torch.tensor([False, True, True, False, True, True, True, False])
+    maskable = torch.tensor([False, True, True, False, True, True, True, False]).repeat(4, 1)
+    maskable[1] = ~maskable[0]  # each row has its own
     masks = noise_match.random_masks([0, 1, 3, 5], maskable, generator=generator(0))
     assert masks.sum(1).tolist() == [0, 1, 3, 5]
     assert not (masks & ~maskable).any()
     assert torch.equal(masks, noise_match.random_masks([0, 1, 3, 5], maskable, generator=generator(0)))
     with pytest.raises(InputError, match="5 maskable positions, got 6"):
-        noise_match.random_masks([1, 6], maskable, generator=generator(0))
+        noise_match.random_masks([1, 6], maskable[[1, 0]], generator=generator(0))
 
 
 def test_random_masks_are_drawn_evenly() -> None:
     """Chi-square with 4 degrees of freedom, 0.1 % point 18.5."""
     maskable = torch.tensor([False, True, True, False, True, True, True])
-    counts = noise_match.random_masks([2] * 5000, maskable, generator=generator(1)).sum(0)[maskable]
+    counts = noise_match.random_masks([2] * 5000, maskable.expand(5000, -1), generator=generator(1)).sum(0)[maskable]
     assert ((counts - 2000) ** 2 / 2000).sum() < 18.5
 
 

@@ -255,6 +255,10 @@ def test_the_effects_table_pairs_texts_within_a_model() -> None:
     assert table["threshold"].tolist() == [0, 1, 0, 1] and table["n"].tolist() == [4] * 4
     assert table["keys per head"].tolist() == [0.0, 2.0, 0.0, 2.0]
     assert table["attention removed, %"].tolist() == pytest.approx([0.0, 10.0, 0.0, 10.0])
+    weights = {"dlm": torch.tensor([0.1, 0.2, 0.3, 0.0]), "ar": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+    beside: Any = tables.effects_table(EFFECTS, seed=0, amount_name="threshold", weights=weights)
+    assert beside.pop("loss per character").tolist() == pytest.approx([1.7, 2.2, 3.0, 3.0])
+    assert beside.equals(table)
     ends = table[["low", "increase", "high"]].to_numpy()
     assert (ends[:, 0] <= ends[:, 1]).all() and (ends[:, 1] <= ends[:, 2]).all()
     assert ends[1, 0] >= -0.5 and ends[1, 2] <= 1.0 and ends[1, 0] < ends[1, 2]

@@ -35,8 +35,8 @@ def shares(table: pd.DataFrame, *, paper: float) -> tuple[Figure, pd.DataFrame]:
         table: columns model, part, share of the damage (with low and high, in per cent); rows without a share are left out.
         paper: the paper's share, in per cent; half of it is drawn as the border of no effect.
     """
-    names = {"model": "model", "part": "part", SHARE: "share", "share, low": "low", "share, high": "high"}
-    shown = table[list(names)].rename(columns=names)
+    names = {"model": "model", "part": "part", "share": SHARE, "low": "share, low", "high": "share, high"}
+    shown = pd.DataFrame({name: table[column] for name, column in names.items()})
     shown = shown.take(np.flatnonzero(np.isfinite(panels.numbers(shown, "share", "low", "high")).all(1)).tolist())
     models = panels.unique(shown, "model")
     order = [part for part in ORDER if part in set(shown["part"])]

@@ -247,8 +247,7 @@ def _trace_prefixes(
 ) -> SinkTrace:
     """Read the masses of every prefix from one pass a text."""
     lengths = prefix_lengths(prompt_tokens=prompt_tokens, positions=texts.shape[1], steps=steps)
-    marks = mark_steps(steps)
-    kept, at_marks, parts, value_norms = [], [], [], []
+    marks, kept, at_marks, parts, value_norms = mark_steps(steps), [], [], [], []
     for text in progress(texts, desc=model.name, unit="text"):  # all prefixes of all heads of one are up to 10^8 numbers
         recorder = masses.read_prefixes(model, text[None], lengths=lengths, keep=("argmax", "value_norm") if heads else ())
         by_step = recorder.pop()[:, 0].cpu().permute(2, 0, 1, 3)

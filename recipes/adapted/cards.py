@@ -83,7 +83,7 @@ def answer(lines: list[dict[str, float]], *, length: int) -> str:
             token: [str(number) for number, line in enumerate(lines) if line[f"{text}_{key}"] * length >= STRONG]
             for key, token in (("first", "[CLS]"), ("last", "the last [SEP]"))
         }
-        named = [f"{token} in layers {', '.join(layers)}" for token, layers in strong.items() if layers]
+        named = [f"{token} in layer{'s'[: len(layers) - 1]} {', '.join(layers)}" for token, layers in strong.items() if layers]
         said.append(f"{words} {' and '.join(named) or 'no special token'} gets {STRONG:g} times an even share or more")
     return "; ".join(said) + "."
 
@@ -106,7 +106,8 @@ def card(measured: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, A
         size: bytes of the difference.
     """
     own = {
-        "hardware": hardware, "megabytes": size / 1e6, "hours": recipe["seconds"] / 3600,
+        "hardware": hardware, "precision": "bfloat16" if recipe["bf16"] else "float32",
+        "megabytes": size / 1e6, "hours": recipe["seconds"] / 3600,
         "million_tokens": recipe["trained_tokens"] / 1e6, "steps": recipe["trained_steps"],
         "rounding": measured["windows"]["per_char"] - log[-1]["per_char"], "uniform": 1 / recipe["length"],
         "verdict": verdict(measured), "answer": answer(measured["sinks"], length=recipe["length"]),

@@ -308,8 +308,7 @@ def loss_by_noise(
     Args:
         model: a diffusion model.
         windows: clean held-out windows; where attention goes by blocks, each block is read behind clean earlier ones.
-        ratios: shares of the tokens, but for those that the model was always shown, that are masked or drawn anew, in (0, 1]; at
-            least one token is.
+        ratios: shares, in (0, 1], of the tokens that noise may hide, which are masked or drawn anew; at least one token is.
         seed: of the masks, which are those of every other model with this seed.
         batch_size: windows at one time.
 

@@ -238,7 +238,12 @@ def test_the_written_folder_is_read_again_and_measured(wheel: Path, tmp_path: Pa
     said = (tmp_path / "adapted" / "README.md").read_text()
     found = json.loads((tmp_path / "adapted" / "evaluation.json").read_text())
     assert found["fingerprint"] == model.fingerprint and found["windows"] == found["other"]["windows"]
-    assert "{" not in said and "144 tokens (6 steps of 2 rows" in said and "Lower on neither." in said
+    assert (
+        "{" not in said
+        and "144 tokens (6 steps of 2 rows" in said
+        and "thread in float32, a toy" in said
+        and "Lower on neither." in said
+    )
     assert "Apache-2.0" in said and "CC BY-SA 4.0" in said and f"**{found['windows']['per_char']:.4f}" in said
     assert said.count("| 0 |") == said.count("| 1 |") == 1 and (tmp_path / "adapted" / "training.png").stat().st_size > 1000
 
@@ -247,7 +252,7 @@ def test_the_answer_names_strong_sinks_by_layer() -> None:
     even = {f"{text}_{key}": 0.01 for text in ("clean", "noised") for key in ("first", "last")}
     lines = [even, even | {"clean_last": 0.5, "noised_first": 0.1}, even | {"clean_last": 0.099}]
     assert cards.answer(lines, length=100) == (
-        "On clean text the last [SEP] in layers 1 gets 10 times an even share or more; "
-        "with half of the tokens masked [CLS] in layers 1 gets 10 times an even share or more."
+        "On clean text the last [SEP] in layer 1 gets 10 times an even share or more; "
+        "with half of the tokens masked [CLS] in layer 1 gets 10 times an even share or more."
     )
     assert cards.answer([even], length=100).startswith("On clean text no special token gets")

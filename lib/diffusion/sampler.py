@@ -98,6 +98,8 @@ def _filled_in(
         if step % per_block == 0:
             counts = commits.commit_schedule(where.sum(1), steps=per_block)
         logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
+        if model.seen_token_ids:  # a hidden token is none that is always shown, and an encoder would also write its mask
+            logits[:, [*model.seen_token_ids, mask_id]] = float("-inf")
         chosen = commits.choose_tokens(logits, temperature=temperature, generator=generator)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
         confidence[where] = commits.keeping_order(logits, chosen, remasking=remasking, generator=generator)

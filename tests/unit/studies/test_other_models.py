@@ -380,7 +380,6 @@ def twin(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        ("01", "[dlm]"),
         ("02", "dlm rows, steps, layers, heads, positions: [2, 14, 2, 4, 32]"),
         ("03", "dlm, structured 50%, Wanda-sp: left out: dlm is an encoder, whose class has one width for heads and states"),
         ("04", "dlm 16 combinations"),

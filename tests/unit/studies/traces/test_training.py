@@ -71,8 +71,9 @@ def test_training_is_drawn_as_it_is_tabulated(models: list[LanguageModel]) -> No
     canvas.png_bytes(figure, dpi=40)
     losses, first = figure.axes[0], figure.axes[1]
     assert len(losses.lines) == 2 and len(first.lines) == 3, "one loss a model, a share a text"
-    assert first.get_yscale() == "log" and all(ax.get_ylabel() for ax in figure.axes)
-    assert table["model"].nunique() == 2
+    assert first.get_yscale() == "log"
+    assert all(ax.get_ylabel() for ax in figure.axes)
+    assert set(table["model"]) == {"ar", "dlm"}
 
 
 def test_the_dose_table_measures_sinks_against_no_preference(models: list[LanguageModel]) -> None:

@@ -76,9 +76,11 @@ def models_block(*, root: Path | None = None) -> str:
     folder = (root or config.ROOT) / "models" / "reference"
     lines = []
     for path in sorted(folder.glob("*/recipe.json")):
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        stored = sum(each.stat().st_size for each in path.parent.glob("*.safetensors")) / 2  # bfloat16
-        lines.append(f"`{path.parent.name}` {stored / 1e6:.1f} M parameters, {recipe['tokens'] / 1e6:.0f} M training tokens")
+        recipe, measured = (json.loads(each.read_text(encoding="utf-8")) for each in (path, path.with_name("evaluation.json")))
+        tokens, base = recipe.get("trained_tokens", recipe.get("tokens")) / 1e6, recipe.get("base")
+        size = measured["parameters"] / 1e6
+        words = f"`{path.parent.name}` {size:.1f} M parameters, {significant(tokens, 2)} M training tokens"
+        lines.append(words if base is None else f"{words} beyond those of the weights it began with")
     return "The embedded models: " + "; ".join(lines) + "."
 
 

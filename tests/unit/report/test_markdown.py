@@ -73,13 +73,19 @@ def test_every_verdict_has_a_sign_of_its_own() -> None:
 
 
 def test_the_models_are_read_from_their_folders(tmp_path: Path) -> None:
-    for name, tokens, size in (("zeta", 3_400_000, 5_000_000), ("alpha", 12_000_000, 24_000_000)):
+    recipes = {
+        "zeta": ({"tokens": 3_400_000}, 2_500_000),
+        "alpha": ({"trained_tokens": 12_300_000}, 12_000_000),
+        "beta": ({"trained_tokens": 920_000, "base": "a wheel"}, 65_800_000),
+    }
+    for name, (recipe, parameters) in recipes.items():
         folder = tmp_path / "models" / "reference" / name
         folder.mkdir(parents=True)
-        (folder / "recipe.json").write_text(json.dumps({"tokens": tokens}))
-        (folder / "model.safetensors").write_bytes(bytes(size))
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        (folder / "evaluation.json").write_text(json.dumps({"parameters": parameters}))
     assert markdown.models_block(root=tmp_path) == (
-        "The embedded models: `alpha` 12.0 M parameters, 12 M training tokens; `zeta` 2.5 M parameters, 3 M training tokens."
+        "The embedded models: `alpha` 12.0 M parameters, 12 M training tokens; `beta` 65.8 M parameters, 0.92 M training tokens "
+        "beyond those of the weights it began with; `zeta` 2.5 M parameters, 3.4 M training tokens."
     )
 
 

@@ -128,7 +128,8 @@ def loss_per_character(loss: Float[Tensor, "*batch row"], weights: Float[Tensor,
         loss: of each row, in nats per scored token.
         weights: of `character_weights`.
 
-    >>> loss_per_character(torch.tensor([2.0, 4.0]), torch.tensor([3.0, 1.0]) / 10)  # (3 * 2 + 1 * 4) nats, 10 characters
+    >>> weights = torch.tensor([3.0, 1.0], dtype=torch.float64) / 10  # of 3 and 1 scored tokens, 10 characters together
+    >>> loss_per_character(torch.tensor([2.0, 4.0]), weights)  # (3 * 2 + 1 * 4) nats
     1.0
     """
     return round(float((loss.double() * weights.double()).sum(-1).mean()), 12)

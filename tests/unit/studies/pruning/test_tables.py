@@ -141,7 +141,7 @@ def test_losses_per_character_stand_beside_those_per_token() -> None:
 
 
 def test_a_model_without_its_dense_row_has_no_increase() -> None:
-    with pytest.raises(KeyError, match=r"no outcome of .*'dense'"):
+    with pytest.raises(KeyError, match="no outcome of the dense m"):
         tables.loss_table(dense("n") + outcomes("a", 0.1), seed=0)
 
 

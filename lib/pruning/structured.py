@@ -72,7 +72,7 @@ def restored(
     damped = repairs.damped(hessian, damping, name="a structure's reader")
     work = weight.to(hessian.dtype)
     pull = work[:, ~mask] @ damped[~mask][:, mask]
-    return (work[:, mask] + torch.linalg.solve(damped[mask][:, mask], pull, left=False)).to(weight.dtype)
+    return (work[:, mask] + repairs.definite_solution(damped[mask][:, mask], pull.T).T).to(weight.dtype)
 
 
 def lost_mean(

@@ -22,7 +22,7 @@ from lib.pruning.importances import (
     removed_count,
     smallest,
 )
-from lib.pruning.repairs import damped
+from lib.pruning.repairs import damped, definite_solution
 from lib.pruning.sparsegpt import BLOCK, DAMPING, INNER, inverse_cholesky, quick_rows
 from lib.quantization.rounding import Grid, Quantized, group_scales, nearest_codes
 
@@ -95,7 +95,7 @@ def shifted(
     check_finite(weight, name=name, what="the weights")
     right, left = damped(hessian, damping, name=name), cross.to(hessian.dtype).clone()
     left.diagonal().add_(right.diagonal() - hessian.diagonal())
-    solved = torch.linalg.solve(right, weight.to(hessian.dtype) @ left, left=False)
+    solved = definite_solution(right, (weight.to(hessian.dtype) @ left).T).T
     return solved.to(weight.dtype)
 
 

@@ -112,6 +112,22 @@ def test_float32_is_near_and_keeps_its_dtype() -> None:
     torch.testing.assert_close(got.double(), exact, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_systems_are_solved_with_any_number_of_threads(threads: int) -> None:
+    """Many systems of 180 unknowns and more: where a batched LU of two threads hangs or returns nonsense."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = torch.randn(1600, 400, generator=torch.Generator().manual_seed(0))
+        hessian, weight = 2 * inputs.T @ inputs / len(inputs), torch.randn(24, 400, generator=torch.Generator().manual_seed(1))
+        kept = torch.rand(24, 400, generator=torch.Generator().manual_seed(2)) < 0.5
+        found, exact = repairs.refit(weight, kept, hessian), repairs.refit(weight.double(), kept, hessian.double())
+    finally:
+        torch.set_num_threads(before)
+    assert int(kept.sum(1).min()) > 170
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_a_feature_that_is_always_zero_keeps_its_weights() -> None:
     weight, hessian = layer(7)
     hessian[:, 2] = hessian[2] = 0.0

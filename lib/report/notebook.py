@@ -83,6 +83,7 @@ class Run:
         self._write(path, csv_text(frame).encode())
         entry = {"file": self._relative(path), "columns": list(shown.columns), "text": text_columns(frame), "digits": digits}
         self._tables[name] = {"name": name, "caption": caption, **entry}
+        shown.file = entry["file"]
         return shown
 
     def figure(self, name: str, fig: Figure, data: pd.DataFrame, caption: str, *, models: Sequence[str] | None = None) -> None:

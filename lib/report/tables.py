@@ -13,14 +13,19 @@ import pandas as pd
 from lib.core.errors import InputError
 
 STORED_DIGITS = 6
+MOST_ROWS, FIRST_ROWS = 100, 30  # a longer table shows its first rows and names its file
 NO_ROWS = "no rows: no model of this run has what the table compares"
 
 
 class Table(pd.DataFrame):
-    """A data frame that shows all its rows and whole cells, its caption, and no row numbers; in words where it has no rows."""
+    """A data frame that shows whole cells, its caption, and no row numbers; in words where it has no rows.
 
-    _metadata: ClassVar[list[str]] = ["caption"]
+    All its rows show, up to `MOST_ROWS`; of a longer one the first, and the file that holds all.
+    """
+
+    _metadata: ClassVar[list[str]] = ["caption", "file"]
     caption = ""
+    file = ""
 
     @property
     def _constructor(self) -> type["Table"]:
@@ -30,13 +35,25 @@ class Table(pd.DataFrame):
         if not len(self):
             return NO_ROWS
         with pd.option_context("display.max_colwidth", None):
-            return self.to_string(index=False, na_rep="NaN")
+            return "\n".join([self._first.to_string(index=False, na_rep="NaN"), *self._rest])
 
     def _repr_html_(self) -> str:
         if not len(self):
             return f"<p>{NO_ROWS}</p>"
         with pd.option_context("display.max_colwidth", None):
-            return self.to_html(index=False, na_rep="NaN", border=0)
+            return "\n".join(
+                [self._first.to_html(index=False, na_rep="NaN", border=0), *(f"<p>{line}</p>" for line in self._rest)]
+            )
+
+    @property
+    def _first(self) -> pd.DataFrame:
+        return self if len(self) <= MOST_ROWS else self.head(FIRST_ROWS)
+
+    @property
+    def _rest(self) -> list[str]:
+        if len(self) <= MOST_ROWS:
+            return []
+        return [f"{FIRST_ROWS} of {len(self)} rows" + (f"; all of them: {self.file}" if self.file else "")]
 
 
 def significant(value: float, digits: int = 3) -> str:

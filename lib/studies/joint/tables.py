@@ -299,5 +299,5 @@ def _row(tried: Tried) -> dict[str, object]:
         "forward": middle, "forward, first quartile": low, "forward, third quartile": high,
         "forward, predicted": base + seconds - dense.seconds,
         "speed-up": gain, "speed-up, first quartile": slowest, "speed-up, third quartile": fastest,
-        "formats": ", ".join(f"{count} {name}" for name, count in counts.most_common()), "reason": tried.reason,
+        "formats": ", ".join(f"{count} x {name}" for name, count in counts.most_common()), "reason": tried.reason,
     }  # fmt: skip

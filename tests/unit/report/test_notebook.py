@@ -69,6 +69,20 @@ def test_table_shows_long_cells_whole_in_text_and_html() -> None:
     assert "<th>0</th>" not in html
 
 
+def test_a_long_table_shows_its_first_rows_and_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(monkeypatch, tmp_path)
+    whole, cut = (
+        run.table(f"rows_{count}", pd.DataFrame({"unit": [f"u{row}." for row in range(count)]}), "All.") for count in (100, 101)
+    )
+    for text in (repr(whole), whole._repr_html_()):
+        assert "u99." in text and "of 100 rows" not in text
+    for text in (repr(cut), cut._repr_html_()):
+        assert text.count("u") >= 30 and "u29." in text and "u30." not in text
+        assert "30 of 101 rows; all of them: results/quick/01_rows_101.csv" in text
+    assert len((tmp_path / cut.file).read_text().splitlines()) == 102 and len(cut) == 101
+    assert cut.loc[[100]].file == cut.file and "u100." in repr(cut.loc[[100]])
+
+
 def test_a_table_without_rows_says_so_in_text_and_html() -> None:
     shown = tables.display_table(pd.DataFrame({"model": []}))
     assert repr(shown) == tables.NO_ROWS and tables.NO_ROWS in shown._repr_html_()

@@ -61,7 +61,7 @@ class Weighting:
             repr(self.kind),
             f"choose {', '.join(get_args(Kind))}",
         )
-        require(self.boost > 0, "boost must be positive", f"{self.boost:g}", "1 doubles what a sink contributes")
+        require(self.boost > 0, "boost must be positive", f"{self.boost:g}", "1 doubles the inputs of a sink")
         require(
             self.level == "aggregate" or self.kind in ("sinks_down", "sinks_up"),
             "weights by layer or head must be those of sinks",

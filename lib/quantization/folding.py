@@ -211,14 +211,19 @@ def rotate_(model: LanguageModel, *, generator: torch.Generator | None = None) -
         modules = {layer.role: layer.module for layer in model.layers if layer.block == index}
         for norm, roles in ((block.input_layernorm, "qkv"), (block.post_attention_layernorm, ("gate", "up"))):
             for role in roles:
-                _times_(modules[cast(Role, role)].weight, norm.weight.double().diag() @ around)
+                _times_(modules[cast(Role, role)].weight, _behind(norm, around))
             norm.weight.fill_(1.0)
         for role in ("o", "down"):
             _rows_(modules[role], around.T)
         _rows_(modules["v"], torch.block_diag(*[inside.T] * config.num_key_value_heads))
         _times_(modules["o"].weight, torch.block_diag(*[inside] * config.num_attention_heads))
-    _times_(head.weight, decoder.norm.weight.double().diag() @ around)
+    _times_(head.weight, _behind(decoder.norm, around))
     decoder.norm.weight.fill_(1.0)
+
+
+def _behind(norm: Any, around: Tensor) -> Tensor:
+    """Return what a norm's weights and a rotation do together, where the norm lies."""
+    return norm.weight.double().diag() @ around.to(norm.weight.device)
 
 
 def _times_(weight: Tensor, matrix: Tensor) -> None:

@@ -150,14 +150,15 @@ def sensitivity(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw the increase of the loss when one unit alone takes a format: layer by role, a panel a format.
 
     Args:
-        table: one model: columns layer (index of the block), role, format and increase (nats per token).
+        table: one model: columns layer (index of the block), role, format and increase (nats per token). Matrices of experts
+            ("gate 3") are shown by their mean over the experts of a block.
     """
-    names = panels.unique(table, "format")
+    names, shown = panels.unique(table, "format"), table.assign(role=[str(role).split()[0] for role in table["role"]])
     columns = min(3, len(names))
     rows_of = -(-len(names) // columns)
     figure, axes = figures.subplots(rows_of, columns, height=2.7 * rows_of + 0.4, squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
-        wide = panels.select(table, format=name).pivot_table(index="layer", columns="role", values="increase")
+        wide = panels.select(shown, format=name).pivot_table(index="layer", columns="role", values="increase")
         roles = [role for role in (*ROLES, "attention", "MLP") if role in wide.columns]
         figures.heatmap(ax, wide[roles], label="increase (nats per token)", y_label="layer", title=name, difference=True)
         ax.set_xticks(range(len(roles)), roles, fontsize=7)

@@ -30,20 +30,22 @@ def expert_table(found: Calibrations, method: Method) -> pd.DataFrame:
 
     Returns:
         One row a (layer, expert): `tokens`; `share` of all choices and `sink share` of those of sinks, in per cent; how many of
-        its three matrices fall back on their layer with norms and with Hessians. Empty without experts.
+        its three matrices fall back on their layer with norms and with Hessians, for which tokens of weight 0 do not count. Empty
+        without experts.
 
     Raises:
         InputError: a method without sink weights.
     """
     columns = ["layer", "expert", "tokens", "share, %", "sink share, %", "fallbacks, norms", "fallbacks, Hessians"]
     rows = []
-    for block, (own, sinks) in _routed(found, method).items():
-        counts, of_sinks = own.counts(), own.counts(sinks)
+    for block, (own, weight) in _routed(found, method).items():
+        counts, of_sinks, weighed = own.counts(), own.counts(weight < SINK), own.counts(weight > 0)
         widths = [layer.module.in_features for layer in found.bench.model.by_block[block] if layer.expert == 0]
         for expert, tokens in enumerate(counts.tolist()):
-            fallen = sum(tokens < width for width in widths)
+            seen = int(weighed[expert])
+            fallen = sum(seen < width for width in widths)
             share, sink = 100 * tokens / int(counts.sum()), 100 * int(of_sinks[expert]) / max(1, int(of_sinks.sum()))
-            rows.append([block, expert, tokens, share, sink, 3 * (tokens == 0), fallen])
+            rows.append([block, expert, tokens, share, sink, 3 * (seen == 0), fallen])
     return pd.DataFrame(rows, columns=pd.Index(columns))
 
 
@@ -69,7 +71,8 @@ def sink_routing_table(found: Calibrations, method: Method, *, seed: int, permut
     """
     columns = ["layer", "sinks", "tokens", "distance", "low", "high", "p"]
     rows = []
-    for block, (own, sinks) in _routed(found, method).items():
+    for block, (own, weight) in _routed(found, method).items():
+        sinks = weight < SINK
         marked = sinks.view(len(found.set_of(method).input_ids), -1)
         distance = low = high = p = float("nan")
         if bool(sinks.any()):
@@ -102,8 +105,8 @@ def total_variation(first: Int[Tensor, "expert"], second: Int[Tensor, "expert"])
     return float((first.double() / first.sum() - second.double() / second.sum()).abs().sum() / 2)
 
 
-def _routed(found: Calibrations, method: Method) -> dict[int, tuple[Routes, Bool[Tensor, "token"]]]:
-    """Return the choices of every router on a method's text, and which tokens are sinks there."""
+def _routed(found: Calibrations, method: Method) -> dict[int, tuple[Routes, Float[Tensor, "token"]]]:
+    """Return the choices of every router on a method's text, and how much its tokens weigh there."""
     sinks = method.weighting is not None and method.weighting.kind == "sinks_down"
     require(sinks, "sinks must be told by a method with their weights", method.importance, "use a sink-aware one")
     if note(found) is not None:
@@ -113,4 +116,4 @@ def _routed(found: Calibrations, method: Method) -> dict[int, tuple[Routes, Bool
     weight, ids = built.token_weight, built.input_ids
     by_layer = weight.mean(2) if weight.dim() == 4 else weight.expand(len(model.by_block), *weight.shape[-2:])
     chosen = routes(model, ids, batch_size=found.bench.batch_size)
-    return {block: (own, by_layer[block].flatten().cpu() < SINK) for block, own in chosen.items()}
+    return {block: (own, by_layer[block].flatten().cpu()) for block, own in chosen.items()}

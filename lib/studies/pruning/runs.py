@@ -167,6 +167,7 @@ def while_pruned(
     measure: Callable[[LanguageModel], Measured],
     *,
     seed: int,
+    target: Callable[[float], Target] = Target,
 ) -> dict[tuple[str, float], Measured]:
     """Measure something else than the loss, such as answers to tasks, under some conditions.
 
@@ -175,6 +176,8 @@ def while_pruned(
         conditions: methods by (name, sparsity); None leaves the model as it is.
         measure: called with the pruned model.
         seed: of the calibration.
+        target: what a sparsity removes; of every row the whole part of it by default, so that methods which compare inside rows
+            remove a little less than others, see `pruner.exact_target`.
 
     Returns:
         What was measured, by (name, sparsity).
@@ -184,7 +187,7 @@ def while_pruned(
     for (name, sparsity), method in progress(conditions.items(), desc=f"{bench.model.name}, tasks"):
         with pruner.restored(bench.model):
             if method is not None:
-                prune_(found, method, Target(sparsity))
+                prune_(found, method, target(sparsity))
             results[name, sparsity] = measure(bench.model)
     return results
 
@@ -308,7 +311,8 @@ def speed_ups(
         Median, first and third quartile of the speed-up by (pattern, sparsity), where the model can be cut so.
     """
     model = found.bench.model
-    variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, Target(sparsity)) for sparsity in sparsities}
+    exact = {sparsity: pruner.exact_target(model, sparsity) for sparsity in sparsities}
+    variants = {(UNSTRUCTURED, sparsity): pruned_copy(found, method, target) for sparsity, target in exact.items()}
     cut = [each for each in sparsities if not refusals(model, {"": method}, [each])]
     variants |= {(STRUCTURED, sparsity): shrunk(found, method, sparsity=sparsity) for sparsity in cut}
     ids = found.bench.windows[:TIMED_WINDOWS].to(model.device)

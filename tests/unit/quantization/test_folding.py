@@ -7,6 +7,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
@@ -82,6 +84,22 @@ def test_rotations_spread_a_channel_and_keep_lengths_of_tokens(tmp_path: Path) -
     torch.testing.assert_close(embedding.norm(dim=1), lengths, atol=1e-3, rtol=1e-4)
     share = [each[:3].abs().amax(1) / each[:3].norm(dim=1) for each in (before, embedding)]
     assert bool((share[0] > 0.9).all()) and bool((share[1] < 0.5).all())
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuse what a GPU refuses: an operation on tensors of two devices, unless it copies or takes a single number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {each.device for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor) and each.dim()}
+        assert len(devices) < 2 or "copy" in str(func), f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rewrite", [lambda model: folding.scale_(model, scales(model)), folding.rotate_, rotate])
+def test_a_model_on_another_device_is_rewritten_there(model: LanguageModel, rewrite: Callable[[LanguageModel], None]) -> None:
+    cast(Any, model.network).to("meta")
+    with OneDevice():
+        rewrite(model)
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 32])

@@ -20,8 +20,9 @@ from lib.diffusion import block_sampler, traces
 from lib.evaluation import pseudo_perplexity
 from lib.models import export, loading
 from lib.models.language_model import LanguageModel
-from lib.pruning import expert_removal
-from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Target
+from lib.pruning import expert_removal, pruner
+from lib.pruning.importances import UNSTRUCTURED
+from lib.pruning.methods import METHODS, RELEASE, STRUCTURES, Method, Target
 from lib.quantization.rounding import Grid
 from lib.report import notebook
 from lib.studies.damage import decisive, shares
@@ -42,6 +43,7 @@ from tests import tiny
 from tests.unit.models import test_encoders
 
 LENGTH = 12
+PRUNE = runs.prune_
 AWARE = replace(RELEASE["sink_wanda"], inputs=replace(RELEASE["sink_wanda"].inputs, levels=2))
 SOME = {"threshold", "all, fixed", "dual", "dLLM-Cache", "FOCUS", "Elastic-Cache", "Sparse-dLLM", "DAPD", "FreeDave, 4 drafts"}
 ROOT = Path(__file__).resolve().parents[3]
@@ -266,9 +268,9 @@ SMALL = {
                           "mask_ratios": "[0.9, 0.5]"},
     "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
     "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1,
-                           "decisive_windows": 2, "decisive_seeds": 1},
+                           "decisive_windows": 2, "decisive_seeds": 1, "sparsity": 0.3, "sparsities": "[0.3, 0.5]"},
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
-                           "annealing": 1, "timed_rows": 16},
+                           "annealing": 1, "timed_rows": 16, "sparsities": "[0.3, 0.5]"},
     "timing": {"rows": "[1]", "batch": 1, "positions": 24, "repeats": 3, "prompts": 2, "prompt_tokens": 4, "new_tokens": 8,
                "block_length": 4, "decoding_batch": 2, "timed_prompts": 2, "coreset_prompts": 2, "retrieved_texts": 2,
                "system_tokens": 4, "system_blocks": "[4]", "answering_systems": "[]", "curve_rules": "[threshold]"},
@@ -280,20 +282,29 @@ DECODERS = {
 }  # fmt: skip
 
 
-def checkpoint(kind: str, folder: Path) -> Path:
-    """Write a tiny checkpoint that speaks the embedded pair's tokens, so that their texts can be read."""
+def checkpoint(kind: str, folder: Path, *, zeros: float = 0.0) -> Path:
+    """Write a tiny checkpoint that speaks the embedded pair's tokens, so that their texts can be read; some weights may be 0."""
     reference = loading.load(ROOT / "models/reference/dlm")
     sizes = {"vocab_size": reference.network.config.vocab_size, "max_position_embeddings": 512}
     known: Any = reference.mask_token_id
-    return export.save_plain(made(kind, mask_token_id=known, tokenizer=reference.tokenizer, **sizes), folder)
+    small = made(kind, mask_token_id=known, tokenizer=reference.tokenizer, **sizes)
+    if zeros:
+        pruner.prune_(small, METHODS["magnitude"], Target(zeros))
+    return export.save_plain(small, folder)
 
 
 @dataclass
 class Seen:
-    """What a notebook wrote."""
+    """What a notebook wrote, and what it removed."""
 
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: list[str] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+
+    def prune_(self, found: runs.Calibrations, method: Method, target: Target) -> tuple[str, ...]:
+        """Take the place of `runs.prune_`."""
+        self.targets.append(target)
+        return PRUNE(found, method, target)
 
     def table(self, run: notebook.Run, name: str, frame: pd.DataFrame, caption: str, **_: Any) -> pd.DataFrame:
         """Take the place of `Run.table`."""
@@ -314,6 +325,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setenv("SINKS_OUTPUT", str(tmp_path / "out"))
     monkeypatch.setattr(notebook.Run, "table", lambda *given, **options: found.table(*given, **options))
     monkeypatch.setattr(notebook.Run, "figure", lambda *given, **options: found.figure(*given, **options))
+    monkeypatch.setattr(runs, "prune_", found.prune_)
     monkeypatch.setattr(roofline, "measure_peaks", lambda *_, **__: roofline.Peaks(1e10, 1e10))
     monkeypatch.setattr(latency, "integer_peaks", lambda peaks: peaks)
     monkeypatch.setattr(pruning_tables, "usable_tasks", lambda results: {(key[0], key[3]) for key in results})
@@ -351,11 +363,17 @@ def test_a_notebook_runs_to_its_end(
     section = SECTIONS[number]
     small = {"task_documents": 2, "positions": 32, **({} if number == "06" else {"task_draws": 1}), **SMALL[section]}
     overrides = {f"{section}.{key}": str(value) for key, value in small.items()}
-    overrides |= {f"{section}.models": "[dlm]", "models.dlm.source": str(checkpoint(kind, tmp_path / "model"))}
+    folder = checkpoint(kind, tmp_path / "model", zeros=0.2 if number in ("03", "04") else 0.0)
+    overrides |= {f"{section}.models": "[dlm]", "models.dlm.source": str(folder)}
     execute(number, overrides | ({"timing.judge": '""'} if number == "06" else {}))
     assert words in capsys.readouterr().out
     assert {name for name, frame in seen.tables.items() if not len(frame)} == empty
     assert len(seen.figures) >= 3
+    if number == "03":  # methods that compare inside rows and others lose as many weights, whatever is measured
+        assert all(target.removed is not None or target.pattern != UNSTRUCTURED for target in seen.targets)
+    if number == "04":  # its base loses exactly as many weights, whatever is a fraction of a row
+        extensions = seen.tables["extensions"].set_index("variant")
+        assert extensions.loc["uniform", "gain"] == 0 != extensions.loc["OWL", "gain"]
 
 
 def encoder(folder: Path) -> Path:

@@ -78,6 +78,18 @@ def test_sensitivities_are_laid_out_by_layer_and_role() -> None:
     assert labels == ["attention", "MLP"]
 
 
+def test_experts_are_shown_by_their_mean() -> None:
+    rows = [
+        {"layer": 0, "role": role, "format": "int4", "increase": increase}
+        for role, increase in {"q": 1.0, "gate 0": 2.0, "gate 1": 4.0, "gate shared": 6.0}.items()
+    ]
+    figure, data = figures.sensitivity(pd.DataFrame(rows))
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["q", "gate"]
+    assert np.asarray(ax.images[0].get_array()).tolist() == [[1.0, 4.0]]
+    assert data.to_dict("records") == rows
+
+
 def test_allocations_show_every_strategy_predicted_and_measured() -> None:
     rows = [
         {"budget": budget, "strategy": name, "predicted": 0.1 * i, "measured": 0.1 * i + 1, "low": 0.0, "high": 2.0}

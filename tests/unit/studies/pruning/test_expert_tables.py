@@ -1,12 +1,15 @@
 """Tables of experts: counts by hand, and a null that planted routing leaves and random routing does not."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lib.calibration.routes import Routes
+from lib.calibration import one_shot
+from lib.calibration.reads import fell_back
+from lib.calibration.routes import Routes, routes
 from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.pruning.methods import METHODS
@@ -42,6 +45,24 @@ def test_counts_are_those_of_tokens_routed_by_hand(family: str, monkeypatch: pyt
     routing = expert_tables.sink_routing_table(found, SINKS, seed=0, permutations=99)
     assert routing["sinks"].tolist() == [4, 4] and routing["tokens"].tolist() == [36, 36]
     assert min(routing["p"].tolist()) >= 0.01
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_fallbacks_are_those_of_the_statistics(hessian: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert whose tokens all weigh nothing has no statistics of its own, however many went to it."""
+    model = tiny.mixture("qwen3_moe")
+    found, ids = calibrations(model), tiny.ids(16, 12)
+    chosen = routes(model, ids)[0].chosen
+    weight = torch.where((chosen == chosen[0, 0]).any(1), 0.0, 1.0).view(16, 12)
+    monkeypatch.setattr(found, "set_of", lambda method: CalibrationSet(ids, weight))
+    table = expert_tables.expert_table(found, SINKS)
+    statistics = one_shot.dense_statistics(model, CalibrationSet(ids, weight), hessian=hessian)
+    fallen = Counter[tuple[int, object]]()
+    for layer in (layer for layer in model.layers if layer.expert is not None):
+        fallen[layer.block, layer.expert] += fell_back(statistics[layer.block], layer)
+    column = "fallbacks, Hessians" if hessian else "fallbacks, norms"
+    assert {(row["layer"], row["expert"]): row[column] for row in table.to_dict("records")} == fallen
+    assert {0, 3} <= set(fallen.values())  # some do and some do not
 
 
 def routed(chosen: Tensor) -> Routes:

@@ -160,10 +160,14 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: the shards that its index names, or the single file.
 
     Raises:
-        InputError: no safetensors file, or a shard that the index names is missing.
+        InputError: no safetensors file, a shard that the index names is missing, or a single file besides, which other loaders
+            take instead.
     """
     if exists(folder / INDEX):
         names = sorted(set(shard_of(folder / INDEX).values()))
+        one = SINGLE in names or not exists(folder / SINGLE)
+        rule, remedy = f"{folder} must hold its weights once", "delete what is left of another save or download"
+        require(one, rule, f"{SINGLE} beside {INDEX}, which names other files", remedy)
         foreign = [name for name in names if Path(name).name != name]
         require(not foreign, f"{folder / INDEX} must name files beside it", str(foreign[:1]), "restore the index")
         lost = [name for name in names if not exists(folder / name)]

@@ -54,8 +54,18 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds an adapter instead of a model."""
-    return folder.is_dir() and files.exists(folder / CONFIG) and not files.exists(folder / "config.json")
+    """Tell whether a folder holds an adapter instead of a model; trainers put the configuration of the base beside it.
+
+    Raises:
+        InputError: the weights of both are there, and loaders differ in which they take.
+    """
+    if not (folder.is_dir() and files.exists(folder / CONFIG)):
+        return False
+    whole = next((name for name in (files.SINGLE, files.INDEX, files.SPARSE) if files.exists(folder / name)), None)
+    both = whole is not None and files.exists(folder / WEIGHTS)
+    rule, remedy = f"{folder} must hold a model or an adapter", f"delete {WEIGHTS} if it was merged, else {whole}"
+    require(not both, rule, f"{whole} and {WEIGHTS}", remedy)
+    return not files.exists(folder / "config.json") or (whole is None and files.exists(folder / WEIGHTS))
 
 
 def read(folder: Path) -> Adapter:

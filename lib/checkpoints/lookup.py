@@ -310,11 +310,11 @@ def check_hub_config(source: ModelSource) -> None:
 
 
 def _fetch_hub(source: ModelSource) -> Path:
-    """Download configuration, tokenizer and safetensors of a hub checkpoint; never code, never pickle."""
+    """Download settings, tokenizer, safetensors, card and licence of a hub checkpoint; never code, never pickle."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", files.PIECES, "README.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(source.source, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -3,6 +3,7 @@
 What `export.save_plain` writes is for transformers' classes; this is for those who run LLaDA's or Dream's own code.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from functools import reduce
@@ -21,7 +22,7 @@ from lib.checkpoints.gguf import headers
 from lib.checkpoints.renaming import LLADA_BLOCK, LLADA_TOP
 from lib.core.config import ModelSource, typed_path
 from lib.core.errors import InputError, require
-from lib.core.provenance import write_json
+from lib.core.provenance import write_json, write_text
 from lib.models import export, loading, streaming
 from lib.models.language_model import LanguageModel
 from lib.models.layers.anatomy import anatomy_of
@@ -128,6 +129,8 @@ def save_as_read(model: LanguageModel, folder: Path | str) -> Path:
     with export.new_folder(folder) as partial:
         _copy_beside(found, source, partial)
         write_json(partial / "config.json", _settings(model, found))
+        if not lookup.is_local(model.source):
+            _place_code(partial, model.source.source)
         for file in weight_files(found.files):
             with safe_open(file, framework="pt") as stored:
                 tensors = {
@@ -241,21 +244,28 @@ def _copy_beside(found: loading.Opened, source: Path, partial: Path) -> None:
 def _settings(model: LanguageModel, found: loading.Opened) -> dict[str, Any]:
     """Return config.json as it was, with what tells the model apart from others where its folder's name does not any more."""
     raw = read_json(found.files / "config.json")
-    is_local = lookup.is_local(model.source)
-    names = [*([] if is_local else [model.source.source]), *lookup.names_of(found.files)]
+    names = [*([] if lookup.is_local(model.source) else [model.source.source]), *lookup.names_of(found.files)]
     telling = [name for name in names if recognition.tells(found.family, name)]
     if telling or "_name_or_path" not in raw:  # a family or blocks that are known by a name alone must keep it
         raw["_name_or_path"] = (telling or names)[0]
-    if not is_local and isinstance(raw.get("auto_map"), dict):
-        place = model.source.source
-        raw["auto_map"] = {key: _placed(value, place) for key, value in raw["auto_map"].items()}
     if found.family.layout == "plain":  # the card's loop reads them
         raw |= {key: getattr(found.config, key) for key in FACTS if hasattr(found.config, key)}
     return raw
 
 
+def _place_code(folder: Path, place: str) -> None:
+    """Let all settings in a folder, those of the tokenizer too, name the code of the hub by its place: it was not fetched."""
+    for file in folder.glob("*config*.json"):
+        settings = read_json(file)
+        if isinstance(settings.get("auto_map"), dict):
+            settings["auto_map"] = {key: _placed(value, place) for key, value in settings["auto_map"].items()}
+            write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
 def _placed(code: Any, place: str) -> Any:
-    """Name the hub's checkpoint before a class of its code, as transformers writes it."""
+    """Name the hub's checkpoint before a class of its code, or before each of several, as transformers writes it."""
+    if isinstance(code, list):
+        return [_placed(each, place) for each in code]
     return f"{place}--{code}" if isinstance(code, str) and "--" not in code else code
 
 

@@ -196,6 +196,21 @@ def test_other_adapters_are_refused(settings: dict[str, Any], said: str, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_of_the_base_may_lie_beside_an_adapter(tmp_path: Path) -> None:
+    """Trainers write it; people were told to rename the adapter to model.safetensors."""
+    base = tiny.folder(tmp_path / "base")
+    plain = write(tmp_path / "plain", base, pair(Q, RANK, SHAPES[Q]))
+    beside = write(tmp_path / "beside", base, pair(Q, RANK, SHAPES[Q]))
+    (beside / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert torch.equal(logits(loading.load(beside)), logits(loading.load(plain)))
+    (beside / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    for ask in (loading.load, streaming.load, lambda folder: lookup.check(ModelSource(str(folder)))):
+        with pytest.raises(InputError, match=r"must hold a model or an adapter, got model\.safetensors and adapter_model"):
+            ask(beside)
+    (beside / "adapter_model.safetensors").unlink()
+    assert torch.equal(logits(loading.load(beside)), logits(loading.load(base))), "settings alone are left over"
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [

@@ -5,8 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +17,7 @@ from transformers import GenerationConfig
 from lib.checkpoints import lookup
 from lib.checkpoints.facts import NoiseKind
 from lib.checkpoints.files import weight_files
+from lib.commands import session
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.models import containers, export, loading, official, streaming
@@ -130,7 +133,41 @@ def test_code_is_carried_along_and_numbers_of_the_base_are_not(tmp_path: Path) -
 def test_code_of_the_hub_is_named_by_its_place() -> None:
     assert official._placed("modeling_llada.LLaDAModelLM", "GSAI-ML/LLaDA") == "GSAI-ML/LLaDA--modeling_llada.LLaDAModelLM"
     assert official._placed("a/b--c.D", "other/place") == "a/b--c.D"
-    assert official._placed(["t.Slow", None], "a/b") == ["t.Slow", None]
+    assert official._placed(["t.Slow", None], "a/b") == ["a/b--t.Slow", None]
+
+
+def test_a_copy_of_the_hubs_dream_finds_its_tokenizer_and_keeps_its_licence(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither card nor licence were fetched, and the tokenizer's code was named as if it lay beside its settings."""
+    there = Path(shutil.copytree(checkpoints / "dream", tmp_path / "hub"))
+    (there / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (there / "LICENSE").write_text("Apache License\n")
+    (there / "tokenization_dream.py").write_text("raise SystemExit('nobody runs this')\n")
+    tiny.edit_config(there, auto_map={"AutoModel": "modeling_dream.DreamModel"})
+    said = json.loads((there / "tokenizer_config.json").read_text())
+    own = {**said, "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (there / "tokenizer_config.json").write_text(json.dumps(own))
+
+    def snapshot(_: str, *, allow_patterns: list[str], **__: object) -> str:
+        shutil.rmtree(tmp_path / "snapshot", ignore_errors=True)
+        wanted = filter_repo_objects([path.name for path in there.iterdir()], allow_patterns=allow_patterns)
+        (tmp_path / "snapshot").mkdir()
+        for name in wanted:
+            shutil.copy(there / name, tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    model = loading.load("Dream-org/Dream@main")
+    assert session.license_of(model) == "apache-2.0"
+    written = official.save_as_read(model, tmp_path / "written")
+    assert (written / "LICENSE").is_file() and not list(written.glob("*.py"))
+    settings = json.loads((written / "tokenizer_config.json").read_text())
+    assert settings["auto_map"] == {"AutoTokenizer": ["Dream-org/Dream--tokenization_dream.DreamTokenizer", None]}
+    assert {**settings, "auto_map": None} == {**said, "auto_map": None}
+    placed = {"AutoModel": "Dream-org/Dream--modeling_dream.DreamModel"}
+    assert json.loads((written / "config.json").read_text())["auto_map"] == placed
+    assert loading.load(written).family == "dream"
 
 
 @pytest.mark.parametrize(("name", "origin"), [("llada", "llada"), ("dream", "dream")])

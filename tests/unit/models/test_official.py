@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -214,7 +215,7 @@ def test_networks_that_a_layout_computes_otherwise_are_refused(tmp_path: Path) -
 def test_stop_tokens_stay_those_of_the_model(name: official.Layout, family: str, shift: int, tmp_path: Path) -> None:
     """A vocabulary that reaches the family's own stop token has another word there."""
     own = {"llada": 126081, "dream": 151643}[name]
-    small: dict[str, object] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": own + 2}
+    small: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": own + 2}
     base = tiny.folder(tmp_path / "base", family=family, causal=False, eos_token_id=7, **small)
     model = loading.load(tiny.edit_config(base, logit_shift=shift, seen_token_ids=[3]))
     again = loading.load(official.save_as(model, tmp_path / "out", layout=name))

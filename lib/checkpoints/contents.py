@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,22 +193,42 @@ def _unpacked(weights: dict[str, Tensor], packed: list[str], raw: Mapping[str, A
     """Take the parts of packed matrices out of a dictionary, and yield module, codes and scales of each."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    bits = bits_by_module(raw["quantization_config"])
     for name in packed:
         module = name.removesuffix(".weight_packed")
         parts = [weights.pop(f"{module}.weight_{part}", None) for part in ("packed", "scale", "shape")]
         codes, scales, shape = parts
         if codes is None or scales is None or shape is None:
             raise InputError(f"{module} must have weight_packed, weight_scale and weight_shape, got fewer: fetch it again")
-        yield module, unpack_from_int32(codes, bits.get(module, bits[""]), torch.Size(shape.tolist())), scales
+        yield module, unpack_from_int32(codes, bits_of(module, raw["quantization_config"]), torch.Size(shape.tolist())), scales
 
 
-def bits_by_module(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bits by module, those of the class `Linear` under the empty name."""
-    found: dict[str, int] = {"": 0}
-    for group in config["config_groups"].values():
-        for target in group["targets"]:
-            found["" if target == "Linear" else str(target)] = int(group["weights"]["num_bits"])
+def bits_of(module: str, config: Mapping[str, Any]) -> int:
+    """Return the bits of a packed module's codes.
+
+    Args:
+        module: its name.
+        config: the checkpoint's quantization_config.
+
+    Raises:
+        InputError: no group of the configuration means it.
+
+    Source: compressed-tensors' `match_targets`: a name goes before a pattern (`re:...`), a pattern before the class.
+
+    >>> group = {"targets": ["re:.*down_proj$"], "weights": {"num_bits": 8}}
+    >>> bits_of("layers.0.down_proj", {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}, "b": group}})
+    8
+    """
+    groups = config["config_groups"].values()
+    said = [(str(name), int(group["weights"]["num_bits"])) for group in groups for name in group["targets"]]
+    ways: tuple[Callable[[str], Any], ...] = (
+        lambda name: name == module,
+        lambda name: name.startswith("re:") and re.match(name.removeprefix("re:"), module),
+        lambda name: name == "Linear",
+    )
+    found = next((bits for way in ways for name, bits in said if way(name)), None)
+    if found is None:
+        got = [name for name, _ in said][:3]
+        raise InputError(f"config_groups must say the bits of {module}, got those of {got}: restore config.json")
     return found
 
 

@@ -16,6 +16,7 @@ from lib.core.errors import InputError, require
 # Added tokens that stand for the mask in one family or another, where the tokenizer does not say which one is its mask.
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|", "<[MASK]>", "<[MASK_TOKEN]>")
 GENERATION = "generation_config.json"
+NO_GENERATION = ("transformers_version", "_from_model_config")  # settings that say nothing about how to generate
 Corruption = Literal["masked", "uniform", "mixed"]
 
 

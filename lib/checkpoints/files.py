@@ -18,6 +18,7 @@ SPARSE = "sparse.safetensors"  # not model.safetensors: transformers would load 
 # Files that make a tokenizer, and all that decide which ids a text becomes, also through a chat template.
 WHOLE, VOCABULARY, MERGES, PIECES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
 TEXT_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "additional_chat_templates/*")
+SPECIALS = ("tokenizer_config.json", "special_tokens_map.json")  # either may name the mask token
 LFS_POINTER = b"version https://git-lfs"
 NO_PICKLE = "pickle files are never read"
 # What other libraries keep weights in, none of which is read here.
@@ -141,6 +142,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def stated_mask_token(folder: Path) -> str | None:
+    """Return the mask token that the settings of a tokenizer name."""
+    found = (read_json(folder / name).get("mask_token") for name in SPECIALS if exists(folder / name))
+    return next((said.get("content") if isinstance(said, dict) else said for said in found if said), None)
+
+
+def names_of(folder: Path) -> list[str]:
+    """Return what a checkpoint is called: its id where it lies in the hub's cache, its folder's name, and what it says itself.
+
+    Args:
+        folder: with config.json.
+    """
+    parts = [part.split("--", 2) for part in folder.absolute().parts if part.startswith("models--")]
+    said = read_json(folder / "config.json").get("_name_or_path")
+    return [*("/".join(part[1:]) for part in parts), folder.name, *([str(said)] if said else [])]
+
+
 def shard_of(index: Path) -> dict[str, str]:
     """Read which shard each tensor lies in.
 
@@ -160,10 +178,14 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: the shards that its index names, or the single file.
 
     Raises:
-        InputError: no safetensors file, or a shard that the index names is missing.
+        InputError: no safetensors file, a shard that the index names is missing, or a single file besides, which other loaders
+            take instead.
     """
     if exists(folder / INDEX):
         names = sorted(set(shard_of(folder / INDEX).values()))
+        one = SINGLE in names or not exists(folder / SINGLE)
+        rule, remedy = f"{folder} must hold its weights once", "delete what is left of another save or download"
+        require(one, rule, f"{SINGLE} beside {INDEX}, which names other files", remedy)
         foreign = [name for name in names if Path(name).name != name]
         require(not foreign, f"{folder / INDEX} must name files beside it", str(foreign[:1]), "restore the index")
         lost = [name for name in names if not exists(folder / name)]

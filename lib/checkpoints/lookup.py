@@ -193,12 +193,9 @@ def family_of(folder: Path, *, name: str = "") -> Family:
         InputError: an unreadable configuration, or a family that cannot be loaded.
     """
     raw = read_json(folder / "config.json")
-    said = read_json(folder / "tokenizer_config.json").get("mask_token") if (folder / "tokenizer_config.json").exists() else None
-    mask = said.get("content") if isinstance(said, dict) else said
-    cached = [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
-    names = " ".join([name, *cached, folder.name, str(raw.get("_name_or_path") or "")])
+    names = " ".join([name, *files.names_of(folder)])
     try:
-        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=mask)
+        return recognition.recognise(raw, keys=_tensor_names(folder), name=names, mask_token=files.stated_mask_token(folder))
     except InputError as error:
         raise InputError(f"{error} ({folder})") from error
 
@@ -278,7 +275,7 @@ def check_hub_config(source: ModelSource) -> None:
     """Refuse a hub checkpoint by its configuration, before its weights, where that is cached or the hub can be reached."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", adapters.CONFIG, files.INDEX, "tokenizer_config.json"]
+    wanted = ["config.json", adapters.CONFIG, files.INDEX, *files.SPECIALS]
     where: Any = {"revision": source.revision, "local_files_only": bool(hub.problem())}
     try:
         folder = Path(snapshot_download(source.source, allow_patterns=wanted, **where))
@@ -295,11 +292,11 @@ def check_hub_config(source: ModelSource) -> None:
 
 
 def _fetch_hub(source: ModelSource) -> Path:
-    """Download configuration, tokenizer and safetensors of a hub checkpoint; never code, never pickle."""
+    """Download settings, tokenizer, safetensors, card and licence of a hub checkpoint; never code, never pickle."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", files.PIECES, "README.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(source.source, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lib.checkpoints.families import DIFFUSION, ENCODERS, FAMILIES, PLAIN, Attention, Family
+from lib.checkpoints.families import DIFFUSION, ENCODERS, FAMILIES, NO_WINDOW, PLAIN, Attention, Family
 from lib.core.errors import InputError, require
 
 TABLE = "README's table lists the families that are"
@@ -107,6 +107,16 @@ def _by_class(raw: Mapping[str, Any], architecture: str, model_type: str, keys: 
     return family
 
 
+def tells(family: Family, name: str) -> bool:
+    """Tell whether a checkpoint's name says what its configuration may not: which family it is of, or how long its blocks are.
+
+    >>> tells(FAMILIES["sdar"], "JetLM/SDAR-8B-Chat-b32"), tells(FAMILIES["sdar"], "JetLM/SDAR-8B-Chat")
+    (True, False)
+    """
+    called = bool(family.called) and bool(re.search(family.called, name.lower()))
+    return called or (bool(family.block_field) and bool(BLOCKS_IN_NAME.search(name)))
+
+
 def _closest(architecture: str, model_type: str, keys: Collection[str]) -> str:
     """Say which known family an unknown checkpoint looks like most, by its names and its tensors."""
     names = {_stem(said): each.name for each in FAMILIES.values() for said in (*each.architectures, *each.model_types, each.name)}
@@ -140,6 +150,9 @@ def _told_apart(family: Family, raw: Mapping[str, Any], *, name: str, mask_token
         blocks = known.block_length if kind != "full" else None
         shift = 0 if known in PLAIN else known.logit_shift
         told = replace(family, name=known.name, attention=kind, logit_shift=shift, block_length=blocks, sampler=known.sampler)
+        # where attention goes by blocks a ready mask takes the place of windows; Ministral3 has no switch for its own
+        windows = NO_WINDOW | ({"sliding_window": (None,)} if family.network == "Ministral3" else {})
+        told = told if kind == "full" else replace(told, options=windows)
         return replace(told, mask_token_id=known.mask_token_id, block_origin=known.block_origin, state=known.state)
     if raw.get("is_causal") is True:
         return family

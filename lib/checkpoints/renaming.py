@@ -38,6 +38,7 @@ NEMOTRON_NAMES = ((r"^encoder\.", "model."), (r"^diffusion_head\.", "lm_head."))
 VISION = re.compile(r"model\.(vision_tower\.|mm_projector\.|image_newline$)")
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 MERGED = re.compile(r"(.*\.mlp\.experts)\.(gate|up|down)_proj(\.weight)?")
+STACKED = re.compile(r".*\.mlp\.experts\.(gate|up|down|gate_up)_proj(\.weight)?")
 STACKS = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}  # name, place in the rows
 
 

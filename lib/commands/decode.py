@@ -35,7 +35,7 @@ def run(chosen: argparse.Namespace) -> None:
     from lib import decoding
     from lib.commands import session
     from lib.diffusion import sampler
-    from lib.models.language_model import tokenizer_of
+    from lib.models.language_model import check_length, tokenizer_of
     from lib.texts.encoding import encode
 
     begun, plan = time.monotonic(), plan_of(chosen.decoder)
@@ -44,6 +44,7 @@ def run(chosen: argparse.Namespace) -> None:
     ids = encode(tokenizer, chosen.prompt)
     if not ids:
         raise UsageError("--prompt must have a token, got an empty text: write some words")
+    check_length(model, len(ids) + chosen.tokens)  # an autoregressive model would find out at its last position
     prompt, started = torch.tensor([ids]), time.monotonic()
     with session.blocks_counted(model, "decoding", passes=chosen.tokens):
         if model.is_causal:

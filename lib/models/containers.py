@@ -126,11 +126,12 @@ def read_codes(folder: Path) -> dict[str, export.QuantizedWeight]:
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not refusals.is_packed(raw):
         return {}
-    bits, codes = contents.bits_by_module(raw["quantization_config"]), {}
+    codes = {}
     for name, parts in contents.packed_parts(folder).items():
         module = name.removesuffix(".weight")
         whole, scales = parts
-        codes[name] = export.QuantizedWeight(whole, scales, bits.get(module, bits[""]), whole.shape[1] // scales.shape[1])
+        bits = contents.bits_of(module, raw["quantization_config"])
+        codes[name] = export.QuantizedWeight(whole, scales, bits, whole.shape[1] // scales.shape[1])
     return codes
 
 

@@ -22,7 +22,7 @@ from lib.checkpoints import facts
 from lib.checkpoints.files import local_path, read_json
 from lib.core.config import typed_path
 from lib.core.errors import InputError, require
-from lib.core.provenance import PARTIAL, write_text
+from lib.core.provenance import PARTIAL, write_json, write_text
 from lib.models.language_model import LanguageModel
 from lib.models.layers.anatomy import anatomy_of, require_decoder
 
@@ -170,13 +170,15 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 def write_beside(
     model: LanguageModel, folder: Path, *, kept: Kept | None = None, quantization: dict[str, Any] | None = None
 ) -> None:
-    """Write configuration, tokenizer and kept indices."""
+    """Write configuration, settings of generation, tokenizer and kept indices."""
     config: Any = copy.deepcopy(model.network.config)
     config.architectures, config.dtype = [type(model.network).__name__], model.network.dtype
     facts.remember_(config, model)
     if quantization is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder)
+    if model.generation:  # as it is: transformers' own writer refuses what it takes for a contradiction
+        write_json(folder / facts.GENERATION, dict(model.generation))
     if model.tokenizer is not None:
         tokenizer = copy.deepcopy(model.tokenizer)
         for name in LOADING_SETTINGS:

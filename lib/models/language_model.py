@@ -1,6 +1,6 @@
 """A loaded network with what this project asks of it: its prunable layers, its tokenizer, and logits where they are wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -46,6 +46,7 @@ class LanguageModel:
         notes: what is to be said about how it was read, such as an adapter that was merged.
         noise: that a diffusion model was trained with.
         seen_token_ids: tokens that noise never hides and no bound counts, such as an encoder's [CLS] and [SEP].
+        generation: what its generation_config.json says, where that is more than its config.json; written again with the model.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LanguageModel:
     notes: tuple[str, ...] = ()
     noise: NoiseKind = MASKED
     seen_token_ids: tuple[int, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

@@ -85,6 +85,7 @@ class Opened:
         config: the network's, facts included.
         tokenizer: None when the folder has none.
         facts: what the model is for a diffusion model's algorithms.
+        generation: as in `LanguageModel`.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class Opened:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
     facts: facts.Facts
+    generation: Mapping[str, Any]
 
 
 def opened(folder: Path) -> Opened:
@@ -114,7 +116,8 @@ def opened(folder: Path) -> Opened:
     vocabulary = int(cast(Any, config).vocab_size)
     found = facts.read(raw, family, tokenizer, vocabulary=vocabulary, folder=folder, generation=generation)
     facts.remember_(config, found)
-    return Opened(folder, files, family, network, config, tokenizer, found)
+    says_more = any(getattr(config, key, None) != value for key, value in generation.items() if key not in facts.NO_GENERATION)
+    return Opened(folder, files, family, network, config, tokenizer, found, generation if says_more else {})
 
 
 def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, name: str | None = None) -> LanguageModel:
@@ -137,6 +140,7 @@ def described(network: PreTrainedModel, found: Opened, *, source: ModelSource, n
         layers=linear_layers(experts.as_linears_(network)),
         fingerprint=lookup.fingerprint(found.folder),
         notes=contents.notes(found.folder),
+        generation=found.generation,
         **vars(found.facts),
     )
 

@@ -3,6 +3,7 @@
 What `export.save_plain` writes is for transformers' classes; this is for those who run LLaDA's or Dream's own code.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from functools import reduce
@@ -15,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.checkpoints import contents, lookup, refusals, renaming
-from lib.checkpoints.files import INDEX, TEXT_FILES, read_json, weight_files
+from lib.checkpoints import contents, lookup, recognition, refusals, renaming
+from lib.checkpoints.files import INDEX, TEXT_FILES, names_of, read_json, weight_files
 from lib.checkpoints.gguf import headers
 from lib.checkpoints.renaming import LLADA_BLOCK, LLADA_TOP
 from lib.core.config import ModelSource, typed_path
 from lib.core.errors import InputError, require
-from lib.core.provenance import write_json
+from lib.core.provenance import write_json, write_text
 from lib.models import export, loading, streaming
 from lib.models.language_model import LanguageModel
 from lib.models.layers.anatomy import anatomy_of
@@ -29,6 +30,7 @@ from lib.models.layers.anatomy import anatomy_of
 Layout = Literal["llada", "dream"]
 # What goes along: settings, tokenizer, code, licence. Numbers and pictures of the base would be untrue of the changed model.
 COPIED = ("*config*.json", *TEXT_FILES, "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+AS_TRANSFORMERS = "write it as transformers"
 FACTS = (
     "is_causal",
     "stop_token_ids",
@@ -61,7 +63,9 @@ def other_layout(source: Path) -> str:
     if source.is_dir() and contents.is_sparse(source):
         return "a sparse container"
     files = contents.folder_of(source)
-    return "packed weights" if refusals.is_packed(read_json(files / "config.json")) else ""
+    if refusals.is_packed(read_json(files / "config.json")):
+        return "packed weights"
+    return "experts in stacks" if any(map(renaming.STACKED.fullmatch, contents.places(files))) else ""
 
 
 def stored_dtypes(source: Path) -> tuple[torch.dtype, ...]:
@@ -125,6 +129,8 @@ def save_as_read(model: LanguageModel, folder: Path | str) -> Path:
     with export.new_folder(folder) as partial:
         _copy_beside(found, source, partial)
         write_json(partial / "config.json", _settings(model, found))
+        if not lookup.is_local(model.source):
+            _place_code(partial, model.source.source)
         for file in weight_files(found.files):
             with safe_open(file, framework="pt") as stored:
                 tensors = {
@@ -152,25 +158,11 @@ def save_as(model: LanguageModel, folder: Path | str, *, layout: Layout) -> Path
     Raises:
         InputError: the folder exists, or a network that the family's own code cannot express.
     """
-    config: Any = model.network.config
-    kind, shift = {"llada": ("llama", 0), "dream": ("qwen2", 1)}[layout]
-    rule, remedy = (
-        f"the layout of {layout} must hold a {kind} diffusion model with logit shift {shift}",
-        "write it as transformers",
-    )
-    got = f"{config.model_type}, {model.attention} attention, logit shift {model.logit_shift}"
-    fits = (config.model_type, model.attention, model.logit_shift) == (kind, "full", shift)
-    require(fits, rule, got, remedy)
-    require(model.noise.is_masked, f"the layout of {layout} must hold a model of masked noise", f"{model.noise} noise", remedy)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    whole = head * config.num_attention_heads == config.hidden_size
-    require(whole, f"heads of {layout} must make up the width", f"{config.num_attention_heads} of {head}", remedy)
-    scaled = config.rope_parameters.get("rope_type", "default") != "default"
-    require(not scaled, f"positions of {layout} must be rotated without scaling", str(config.rope_parameters), remedy)
+    _check_expressible(model, layout)
     weights = export.state(model)
     if layout == "llada":
         biased = [name for name in weights if name.endswith(".bias")]
-        require(not biased, "a LLaDA must have no biases", str(biased[:1]), remedy)
+        require(not biased, "a LLaDA must have no biases", str(biased[:1]), AS_TRANSFORMERS)
         weights = {llada_key(name): tensor for name, tensor in weights.items()}
     with export.new_folder(folder) as partial:
         export.write_beside(model, partial)
@@ -178,6 +170,27 @@ def save_as(model: LanguageModel, folder: Path | str, *, layout: Layout) -> Path
         write_json(partial / "config.json", settings)
         save_torch_state_dict(weights, partial, metadata={"format": "pt"})
     return typed_path(Path(folder).expanduser())
+
+
+def _check_expressible(model: LanguageModel, layout: Layout) -> None:
+    """Refuse a network that the code of a layout's family would compute otherwise."""
+    config: Any = model.network.config
+    kind, shift = {"llada": ("llama", 0), "dream": ("qwen2", 1)}[layout]
+    rule = f"the layout of {layout} must hold a {kind} diffusion model with logit shift {shift}"
+    got = f"{config.model_type}, {model.attention} attention, logit shift {model.logit_shift}"
+    fits = (config.model_type, model.attention, model.logit_shift) == (kind, "full", shift)
+    require(fits, rule, got, AS_TRANSFORMERS)
+    rule = f"the layout of {layout} must hold a model of masked noise"
+    require(model.noise.is_masked, rule, f"{model.noise} noise", AS_TRANSFORMERS)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    whole = head * config.num_attention_heads == config.hidden_size
+    require(whole, f"heads of {layout} must make up the width", f"{config.num_attention_heads} of {head}", AS_TRANSFORMERS)
+    scaled = config.rope_parameters.get("rope_type", "default") != "default"
+    require(not scaled, f"positions of {layout} must be rotated without scaling", str(config.rope_parameters), AS_TRANSFORMERS)
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    require(not windows, f"every layer of {layout} must see all positions", "sliding windows", AS_TRANSFORMERS)
+    silu = layout == "dream" or config.hidden_act == "silu"  # LLaDA's code has one activation, Dream's names it as Qwen2's
+    require(silu, f"the activation of {layout} must be silu", config.hidden_act, AS_TRANSFORMERS)
 
 
 def llada_key(name: str) -> str:
@@ -231,19 +244,28 @@ def _copy_beside(found: loading.Opened, source: Path, partial: Path) -> None:
 def _settings(model: LanguageModel, found: loading.Opened) -> dict[str, Any]:
     """Return config.json as it was, with what tells the model apart from others where its folder's name does not any more."""
     raw = read_json(found.files / "config.json")
-    is_local = lookup.is_local(model.source)
-    if found.family.called or "_name_or_path" not in raw:  # a family that is known by its name alone must keep it
-        raw["_name_or_path"] = found.folder.name if is_local else model.source.source
-    if not is_local and isinstance(raw.get("auto_map"), dict):
-        place = model.source.source
-        raw["auto_map"] = {key: _placed(value, place) for key, value in raw["auto_map"].items()}
+    names = [*([] if lookup.is_local(model.source) else [model.source.source]), *names_of(found.files)]
+    telling = [name for name in names if recognition.tells(found.family, name)]
+    if telling or "_name_or_path" not in raw:  # a family or blocks that are known by a name alone must keep it
+        raw["_name_or_path"] = (telling or names)[0]
     if found.family.layout == "plain":  # the card's loop reads them
         raw |= {key: getattr(found.config, key) for key in FACTS if hasattr(found.config, key)}
     return raw
 
 
+def _place_code(folder: Path, place: str) -> None:
+    """Let all settings in a folder, those of the tokenizer too, name the code of the hub by its place: it was not fetched."""
+    for file in folder.glob("*config*.json"):
+        settings = read_json(file)
+        if isinstance(settings.get("auto_map"), dict):
+            settings["auto_map"] = {key: _placed(value, place) for key, value in settings["auto_map"].items()}
+            write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
 def _placed(code: Any, place: str) -> Any:
-    """Name the hub's checkpoint before a class of its code, as transformers writes it."""
+    """Name the hub's checkpoint before a class of its code, or before each of several, as transformers writes it."""
+    if isinstance(code, list):
+        return [_placed(each, place) for each in code]
     return f"{place}--{code}" if isinstance(code, str) and "--" not in code else code
 
 
@@ -266,6 +288,8 @@ def _llada_settings(model: LanguageModel) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         "mask_token_id": model.mask_token_id,
+        "stop_token_ids": list(model.stop_token_ids),  # else it would get those of LLaDA's vocabulary
+        **({"seen_token_ids": list(model.seen_token_ids)} if model.seen_token_ids else {}),
         "torch_dtype": str(model.network.dtype).removeprefix("torch."),
     }
 
@@ -273,7 +297,7 @@ def _llada_settings(model: LanguageModel) -> dict[str, Any]:
 def _dream_settings(model: LanguageModel, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a Qwen2's configuration to Dream's, which has the same names but for the rotations."""
     dropped = ("rope_parameters", "layer_types", "is_causal", "logit_shift", "attention_kind", "block_length", "block_origin")
-    kept = {key: value for key, value in raw.items() if key not in (*dropped, "family", "stop_token_ids", "dtype")}
+    kept = {key: value for key, value in raw.items() if key not in (*dropped, "family", "dtype")}
     config: Any = model.network.config
     base = {"rope_theta": config.rope_parameters["rope_theta"], "rope_scaling": None, "mask_token_id": model.mask_token_id}
     dtype = str(model.network.dtype).removeprefix("torch.")

@@ -184,6 +184,9 @@ def _check_options(found: headers.Header) -> None:
     where, remedy = found.parts[0], "use the safetensors of the model, where its family is supported"
     scaling = str(found.own("rope.scaling.type", "none"))
     require(scaling == "none", "rotary positions must be plain", f"rope.scaling.type {scaling} in {where}", remedy)
+    for key in () if found.own("rope.scaling.type") else ("rope.scaling.factor", "rope.scale_linear"):
+        factor = found.own(key, 1)  # llama.cpp takes one without a type for linear scaling, and 0 for none
+        require(factor in (0, 1), "rotary positions must be plain", f"{key} {factor:g} in {where}", remedy)
     require(not found.own("expert_count", 0), "a GGUF must have no experts", f"{found.own('expert_count')} in {where}", remedy)
     window = found.own("attention.sliding_window", 0)
     require(not window, "every layer must see all positions", f"a sliding window of {window} in {where}", remedy)

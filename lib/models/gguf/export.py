@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lib.core.config import typed_path
 from lib.core.errors import InputError, require
 from lib.core.provenance import replacing
 from lib.models.export import Kept, QuantizedWeight, check_kept, check_quantized, state
@@ -73,7 +74,7 @@ def save_gguf(
 
     Args:
         model: a Llama or Qwen2, diffusion or autoregressive.
-        file: a new file, by convention `NAME.gguf`.
+        file: a new file, by convention `NAME.gguf`; a relative one starts where the command was typed.
         quantized: by the name of the weight, as in `save_packed`.
         kept: for a structurally pruned model, written into the file's metadata under `kept`.
         pre_tokenizer: llama.cpp's name of the tokenizer's way to split a text; None finds it.
@@ -88,7 +89,7 @@ def save_gguf(
     Source: llama.cpp's `conversion/llada.py` and `llama.py`, written after `gguf` 0.19. q and k of a Llama are permuted, because
         llama.cpp rotates neighbouring features where transformers rotates the two halves of a head.
     """
-    file, quantized = Path(file), quantized or {}
+    file, quantized = typed_path(file), quantized or {}
     require(not file.exists(), "an export must go to a new file", f"{file}, which exists", "name another one or delete it")
     architecture = _architecture(model)
     check_quantized(model, quantized)

@@ -128,6 +128,25 @@ def test_whole_modules_and_tables_are_taken(tmp_path: Path) -> None:
     torch.testing.assert_close(network.get_parameter("model.embed_tokens.weight").data, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_embedding_that_is_the_head_is_not_changed(whole: bool, tmp_path: Path) -> None:
+    """PEFT trains a changed embedding beside the old head; merging changed both without a word."""
+    table = "base_model.model.model.embed_tokens"
+    pair_of = {f"{table}.lora_embedding_A": torch.randn(RANK, tiny.VOCAB), f"{table}.lora_embedding_B": torch.randn(32, RANK)}
+    tensors = {f"{table}.weight": torch.randn(tiny.VOCAB, 32)} if whole else pair_of
+    base = tiny.folder(tmp_path / "base", tie=True)
+    folder = write(tmp_path / "lora", base, tensors)
+    with pytest.raises(InputError, match=r"which is its head, too, got a change of model\.embed_tokens\.weight"):
+        loading.load(folder)
+    tied = loading.load(write(tmp_path / "tied", base, tensors, ensure_weight_tying=True)).network
+    assert torch.equal(tied.get_parameter("lm_head.weight"), tied.get_parameter("model.embed_tokens.weight"))
+    old = tiny.network(tie=True).get_parameter("model.embed_tokens.weight").detach()
+    tiny.edit_weights(base, {"lm_head.weight": old})
+    network = loading.load(folder).network
+    assert torch.equal(network.get_parameter("lm_head.weight"), old)
+    assert not torch.equal(network.get_parameter("model.embed_tokens.weight"), old)
+
+
 def test_a_base_in_bfloat16_is_merged_before_it_is_rounded(tmp_path: Path) -> None:
     base = tiny.folder(tmp_path / "base", dtype=torch.bfloat16)
     tensors = pair(Q, RANK, SHAPES[Q])
@@ -175,6 +194,21 @@ def test_other_adapters_are_refused(settings: dict[str, Any], said: str, tmp_pat
     with pytest.raises(InputError, match=said) as caught:
         loading.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_the_base_may_lie_beside_an_adapter(tmp_path: Path) -> None:
+    """Trainers write it; people were told to rename the adapter to model.safetensors."""
+    base = tiny.folder(tmp_path / "base")
+    plain = write(tmp_path / "plain", base, pair(Q, RANK, SHAPES[Q]))
+    beside = write(tmp_path / "beside", base, pair(Q, RANK, SHAPES[Q]))
+    (beside / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert torch.equal(logits(loading.load(beside)), logits(loading.load(plain)))
+    (beside / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    for ask in (loading.load, streaming.load, lambda folder: lookup.check(ModelSource(str(folder)))):
+        with pytest.raises(InputError, match=r"must hold a model or an adapter, got model\.safetensors and adapter_model"):
+            ask(beside)
+    (beside / "adapter_model.safetensors").unlink()
+    assert torch.equal(logits(loading.load(beside)), logits(loading.load(base))), "settings alone are left over"
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,24 @@ def test_sparse_folders_load_as_they_were(bits: dict[str, int], pruned: Language
         streaming.load(tmp_path / "sparse")
 
 
+def test_bits_are_those_of_the_closest_target(pruned: LanguageModel, tmp_path: Path) -> None:
+    """Other programs name layers by patterns beside the class: 8 bits read as 4 are other weights of the same shape."""
+    bits = {**dict.fromkeys(ROLES, 4), "down": 8, "o": 2}
+    folder = export.save_packed(pruned, tmp_path / "packed", quantized=rounded(pruned, bits))
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (second,) = [module for module in stated["config_groups"]["group_1"]["targets"] if ".1." in module]
+    for group in stated["config_groups"].values():
+        width = group["weights"]["num_bits"]
+        group["targets"] = {2: ["re:.*0.self_attn.o_proj$", second], 4: ["Linear"], 8: ["re:.*down_proj$", "re:x"]}[width]
+    tiny.edit_config(folder, quantization_config=stated)
+    assert torch.equal(logits(loading.load(folder)), logits(pruned))
+    assert {name.split(".")[-2]: code.bits for name, code in containers.read_codes(folder).items()}["down_proj"] == 8
+    for group in stated["config_groups"].values():
+        group["targets"] = ["re:nothing$"]
+    with pytest.raises(InputError, match=r"must say the bits of model\.layers"):
+        loading.load(tiny.edit_config(folder, quantization_config=stated))
+
+
 def test_packed_weights_of_another_scheme_are_refused(pruned: LanguageModel, tmp_path: Path) -> None:
     folder = export.save_packed(pruned, tmp_path / "packed", quantized=rounded(pruned, dict.fromkeys(ROLES, 4)))
     raw = json.loads((folder / "config.json").read_text())

@@ -234,12 +234,21 @@ def test_a_surplus_tensor_is_refused(tmp_path: Path) -> None:
     [
         ("llama", {"expert_count": 8}, "must have no experts, got 8"),
         ("llama", {"rope.scaling.type": "yarn"}, "rope.scaling.type yarn"),
+        ("llama", {"rope.scaling.factor": 4}, "rope.scaling.factor 4"),  # llama.cpp takes these two for linear scaling
+        ("qwen2", {"rope.scale_linear": 4}, "rope.scale_linear 4"),
         ("qwen2", {"attention.sliding_window": 8}, "a sliding window of 8"),
         ("llama", {"rope.dimension_count": 4}, "all 8 values of a head must be rotated, got 4"),
     ],
 )
 def test_options_that_the_networks_lack_are_refused(architecture: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said in refusal(ggufs.write(tmp_path / "tiny.gguf", made(architecture), architecture=architecture, fields=fields))
+
+
+def test_a_scaling_that_changes_nothing_is_read(tmp_path: Path) -> None:
+    fields = {"rope.scaling.type": "none", "rope.scaling.factor": 4, "rope.scale_linear": 1}
+    for number, said in enumerate((fields, {"rope.scaling.factor": 1})):
+        file = ggufs.write(tmp_path / f"{number}.gguf", made("llama"), architecture="llama", fields=said)
+        torch.testing.assert_close(logits(loading.load(file).network), logits(made("llama")), atol=1e-5, rtol=0)
 
 
 def test_scaled_frequencies_are_refused_and_plain_ones_say_nothing(tmp_path: Path) -> None:

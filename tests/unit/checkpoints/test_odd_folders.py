@@ -65,6 +65,21 @@ def test_of_two_copies_the_one_is_read_that_the_index_names(read: Read, last: bo
     assert others and torch.equal(logits(read(folder)), wanted)
 
 
+@READERS
+def test_a_single_file_beside_an_index_is_refused(read: Read, tmp_path: Path) -> None:
+    """transformers takes the single file and this project took the shards, without a word."""
+    folder, where = sharded(tmp_path / "x")
+    wanted, single = logits(loading.load(folder)), tiny.folder(tmp_path / "single", seed=1) / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(single.read_bytes())
+    refused(read, folder, "must hold its weights once, got model.safetensors beside")
+    with pytest.raises(InputError, match="must hold its weights once"):
+        lookup.check(ModelSource(str(folder)))
+    save_file({name: tensor for shard in set(where.values()) for name, tensor in load_file(folder / shard).items()},
+              folder / "model.safetensors")  # fmt: skip
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(where, "model.safetensors")}))
+    assert torch.equal(logits(read(folder)), wanted), "an index may name the single file"
+
+
 # Kinds of numbers
 
 

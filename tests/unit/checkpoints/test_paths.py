@@ -14,6 +14,7 @@ from lib.core.errors import InputError
 from lib.grid import cluster
 from lib.launch import command
 from lib.models import containers, export, loading, streaming
+from lib.models.gguf.export import save_gguf
 from tests import tiny
 
 
@@ -50,6 +51,8 @@ def test_the_launcher_remembers_where_it_was_called(here: Path, monkeypatch: pyt
     assert files.local_path("mine") == here / "typed" / "mine"
     export.save_plain(loading.load("mine"), "copy")
     assert (here / "typed" / "copy").is_dir() and not (here / "elsewhere" / "copy").exists()
+    assert save_gguf(loading.load("mine"), "copy.gguf").path == here / "typed" / "copy.gguf"
+    assert (here / "typed" / "copy.gguf").is_file() and not (here / "elsewhere" / "copy.gguf").exists()
     assert cluster.variables()["SINKS_CWD"] == str(here / "typed")
     monkeypatch.setenv("SINKS_OUTPUT", "results")
     assert config.output_root() == here / "typed" / "results"

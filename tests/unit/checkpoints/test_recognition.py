@@ -223,6 +223,24 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], rule: 
 
 
 @pytest.mark.parametrize(
+    ("kind", "windows"),
+    [
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("ministral3", {"sliding_window": 8}),
+    ],
+)
+def test_windows_do_not_go_with_blocks(kind: str, windows: dict[str, Any]) -> None:
+    """A ready mask took their place without a word."""
+    plain = named(f"{FAMILIES[kind].network}ForCausalLM", kind, is_causal=False, **windows)
+    assert recognition.recognise(plain).attention == "full"
+    blocks = {"attention_kind": "block-causal", "block_length": 4}
+    assert "this variant is not supported" in refusal({**plain, **blocks})
+    none = {"use_sliding_window": False, "layer_types": ["full_attention"], "sliding_window": None}
+    assert recognition.recognise({**plain, **blocks, **none}).attention == "block-causal"
+
+
+@pytest.mark.parametrize(
     ("raw", "keys", "close"),
     [
         (named("LLaDA3ModelLM", "llada3"), [], "the closest is llada"),

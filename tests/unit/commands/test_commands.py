@@ -257,6 +257,7 @@ WRONG = [
     (["decode", "dlm", "--prompt", "a", "--decoder", "fast"], "--decoder must be words of"),
     (["decode", "dlm", "--prompt", "a", "--tokens", "63", "--block", "16"], "block_length must divide new_tokens"),
     (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions"),
+    (["decode", "ar", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions, got 1000"),  # before any token
     (["trace", "dlm", "--prompt", "a", "--articles", "2"], "not allowed with argument --prompt"),
     (["trace", "dlm", "--prompt", "water " * 300], "--prompt must have 1 to 254 tokens for dlm, got "),
     (["prune", "dlm", "-o", "x", "--calibration", NO_RESULT, "--loss-text", NO_RESULT], "--loss-text must be another text than"),

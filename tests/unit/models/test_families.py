@@ -20,7 +20,7 @@ from lib.checkpoints.families import ENCODERS, FAMILIES, PLAIN, Family
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
 from lib.grid import availability
-from lib.models import export, loading, streaming
+from lib.models import export, loading, official, streaming
 from lib.models.language_model import LanguageModel, tokenizer_of
 from tests import tiny
 
@@ -199,7 +199,7 @@ def logits(model: LanguageModel) -> Tensor:
 
 def facts(model: LanguageModel) -> dict[str, object]:
     """All that a loaded model is, but where it came from."""
-    other = ("name", "source", "network", "tokenizer", "layers", "fingerprint")
+    other = ("name", "source", "network", "tokenizer", "layers", "fingerprint", "generation")
     return {each.name: getattr(model, each.name) for each in dataclasses.fields(model) if each.name not in other}
 
 
@@ -242,6 +242,30 @@ def test_every_way_of_saving_keeps_what_a_model_is(name: str, tmp_path: Path) ->
         twice = tmp_path / f"{way}-twice"
         again.network.save_pretrained(twice)
         assert facts(loading.load(twice)) == facts(model), way
+
+
+@every_release
+def test_what_is_written_as_it_was_read_is_the_same_release(name: str, tmp_path: Path) -> None:
+    """A family or blocks that a name alone tells were lost with it, in a second copy, or where config.json named another base."""
+    folder = tiny.edit_config(CASES[name].write(tmp_path / name), _name_or_path="someone/base")
+    model = loading.load(folder)
+    first = model
+    for copy in ("once", "twice"):
+        is_other = official.other_layout(lookup.resolve(model.source))
+        (export.save_plain if is_other else official.save_as_read)(model, tmp_path / copy)
+        model = loading.load(tmp_path / copy)
+        assert facts(model) == facts(first), copy
+        assert torch.equal(logits(model), logits(first)), copy
+
+
+@pytest.mark.parametrize("name", ["LLaDA2.1-mini", "open-dcoder-0.5B", "SDAR-8B-Chat-b32"])
+def test_a_name_of_the_hubs_cache_goes_along(name: str, tmp_path: Path) -> None:
+    cached = tmp_path / f"models--org--{name}" / "snapshots" / "abc123"
+    cached.parent.mkdir(parents=True)
+    model = loading.load(CASES[name].write(cached))
+    written = official.save_as_read(model, tmp_path / "written")
+    assert json.loads((written / "config.json").read_text())["_name_or_path"] == f"org/{name}"
+    assert facts(loading.load(written)) == facts(model)
 
 
 @pytest.mark.parametrize("record", PLAIN, ids=lambda record: record.name)
@@ -390,6 +414,9 @@ def test_the_tokenizers_mask_is_a_sign_on_the_hub_too(on_the_hub: Path) -> None:
     (on_the_hub / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}))
     lookup.check(source)
     (on_the_hub / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "[MASK]"}}))
+    with pytest.raises(InputError, match=r"mask token '\[MASK\]' in its tokenizer"):
+        lookup.check(source)
+    (on_the_hub / "tokenizer_config.json").rename(on_the_hub / "special_tokens_map.json")
     with pytest.raises(InputError, match=r"mask token '\[MASK\]' in its tokenizer"):
         lookup.check(source)
     lookup.check(ModelSource("fredzzp/open-dcoder-0.5B", "main"))

@@ -4,19 +4,24 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lib.checkpoints import lookup
 from lib.checkpoints.facts import NoiseKind
 from lib.checkpoints.files import weight_files
+from lib.commands import session
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
-from lib.models import containers, export, loading, official
+from lib.models import containers, export, loading, official, streaming
 from lib.pruning import methods, pruner
 from recipes import rehearsal_models
 from tests import tiny
@@ -129,7 +134,41 @@ def test_code_is_carried_along_and_numbers_of_the_base_are_not(tmp_path: Path) -
 def test_code_of_the_hub_is_named_by_its_place() -> None:
     assert official._placed("modeling_llada.LLaDAModelLM", "GSAI-ML/LLaDA") == "GSAI-ML/LLaDA--modeling_llada.LLaDAModelLM"
     assert official._placed("a/b--c.D", "other/place") == "a/b--c.D"
-    assert official._placed(["t.Slow", None], "a/b") == ["t.Slow", None]
+    assert official._placed(["t.Slow", None], "a/b") == ["a/b--t.Slow", None]
+
+
+def test_a_copy_of_the_hubs_dream_finds_its_tokenizer_and_keeps_its_licence(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither card nor licence were fetched, and the tokenizer's code was named as if it lay beside its settings."""
+    there = Path(shutil.copytree(checkpoints / "dream", tmp_path / "hub"))
+    (there / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (there / "LICENSE").write_text("Apache License\n")
+    (there / "tokenization_dream.py").write_text("raise SystemExit('nobody runs this')\n")
+    tiny.edit_config(there, auto_map={"AutoModel": "modeling_dream.DreamModel"})
+    said = json.loads((there / "tokenizer_config.json").read_text())
+    own = {**said, "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (there / "tokenizer_config.json").write_text(json.dumps(own))
+
+    def snapshot(_: str, *, allow_patterns: list[str], **__: object) -> str:
+        shutil.rmtree(tmp_path / "snapshot", ignore_errors=True)
+        wanted = filter_repo_objects([path.name for path in there.iterdir()], allow_patterns=allow_patterns)
+        (tmp_path / "snapshot").mkdir()
+        for name in wanted:
+            shutil.copy(there / name, tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    model = loading.load("Dream-org/Dream@main")
+    assert session.license_of(model) == "apache-2.0"
+    written = official.save_as_read(model, tmp_path / "written")
+    assert (written / "LICENSE").is_file() and not list(written.glob("*.py"))
+    settings = json.loads((written / "tokenizer_config.json").read_text())
+    assert settings["auto_map"] == {"AutoTokenizer": ["Dream-org/Dream--tokenization_dream.DreamTokenizer", None]}
+    assert {**settings, "auto_map": None} == {**said, "auto_map": None}
+    placed = {"AutoModel": "Dream-org/Dream--modeling_dream.DreamModel"}
+    assert json.loads((written / "config.json").read_text())["auto_map"] == placed
+    assert loading.load(written).family == "dream"
 
 
 @pytest.mark.parametrize(("name", "origin"), [("llada", "llada"), ("dream", "dream")])
@@ -158,6 +197,52 @@ def test_what_a_layout_cannot_express_is_refused(checkpoints: Path, tmp_path: Pa
             with pytest.raises(InputError, match=f"the layout of {name} must hold a model of masked noise, got {noise.kind}"):
                 official.save_as(model, tmp_path / "x", layout=name)
     assert not (tmp_path / "x").exists()
+
+
+def test_networks_that_a_layout_computes_otherwise_are_refused(tmp_path: Path) -> None:
+    """LLaDA's settings would have said silu; Dream's code, and this project, would not have read the windows."""
+    model = loading.load(tiny.folder(tmp_path / "gelu", causal=False, hidden_act="gelu"))
+    with pytest.raises(InputError, match="the activation of llada must be silu, got gelu"):
+        official.save_as(model, tmp_path / "x", layout="llada")
+    windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+    folder = tiny.edit_config(tiny.folder(tmp_path / "windows", family="qwen2", causal=False, **windows), logit_shift=1)
+    with pytest.raises(InputError, match="every layer of dream must see all positions, got sliding windows"):
+        official.save_as(loading.load(folder), tmp_path / "x", layout="dream")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("name", "family", "shift"), [("llada", "llama", 0), ("dream", "qwen2", 1)])
+def test_stop_tokens_stay_those_of_the_model(name: official.Layout, family: str, shift: int, tmp_path: Path) -> None:
+    """A vocabulary that reaches the family's own stop token has another word there."""
+    own = {"llada": 126081, "dream": 151643}[name]
+    small: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": own + 2}
+    base = tiny.folder(tmp_path / "base", family=family, causal=False, eos_token_id=7, **small)
+    model = loading.load(tiny.edit_config(base, logit_shift=shift, seen_token_ids=[3]))
+    again = loading.load(official.save_as(model, tmp_path / "out", layout=name))
+    assert (again.stop_token_ids, again.seen_token_ids) == (model.stop_token_ids, model.seen_token_ids) == ((7,), (3,))
+
+
+def test_settings_of_generation_go_along(tmp_path: Path) -> None:
+    """transformers took one end token for two, and greedy text for drawn: `[2, 5]` stands in generation_config.json alone."""
+    said = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": False, "transformers_version": "4.51.0"}
+    base = tiny.folder(tmp_path / "base", eos_token_id=2)
+    (base / "generation_config.json").write_text(json.dumps(said))
+    model = loading.load(base)
+    streamed = streaming.load(base)
+    written = (
+        export.save_plain(model, tmp_path / "plain"),
+        containers.save_sparse(model, tmp_path / "sparse"),
+        containers.unpack_sparse(tmp_path / "sparse", tmp_path / "unpacked"),
+        streaming.save(streamed, tmp_path / "streamed"),
+        official.save_as_read(model, tmp_path / "read"),
+    )
+    for folder in written:
+        assert json.loads((folder / "generation_config.json").read_text()) == said, folder.name
+        assert loading.load(folder).stop_token_ids == (2, 5)
+    assert GenerationConfig.from_pretrained(written[0]).eos_token_id == [2, 5]
+    (base / "generation_config.json").write_text(json.dumps({"_from_model_config": True, "eos_token_id": 2}))
+    plain = export.save_plain(loading.load(base), tmp_path / "same")
+    assert not (plain / "generation_config.json").exists(), "it says no more than config.json"
 
 
 def test_a_model_of_other_shapes_is_refused_and_leaves_nothing(checkpoints: Path, tmp_path: Path) -> None:

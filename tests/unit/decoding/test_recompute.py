@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from lib.decoding.by_attention.control import SETTINGS, Control
 from lib.decoding.by_attention.evict import Evict
 from lib.decoding.decoder import DecodingPlan
 from lib.decoding.recompute import Blockwise, Recompute
-from lib.decoding.view import View, guess
+from lib.decoding.view import Guess, View, guess
 from lib.decoding.visible import Visible
 from lib.diffusion import sampler
 from lib.models import language_model, loading
@@ -221,3 +221,25 @@ def test_every_ranking_runs_under_every_control(model: LanguageModel, name: str)
 
 def test_whole_is_the_default() -> None:
     assert DecodingPlan().recompute == Recompute() and not DecodingPlan().alone
+
+
+FEW: dict[str, Recompute] = {
+    "predicted": recompute.Predicted(count=1, radius=0),
+    "d2Cache": by_attention.D2Cache(candidates=1, share=0.0, gap=0),
+    "FOCUS": by_attention.Focus(factor=0.1),
+}
+
+
+@pytest.mark.parametrize("rule", [commit.Quota(2), commit.CertaintyPrior(per_block=2)], ids=str)
+@pytest.mark.parametrize("name", FEW)
+def test_a_schedule_that_asks_for_more_than_is_predicted_still_fills_the_block(
+    model: LanguageModel, name: str, rule: commit.Commit
+) -> None:
+    committed: list[Tensor] = []
+    ids = tiny.ids(1, PROMPT)
+    plan = DecodingPlan(rule, recompute=FEW[name])
+    sizes: dict[str, Any] = {"new_tokens": NEW, "block_length": BLOCK, "plan": plan}
+    got = decoder.decode(model, ids, **sizes, on_pass=lambda view: committed.append(cast(Guess, view.guess).tokens))
+    written_as_mask = sum(int((tokens == tiny.MASK).any()) for tokens in committed)
+    assert int((got.ids == tiny.MASK).sum()) <= written_as_mask
+    assert got.forwards > 4 or name == "FOCUS"

@@ -52,7 +52,8 @@ def test_a_denoising_trace_holds_the_masses_of_what_the_network_read(diffusion):
 def test_few_steps_have_three_marks_all_the_same(diffusion, causal, steps):
     for model, _ in (diffusion, causal):
         trace = traces.trace(model, PROMPTS, positions=16, steps=steps, heads=True)
-        assert trace.head_mass.shape[1] == trace.heads.value_norm.shape[1] == len(trace.mark_steps) == 3
+        heads: Any = trace.heads
+        assert trace.head_mass.shape[1] == heads.value_norm.shape[1] == len(trace.mark_steps) == 3
         for mark, step in enumerate(trace.mark_steps):
             torch.testing.assert_close(trace.head_mass[:, mark].mean((1, 2)), trace.mass[:, step])
 

@@ -338,7 +338,7 @@ def test_every_decoder_writes_what_the_sampler_may_write(shown: LanguageModel, m
     head = cast(Any, shown.network).vocab_projector
     monkeypatch.setitem(head._parameters, "bias", torch.nn.Parameter(head.bias.detach().clone(), requires_grad=False))
     head.bias[[2, tiny.MASK]] = torch.tensor([90.0, 80.0])
-    prompts, sizes = framed_windows()[:2, :4], {"new_tokens": 6, "block_length": 3}
+    prompts, sizes = framed_windows()[:2, :4], dict[str, Any](new_tokens=6, block_length=3)
     plain = sampler.sample(shown, prompts, steps=6, **sizes)[:, 4:]
     assert not bool(torch.isin(plain, torch.tensor([1, 2, tiny.MASK])).any())
     uneven = [*prompts.tolist(), [1, 5]]  # another length, so that texts are padded

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lib.core.errors import InputError
+from lib.diffusion import sampler
 from lib.models.finite import require_finite
 from lib.models.language_model import LanguageModel, network_body
 from lib.models.layers.anatomy import head_of, require_decoder
@@ -227,7 +228,7 @@ def logits_from(
 def read_out(
     model: LanguageModel, states: Float[Tensor, "selected feature"], *, again: Callable[[], object] = lambda: None
 ) -> Float[Tensor, "selected vocab"]:
-    """Run the LM head, in float32 afterwards.
+    """Run the LM head, in float32 afterwards, and leave out what is never written.
 
     Args:
         model: any loaded model.
@@ -239,4 +240,4 @@ def read_out(
     """
     logits = head_of(model.network)(states).float()
     require_finite(logits, again, network=model.network, name=model.name)
-    return logits
+    return sampler.written_alone(model, logits)

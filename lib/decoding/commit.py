@@ -106,9 +106,8 @@ class Quota(Commit):
 
     def __call__(self, view: View) -> Bool[Tensor, "batch place"]:
         """Take this step's share."""
-        asked = view.quota[:, min(view.step, view.quota.shape[1] - 1)]
         possible = view.confidence.isfinite().sum(1)
-        return commits.most_confident(view.confidence, asked.minimum(possible))
+        return commits.most_confident(view.confidence, view.asked.minimum(possible))
 
 
 @dataclass(frozen=True)
@@ -286,9 +285,10 @@ class CertaintyPrior(Commit):
 
     def __call__(self, view: View) -> Bool[Tensor, "batch place"]:
         """Take this step's share by score."""
-        score = view.confidence * known_density(view, width=self.width)
-        asked = view.quota[:, min(view.step, view.quota.shape[1] - 1)]
-        return commits.most_confident(score, asked.minimum(score.isfinite().sum(1)))
+        # Far from all written text the density underflows to 0, and 0 times minus infinity is no number.
+        score = view.confidence.clamp(min=0) * known_density(view, width=self.width)
+        score = score.masked_fill(~view.confidence.isfinite(), float("-inf"))
+        return commits.most_confident(score, view.asked.minimum(score.isfinite().sum(1)))
 
 
 def known_density(view: View, *, width: float) -> Float[Tensor, "batch place"]:

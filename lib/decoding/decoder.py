@@ -15,7 +15,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.decoding.caches import Hidden, logits_from, new_store, readable
 from lib.decoding.commit import Commit, Credit, Quota, Threshold
-from lib.decoding.late_steps import LateStep, most_left
+from lib.decoding.late_steps import LateStep, late_count, most_left
 from lib.decoding.plan import Decoded, DecodingPlan, OnPass
 from lib.decoding.recompute import Adaptive, Blockwise, Pass, Recompute
 from lib.decoding.remask import BlockEnds
@@ -97,8 +97,8 @@ def _decode(job: _Job, prompt: Tensor) -> Decoded:
     forwards = computed = 0
     first = job.start
     while first < job.total:
-        block, looks = _next_block(job, ids, first)
-        first, forwards, computed = block.stop, forwards + looks, computed + looks * ids.numel()
+        block, looks, looked = _next_block(job, ids, first)
+        first, forwards, computed = block.stop, forwards + looks, computed + looked
         unfinished = (ids[:, block.start : block.stop] == job.mask_id).any(1)
         if not bool(unfinished.any()):
             break
@@ -108,11 +108,11 @@ def _decode(job: _Job, prompt: Tensor) -> Decoded:
     return Decoded(ids, forwards, computed)
 
 
-def _next_block(job: _Job, ids: Tensor, first: int) -> tuple[range, int]:
-    """Return the block that begins at `first`, and the passes that it took to find its end."""
+def _next_block(job: _Job, ids: Tensor, first: int) -> tuple[range, int, int]:
+    """Return the block that begins at `first`, and the passes and positions that it took to find its end."""
     usual = range(first, min(first + job.block_length, job.total))
-    end, looks = job.plan.ends.end(job.model, ids, usual, new_tokens=job.total - job.start)
-    return range(first, end), looks
+    end, looks, looked = job.plan.ends.end(job.model, ids, usual, new_tokens=job.total - job.start)
+    return range(first, end), looks, looked
 
 
 def _finish_block(job: _Job, ids: Tensor, block: range, *, passes: int) -> Decoded:
@@ -121,29 +121,44 @@ def _finish_block(job: _Job, ids: Tensor, block: range, *, passes: int) -> Decod
     at = torch.tensor(plan.visible.places(block, total=job.total, block_length=job.block_length), device=ids.device)
     # At least one token is committed a step, so a rule without a schedule needs no more steps than the block has tokens.
     steps = plan.commit.steps or len(block)
+    # Until its block is done an end token may be edited, too: nothing follows it before.
+    edits_on = plan.remask is not None and plan.remask.post_passes > 0
     most = steps if plan.remask is None else plan.remask.most_steps(len(block))
-    quota = commits.commit_schedule((ids[:, block.start : block.stop] == job.mask_id).sum(1), steps=steps)
+    left = (ids[:, block.start : block.stop] == job.mask_id).sum(1)
+    quota = commits.commit_schedule(left, steps=steps)
     view, computed = View(ids[:, at], at, block, job.start, job.mask_id, quota, passes=passes), 0
     with ExitStack() as stack:
         for choice in (plan.commit, plan.visible):
             stack.enter_context(choice.opened(job.model, view))
         forward = stack.enter_context(plan.recompute.passes(job.model, view))
-        while _goes_on(plan, view, most):
+        while _goes_on(plan, view, most, left):
             computed += _read(job, view, forward).computed
             ids[:, at] = _written(job, view)
-            if job.stop is not None:
-                new = fill_finished(ids[:, job.start :], mask_id=job.mask_id, stop_token_id=job.stop)
-                ids = torch.cat([ids[:, : job.start], new], dim=1)
+            left = left - cast(Tensor, view.committed).sum(1)
+            if not edits_on:
+                ids = _closed(job, ids)
             changed = not torch.equal(view.ids, ids[:, at])
             view.after = 0 if bool(view.is_open.any()) else view.after + 1 if changed else len(block) * most
             view.ids, view.step, view.passes = ids[:, at], view.step + 1, view.passes + 1
-    return Decoded(ids, view.step, computed)
+    return Decoded(_closed(job, ids) if edits_on else ids, view.step, computed)
 
 
-def _goes_on(plan: DecodingPlan, view: View, most: int) -> bool:
-    """Tell whether a block needs another pass: it has masks, or is looked at again after its last one."""
-    if bool(view.is_open.any()):
-        return view.step < most
+def _closed(job: _Job, ids: Tensor) -> Tensor:
+    """Let end tokens follow where a text has ended, if it is to be noticed."""
+    if job.stop is None:
+        return ids
+    new = fill_finished(ids[:, job.start :], mask_id=job.mask_id, stop_token_id=job.stop)
+    return torch.cat([ids[:, : job.start], new], dim=1)
+
+
+def _goes_on(plan: DecodingPlan, view: View, most: int, left: Tensor) -> bool:
+    """Tell whether a block needs another pass: it has masks, or is looked at again after its last one.
+
+    A pass over some of the places may predict fewer than the schedule asks; what is `left` to commit then takes more passes.
+    """
+    is_open = view.is_open.any(1)
+    if bool(is_open.any()):
+        return view.step < most + len(view.block) * bool((is_open & (left > 0)).any())
     return plan.remask is not None and view.after < plan.remask.post_passes
 
 
@@ -167,7 +182,7 @@ def _written(job: _Job, view: View) -> Int[Tensor, "batch place"]:
     view.committed = committed = plan.commit(view)
     ids = torch.where(committed, guessed, view.ids)
     if plan.late_share is not None:
-        most = most_left(plan.late_share, block_length=len(view.block))
+        most = late_count(plan.late_share, block_length=len(view.block))  # a block that ends early may have none
         late = late_positions((ids == job.mask_id) & view.in_block, most=most)
         # FOCUS and d2Cache compute some places alone: the others have no state of this pass, and wait for the next one.
         late = late & cast(Guess, view.guess).where

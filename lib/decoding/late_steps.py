@@ -159,6 +159,15 @@ def collect(
     return LateExamples(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
+def late_count(share: float, *, block_length: int) -> int:
+    """Return how many positions of a block are at most its share: none of a block that is too short.
+
+    >>> late_count(0.29, block_length=100), late_count(0.25, block_length=3)
+    (29, 0)
+    """
+    return int(share * block_length + 1e-9)  # 0.29 * 100 is a little less than 29
+
+
 def most_left(share: float, *, block_length: int) -> int:
     """Return how many positions of a block a late state may leave masked.
 
@@ -168,7 +177,7 @@ def most_left(share: float, *, block_length: int) -> int:
     >>> most_left(0.29, block_length=100)
     29
     """
-    most = int(share * block_length + 1e-9)  # 0.29 * 100 is a little less than 29
+    most = late_count(share, block_length=block_length)
     if not 1 <= most < block_length:
         rule = f"late_share must leave 1 to {block_length - 1} of {block_length} positions masked"
         raise InputError(f"{rule}, got {share}: use {1 / block_length:.3g} for one of them")

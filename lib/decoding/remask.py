@@ -221,8 +221,8 @@ class BlockEnds:
 
     alone = False
 
-    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int]:
-        """Return the end of a block, and how many passes over the whole text it took to find it.
+    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int, int]:
+        """Return the end of a block, and how many passes and query positions it took to find it.
 
         Args:
             model: a diffusion model.
@@ -230,7 +230,7 @@ class BlockEnds:
             block: of the given length.
             new_tokens: of the whole text.
         """
-        return block.stop, 0
+        return block.stop, 0, 0
 
 
 def predictions(model: LanguageModel, ids: Int[Tensor, "one position"], span: range) -> Float[Tensor, "chosen vocab"]:
@@ -257,13 +257,13 @@ class AtDelimiter(BlockEnds):
     share: float = 0.25
     alone = True
 
-    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int]:
+    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int, int]:
         """Search for the delimiter."""
         span = range(block.start, min(ids.shape[1], block.start + max(1, int(self.share * new_tokens))))
         values, tokens = predictions(model, ids, span).exp().max(-1)
         values = values.masked_fill(~torch.isin(tokens, torch.tensor(self.delimiters, device=tokens.device)), -1.0)
         surest = int(values.argmax())
-        return (block.start + surest + 1 if float(values[surest]) >= self.threshold else block.stop), 1
+        return (block.start + surest + 1 if float(values[surest]) >= self.threshold else block.stop), 1, ids.numel()
 
 
 @dataclass(frozen=True)
@@ -283,9 +283,10 @@ class WhereFutureAgrees(BlockEnds):
     share: float = 0.25
     alone = True
 
-    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int]:
+    def end(self, model: LanguageModel, ids: Tensor, block: range, *, new_tokens: int) -> tuple[int, int, int]:
         """Compare a pass that sees the future with one that does not."""
         span = range(block.start, min(ids.shape[1], block.start + max(self.least, int(self.share * new_tokens))))
         seen, cut = predictions(model, ids, span), predictions(model, ids[:, : span.stop], span)
         differs = (seen.exp() * (seen - cut)).sum(-1).cumsum(0)
-        return min(span.stop, block.start + max(self.least, int((differs <= self.bound).sum()))), 2
+        agreed = max(self.least, int((differs <= self.bound).sum()))
+        return min(span.stop, block.start + agreed), 2, ids.numel() + len(ids) * span.stop

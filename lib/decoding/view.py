@@ -116,6 +116,12 @@ class View:
         return self.guess.confidence.masked_fill(~self.is_open, float("-inf"))
 
     @property
+    def asked(self) -> Int[Tensor, "batch"]:
+        """Return how many tokens the schedule asks of this step; behind its end as many as of its last one, at least one."""
+        last = self.quota.shape[1] - 1
+        return self.quota[:, self.step] if self.step <= last else self.quota[:, last].clamp(min=1)
+
+    @property
     def masked_share(self) -> Float[Tensor, "batch 1"]:
         """Return which share of the block is not written."""
         return self.is_open.sum(1, keepdim=True).double() / len(self.block)

@@ -71,6 +71,7 @@ def denoise(
         first = starts + step // per_block * block
         where = (ids == mask_id) & (column >= first) & (column < first + block)
         logits = sampler.guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale, attention_mask=real.long())
+        logits = sampler.written_alone(model, logits)
         chosen = commits.choose_tokens(logits, temperature=0.0, generator=None)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
         confidence[where] = commits.probability_of(logits, chosen)

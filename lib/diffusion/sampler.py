@@ -98,8 +98,7 @@ def _filled_in(
         if step % per_block == 0:
             counts = commits.commit_schedule(where.sum(1), steps=per_block)
         logits = guided_logits(model, ids, where, prompt_positions, cfg_scale=cfg_scale)
-        if model.seen_token_ids:  # a hidden token is none that is always shown, and an encoder would also write its mask
-            logits[:, [*model.seen_token_ids, mask_id]] = float("-inf")
+        logits = written_alone(model, logits)
         chosen = commits.choose_tokens(logits, temperature=temperature, generator=generator)
         confidence = torch.full(ids.shape, float("-inf"), dtype=torch.float64, device=ids.device)
         confidence[where] = commits.keeping_order(logits, chosen, remasking=remasking, generator=generator)
@@ -108,6 +107,20 @@ def _filled_in(
             on_step(DenoisingStep(step, ids.clone(), masked, committed.clone(), float(masked[:, start:].float().mean())))
         ids = torch.where(committed, ids.masked_scatter(where, chosen), ids)
     return ids
+
+
+def written_alone(model: LanguageModel, logits: Float[Tensor, "selected vocab"]) -> Float[Tensor, "selected vocab"]:
+    """Leave no probability to what is never written, where a model was always shown some tokens.
+
+    A hidden token is none of these, and an encoder would also write its mask. The numbers stay finite, for entropies.
+
+    Args:
+        model: a diffusion model.
+        logits: of its own; changed in place.
+    """
+    if model.seen_token_ids:
+        logits[:, [*model.seen_token_ids, cast(int, model.mask_token_id)]] = torch.finfo(logits.dtype).min
+    return logits
 
 
 def guided_logits(

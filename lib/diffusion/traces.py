@@ -216,13 +216,12 @@ def _trace_denoising(
             masked.append(step.is_masked.cpu())
             lengths.append(keys[0])
             opened.append(block)
-            if step.step in marks:
-                at_marks.append(_grown(mass, size))
+            at_marks.extend([_grown(mass, size)] * marks.count(step.step))  # of fewer than four steps one may be two marks
             bar.update()
             if heads:
                 favourites, norms = (each[:, : len(prompts)] for each in (recorder.pop_argmax(), recorder.pop_value_norms()))
                 parts.append(_reduce_heads(sums, mass, favourites[:, :, 0].transpose(0, 1).cpu(), keys=keys, size=size))
-                value_norms.extend([_grown(norms.transpose(0, 1).cpu(), size)] if step.step in marks else [])
+                value_norms.extend([_grown(norms.transpose(0, 1).cpu(), size)] * marks.count(step.step))
 
         texts = sample(on_step=on_step)
     return SinkTrace(

@@ -79,16 +79,20 @@ def time_calls(
     return {name: Timing(seconds / inner[name], inner[name], memory[name]) for name, seconds in found.items()}
 
 
-def median_interval(values: Float[Tensor, "repeat"]) -> tuple[float, float]:
+def median_interval(values: Float[Tensor, "repeat"], *, together: int = 1) -> tuple[float, float]:
     """Return an interval that covers the true median at least 95 times in 100: two order statistics; infinite below six values.
+
+    Args:
+        values: of the rounds.
+        together: how many such intervals are to cover their medians all at once as often (Bonferroni).
 
     Source: the ranks are those of the sign test.
 
-    >>> median_interval(torch.arange(1.0, 21.0))
-    (6.0, 15.0)
+    >>> median_interval(torch.arange(1.0, 21.0)), median_interval(torch.arange(1.0, 21.0), together=4)
+    ((6.0, 15.0), (5.0, 16.0))
     """
     count = len(values)
-    rank = int(binom.ppf(0.025, count, 0.5))
+    rank = int(binom.ppf(0.025 / together, count, 0.5))
     ordered = values.sort().values.tolist()
     return (ordered[rank - 1], ordered[count - rank]) if rank else (-math.inf, math.inf)
 

@@ -99,10 +99,10 @@ class Control:
         possible = scores > float("-inf")
         if self.setting in ("sinks in", "sinks out"):
             is_sink = sinks_of(view)[:, : scores.shape[1]]
-            # Sinks among themselves, and the others, keep the order that they have.
-            places = scores.argsort(dim=1, stable=True).argsort(dim=1).to(scores.dtype)
+            # Sinks among themselves, and the others, keep the order that they have, equals too: pooled scores have many.
+            behind = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).to(scores.dtype)
             shift = scores.shape[1] if self.setting == "sinks in" else -scores.shape[1]
-            scores = places + shift * is_sink
+            scores = shift * is_sink - behind
         elif self.setting == "random":
             stream = generator(self.seed, "control", view.block.start, view.step, layer)
             scores = torch.rand(scores.shape[1], generator=stream).to(scores).expand(scores.shape)

@@ -86,8 +86,12 @@ def settings_by_block(task: LoadedTask, settings: EvaluationSettings, lengths: S
 def check_names(curve_rules: Sequence[str], answering: Sequence[str], *, fixed: Commit) -> None:
     """Refuse names of rules and systems that there are none of, before anything is measured."""
     _known("curve_rules", curve_rules, list(published_systems.commits_by(0.5)))
-    listed = published_systems.published(threshold=0.5, fixed=fixed, delimiters=(0,))
-    _known("answering_systems", answering, [each.name for each in listed])
+    _known("answering_systems", answering, _every_system(fixed))
+
+
+def _every_system(fixed: Commit) -> list[str]:
+    """Return the names of all systems, those among them that some models have no place or no delimiter for."""
+    return [each.name for each in published_systems.published(threshold=0.5, fixed=fixed, delimiters=(0,))]
 
 
 def _known(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -152,13 +156,13 @@ def system_accuracies(
         listed: systems.
         settings: lengths and blocks.
         limit: documents.
-        names: systems that answer.
+        names: systems that answer; those that are not `listed` for this model are left out.
         plain: which documents the plain sampler answers with these settings.
 
     Returns:
         One row a system, the plain sampler first: `task`; `block`, that of the answers; and the columns of `tasks.compared`.
     """
-    _known("answering_systems", names, [each.name for each in listed])
+    _known("answering_systems", names, _every_system(Commit()))
     own = {"task": task.name, "block": answer_block(task, settings)}
     rows = [{**own, "system": PLAIN, **compared(plain, None)}]
     for each in (each for each in listed if each.name in names):

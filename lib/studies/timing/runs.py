@@ -16,6 +16,7 @@ from lib.decoding.speculation import Speculation, speculate
 from lib.diffusion import sampler
 from lib.evaluation.harness import end_tokens
 from lib.models.language_model import LanguageModel, logits_at
+from lib.models.layers.anatomy import is_encoder
 from lib.timing import clock
 
 Plan = DecodingPlan | Speculation | Literal["plain sampler"]
@@ -260,6 +261,8 @@ def left_out(model: LanguageModel) -> str:
     """Return why a diffusion model's decoders are not compared, empty where they are."""
     if model.goes_by_blocks:
         return "it goes by blocks, and has a sampler of its own"
+    if is_encoder(model.network):
+        return "it is an encoder, whose attention keeps no keys and values"
     if not model.noise.is_masked:
         return f"under {model.noise} noise no token is finished before the last step, so no masks are left to fill faster"
     return ""

@@ -328,6 +328,16 @@ def test_the_control_changes_which_and_not_how_many() -> None:
         assert int((Control(setting).ranked(scores, view) > float("-inf")).sum()) == 13
 
 
+@pytest.mark.parametrize("taken", range(1, 8))
+def test_without_a_sink_forcing_sinks_changes_nothing_among_equals(taken: int) -> None:
+    """Scores that are pooled over neighbours or spans are equal in runs."""
+    view = opened(text())
+    view.memory["mass"] = torch.ones((1, SIZE))
+    scores = torch.tensor([[2.0] * 3 + [1.0] * 2 + [3.0] * 3 + [float("-inf")] * (SIZE - 8)])
+    for setting in ("sinks in", "sinks out"):
+        assert Control(setting).take(scores, view, taken).tolist() == Control().take(scores, view, taken).tolist()
+
+
 def test_masses_and_confidences_are_those_of_the_last_pass(model: LanguageModel) -> None:
     view = opened(text())
     with torch.inference_mode(), control.observed(model, view):

@@ -228,3 +228,25 @@ def test_a_row_without_open_places_commits_nothing(rule: Commit) -> None:
 def test_a_threshold_is_a_probability(make: Any) -> None:
     with pytest.raises(InputError, match="threshold must be a probability, got 90"):
         make(threshold=90)
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.Quota(), rules.CertaintyPrior(), rules.Klass(), rules.Credit(), *(case[0] for case in CASES.values())], ids=str
+)
+def test_no_rule_leaves_the_block_however_far_the_end_is(rule: Commit) -> None:
+    """A Gaussian of distance is exactly 0 from 40 standard deviations on."""
+    ids, logits = torch.full((2, 900), MASK), torch.randn((2, 900, 8), generator=torch.Generator().manual_seed(0))
+    ids[:, :3] = 1
+    got = rule(view_of(ids, logits, commit=rule))
+    assert bool(got.any(1).all()) and not bool(got[:, BLOCK.stop :].any())
+
+
+@pytest.mark.parametrize("rule", [rules.Quota(4), rules.CertaintyPrior(per_block=4)], ids=str)
+def test_a_schedule_that_has_ended_asks_for_one_token_at_least(rule: Commit) -> None:
+    ids, logits = example(0)
+    view = view_of(ids, logits)
+    view.quota = torch.tensor([[1, 1, 0], [1, 0, 0], [2, 2, 2]])
+    counts = []
+    for view.step in (0, 2, 3, 9):
+        counts.append(rule(view).sum(1).tolist())
+    assert counts == [[1, 1, 2], [0, 0, 2], [1, 1, 2], [1, 1, 2]]

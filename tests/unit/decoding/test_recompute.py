@@ -221,3 +221,29 @@ def test_every_ranking_runs_under_every_control(model: LanguageModel, name: str)
 
 def test_whole_is_the_default() -> None:
     assert DecodingPlan().recompute == Recompute() and not DecodingPlan().alone
+
+
+FEW: dict[str, Recompute] = {
+    "predicted": recompute.Predicted(count=1, radius=0),
+    "d2Cache": by_attention.D2Cache(candidates=1, share=0.0, gap=0),
+}
+
+
+@pytest.mark.parametrize("rule", [commit.Quota(2), commit.CertaintyPrior(per_block=2)], ids=str)
+@pytest.mark.parametrize("name", FEW)
+def test_a_schedule_that_asks_for_more_than_is_predicted_still_fills_the_block(
+    model: LanguageModel, name: str, rule: commit.Commit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every place is committed once, though the schedule has two passes a block."""
+    counts, own = list[int](), type(rule).__call__
+
+    def counted(self: Any, view: View) -> Tensor:
+        """Count what the rule commits."""
+        marked = own(self, view)
+        counts.append(int(marked.sum()))
+        return marked
+
+    monkeypatch.setattr(type(rule), "__call__", counted)
+    got = run(model, DecodingPlan(rule, recompute=FEW[name]), rows=1)
+    assert sum(counts) == NEW and got.forwards == len(counts)
+    assert len(counts) > 4 or model.logit_shift, "a computed place also predicts the one behind it under a shift"

@@ -1,5 +1,6 @@
 """Revision: each rule against its formula on planted probabilities, shadows against passes without a token, ends of blocks."""
 
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -193,6 +194,24 @@ def test_edits_go_on_after_the_last_mask(model: LanguageModel) -> None:
     assert (none.forwards, one.forwards) == (NEW // BLOCK, 2 * (NEW // BLOCK)) and many.forwards >= one.forwards
 
 
+def regretted(ids: Tensor) -> Tensor:
+    """Ends the text (4) at place 2, regrets it once it is written, and would write 2 at all later places."""
+    place, is_open = torch.arange(ids.shape[1]).expand(ids.shape), ids == 5
+    wanted = torch.where(place == 2, torch.where(is_open, 4, 1), 2)
+    return 20.0 * torch.nn.functional.one_hot(wanted, 6)
+
+
+def test_a_text_goes_on_behind_an_end_that_is_edited_away() -> None:
+    stub, prompt = tiny.stub(regretted, vocab=6, mask_token_id=5), torch.zeros((1, 2), dtype=torch.long)
+    sizes: dict[str, Any] = {"new_tokens": 8, "block_length": 4, "stop_token_id": 4}
+    plan = DecodingPlan(commit.Threshold(0.5), remask.Edit())
+    for early in (False, True):
+        got = decoder.decode(stub, prompt, plan=dataclasses.replace(plan, early_stop=early), **sizes)
+        assert got.ids[0, 2:].tolist() == [1] + [2] * 7
+    kept = DecodingPlan(commit.Threshold(0.5), early_stop=True)
+    assert decoder.decode(stub, prompt, plan=kept, **sizes).ids[0, 2:].tolist() == [4] * 8
+
+
 # Ends of blocks
 
 
@@ -208,7 +227,7 @@ def test_a_block_ends_at_the_surest_delimiter(threshold: float, end: int) -> Non
     stub = tiny.stub(fixed, vocab=4, mask_token_id=3)
     rule = remask.AtDelimiter(delimiters=(1,), threshold=threshold, share=0.5)
     ids = torch.full((1, 10), 3)
-    assert rule.end(stub, ids, range(2, 8), new_tokens=10) == (end, 1)
+    assert rule.end(stub, ids, range(2, 8), new_tokens=10) == (end, 1, 10)
 
 
 def test_a_block_ends_where_the_future_begins_to_matter(model: LanguageModel) -> None:
@@ -223,13 +242,16 @@ def test_a_block_ends_where_the_future_begins_to_matter(model: LanguageModel) ->
         for bound in (sums[2] + 1e-6, sums[6] + 1e-6):
             rule = remask.WhereFutureAgrees(bound=bound, least=1, share=0.67)
             wanted = 5 + max(n for n in range(1, 11) if sums[n - 1] <= bound)
-            assert rule.end(model, ids, range(5, 9), new_tokens=15) == (wanted, 2)
+            assert rule.end(model, ids, range(5, 9), new_tokens=15) == (wanted, 2, 20 + 15)
 
 
 def test_blocks_of_chosen_ends_fill_the_text(model: LanguageModel) -> None:
     for ends in (remask.WhereFutureAgrees(bound=0.5, least=2), remask.AtDelimiter(tuple(range(15)), threshold=0.0)):
         got = run(model, DecodingPlan(commit.Threshold(0.2), ends=ends))
         assert (got.ids != tiny.MASK).all() and got.forwards > 3
+    short = remask.AtDelimiter(tuple(range(15)), threshold=0.0)  # blocks of one token, of which no late share is left
+    late = run(model, DecodingPlan(commit.Threshold(0.2), ends=short, late_share=0.5))
+    assert (late.ids != tiny.MASK).all()
     same = run(model, DecodingPlan(ends=remask.AtDelimiter(())))
     plain = sampler.sample(model, tiny.ids(3, PROMPT), new_tokens=NEW, steps=NEW, block_length=BLOCK)
     assert torch.equal(same.ids, plain)

@@ -48,6 +48,16 @@ def test_a_denoising_trace_holds_the_masses_of_what_the_network_read(diffusion):
     torch.testing.assert_close(trace.head_mass[:, 1], half.transpose(0, 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_have_three_marks_all_the_same(diffusion, causal, steps):
+    for model, _ in (diffusion, causal):
+        trace = traces.trace(model, PROMPTS, positions=16, steps=steps, heads=True)
+        heads: Any = trace.heads
+        assert trace.head_mass.shape[1] == heads.value_norm.shape[1] == len(trace.mark_steps) == 3
+        for mark, step in enumerate(trace.mark_steps):
+            torch.testing.assert_close(trace.head_mass[:, mark].mean((1, 2)), trace.mass[:, step])
+
+
 def test_denoising_starts_all_masked_and_unmasks_for_good(diffusion):
     _, trace = diffusion
     assert trace.is_masked[:, 0, 4:].all() and not trace.is_masked[:, :, :4].any()

@@ -1,7 +1,7 @@
 """A tiny DistilBERT folder: logits, masses, pruning, bound, text and export equal what transformers' own class gives."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from lib.calibration.statistics import CalibrationSet
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.decoding import decoder, systems
-from lib.diffusion import drawn_likelihood, likelihood, sampler, traces
+from lib.decoding.commit import EntropyBound
+from lib.decoding.speculation import speculate
+from lib.diffusion import drawn_likelihood, likelihood, ragged, sampler, traces
 from lib.diffusion.commits import DenoisingStep
 from lib.diffusion.noise import process_of
 from lib.evaluation import pseudo_perplexity, scoring
@@ -329,6 +331,26 @@ def test_generations_stand_between_the_frame_of_training(shown: LanguageModel, s
     assert not torch.equal(plain, trace.texts)
     states = sets.trajectory_states(shown, framed_windows(), prompt_tokens=4, steps=10, at=[0.0, 0.5], seed=0)
     assert bool((states[:, :, -1] == 2).all()) and bool((states[:, 0, 4:-1] == tiny.MASK).all())
+
+
+def test_every_decoder_writes_what_the_sampler_may_write(shown: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is made to prefer [SEP] everywhere, then the mask."""
+    head = cast(Any, shown.network).vocab_projector
+    monkeypatch.setitem(head._parameters, "bias", torch.nn.Parameter(head.bias.detach().clone(), requires_grad=False))
+    head.bias[[2, tiny.MASK]] = torch.tensor([90.0, 80.0])
+    prompts, sizes = framed_windows()[:2, :4], dict[str, Any](new_tokens=6, block_length=3)
+    plain = sampler.sample(shown, prompts, steps=6, **sizes)[:, 4:]
+    assert not bool(torch.isin(plain, torch.tensor([1, 2, tiny.MASK])).any())
+    uneven = [*prompts.tolist(), [1, 5]]  # another length, so that texts are padded
+    written = {
+        "padded": ragged.denoise(shown, uneven, steps=6, **sizes)[:2],
+        "decoded": decoder.decode(shown, prompts, **sizes, plan=systems.fast_plan(steps_per_block=3)).ids[:, 4:],
+        "drafted": torch.cat([speculate(shown, row, **sizes, drafts=2).ids for row in prompts.split(1)])[:, 4:],
+    }
+    for name, text in written.items():
+        assert torch.equal(text, plain), name
+    bound = decoder.decode(shown, prompts, **sizes, plan=decoder.DecodingPlan(EntropyBound(1e9)))
+    assert bound.forwards == 2, "what is never written has no entropy"
 
 
 def test_guidance_masks_no_special_tokens(shown: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -401,6 +401,7 @@ def twin(folder: Path) -> Path:
         ("02", "dlm rows, steps, layers, heads, positions: [2, 14, 2, 4, 32]"),
         ("03", "dlm, structured 50%, Wanda-sp: left out: dlm is an encoder, whose class has one width for heads and states"),
         ("04", "dlm 16 combinations"),
+        ("06", "decoders are not: it is an encoder, whose attention keeps no keys and values"),
     ],
 )
 def test_a_notebook_runs_on_an_encoder(

@@ -259,6 +259,16 @@ def test_unknown_names_are_refused_before_any_answer(model: LanguageModel) -> No
         answering.curve(model, task, [0.5], ["DAPD"], **options)
 
 
+def test_a_system_that_a_model_has_no_place_for_answers_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings name WINO and AdaBlock for all models; one with a logit shift, or without delimiters, goes on without them."""
+    monkeypatch.setattr(answering, "answers", lambda *_, **__: (True, False))
+    listed = published.published(threshold=0.5, fixed=commit.Quota(2), logit_shift=1)
+    options: dict[str, Any] = {"settings": EvaluationSettings(), "limit": 2, "plain": (True, False)}
+    names = ["WINO", "AdaBlock", "dual"]
+    table = answering.system_accuracies(model, tasks.load("tiny_topic_written"), listed, names=names, **options)
+    assert table["system"].tolist() == [PLAIN, "dual"]
+
+
 def test_attention_by_blocks_has_no_fidelity(model: LanguageModel) -> None:
     blocks = replace(model, attention="block-causal", block_length=4)
     with pytest.raises(InputError, match="fidelity must be of a model whose attention is not by blocks, got block-causal"):

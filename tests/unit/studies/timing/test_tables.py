@@ -1,10 +1,13 @@
 """Tables of decoder runs on made-up runs whose numbers are known."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from lib.studies.timing.runs import PLAIN, DecoderRun
 from tests import tiny
 
 FAST = fast_plan(threshold=0.5)
+PLANS: dict[str, Any] = {"plain": PLAIN, "fast": FAST}
 TEXT = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 7, 7, 7]])
 IS_TEXT = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
 
@@ -81,7 +85,52 @@ def test_speed_ups_that_multiply_are_predicted_round_by_round() -> None:
 def test_speed_ups_that_do_not_multiply_show_it() -> None:
     row = decoding_tables.composition(grid([4.0, 20.0]), dense="dense").iloc[3]
     assert (row["speed-up"], row["predicted"]) == (3.0, 6.0)
-    assert row["measured / predicted"] == row["measured / predicted low"] == pytest.approx(0.5)
+    assert row["measured / predicted"] == pytest.approx(0.5)
+    assert math.isinf(row["measured / predicted low"]), "two rounds bound no median"
+
+
+@pytest.mark.parametrize("formats", [["small"], ["small", "other"]])
+def test_pairs_that_are_searched_for_the_worst_have_intervals_for_all_of_them(formats: list[str]) -> None:
+    """The measured time of the pair of interest rises from round to round; of one pair 6 of 20 lie outside on each side."""
+    still, ratios = [1.0] * 20, [1.0 / (1.0 + rank / 100) for rank in range(20)]
+    runs = {(kind, name): run("", plan, seconds=still) for kind in ("dense", *formats) for name, plan in PLANS.items()}
+    runs["small", "fast"] = run("", FAST, seconds=ratios)
+    row = decoding_tables.composition(runs, dense="dense").set_index(["format", "decoder"]).loc["small", "fast"]
+    outside = {1: 6, 2: 5}[len(formats)]
+    ends = (1.0 + (outside - 1) / 100, 1.0 + (20 - outside) / 100)
+    assert row[["measured / predicted low", "measured / predicted high"]].tolist() == pytest.approx(list(ends))
+
+
+def claimed(composed: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the claims of notebook 06 about one model's composition."""
+    path = next((Path(__file__).resolve().parents[4] / "notebooks").glob("06_*.ipynb"))
+    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    (source,) = [source for source in sources if '"speed-ups-multiply"' in source]
+    found: list[dict[str, Any]] = []
+    told = SimpleNamespace(claim=lambda _, **claim: found.append(claim))
+    exec(source, {"grids": {"a": None}, "run": told, "composed": composed, "settings": SimpleNamespace(decoding_repeats=20)})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        ([(0.95, 1.05), (0.91, 1.0)], "reproduced"),
+        ([(0.95, 1.05), (0.7, 0.8)], "not reproduced"),
+        ([(0.95, 1.2), (0.91, 0.96)], "inconclusive"),  # the estimate that lies nearer to 1 has an end outside
+        ([(0.95, 1.05), (-math.inf, math.inf)], "inconclusive"),
+        ([], None),
+    ],
+)
+def test_speed_ups_multiply_where_all_pairs_do(ends: list[tuple[float, float]], verdict: str | None) -> None:
+    """With no format but the dense one there is no pair, and no claim."""
+    pairs = [
+        ("small", f"fast {number}", (max(low, 0.5) + min(high, 1.1)) / 2, low, high) for number, (low, high) in enumerate(ends)
+    ]
+    names = ["format", "decoder", *(f"measured / predicted{end}" for end in ("", " low", " high"))]
+    rows = [("dense", "plain sampler", 1.0, 1.0, 1.0), *pairs]
+    found = claimed(pd.DataFrame(rows, columns=pd.Index(names)).assign(model="a"))
+    assert [claim["verdict"] for claim in found] == ([verdict] if verdict else [])
 
 
 def test_without_a_judge_no_pair_is_the_best() -> None:

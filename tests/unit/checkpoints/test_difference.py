@@ -160,8 +160,13 @@ def test_without_a_network_one_line_says_so(folder: Path, tmp_path: Path, monkey
     ) as caught:
         loading.load(folder)
     assert "\n" not in str(caught.value)
-    models, missing = loading.load_available({"adapted": ModelSource(str(folder))})
-    assert not models and missing.keys() == {"adapted"}
+    other = ModelSource(str(tiny.folder(tmp_path / "other")))
+    models, missing = loading.load_available({"adapted": ModelSource(str(folder)), "other": other})
+    assert [model.name for model in models] == ["other"] and missing.keys() == {"adapted"}
+    with pytest.raises(UnavailableError, match="adapted or another model of the notebook must be at hand: the wheel quire-gram"):
+        loading.load_available({"adapted": ModelSource(str(folder))})
+    with pytest.raises(InputError, match="a notebook must have a model, got none: name one in its models or extra_models"):
+        loading.load_available({})
 
 
 @pytest.mark.parametrize(

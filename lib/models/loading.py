@@ -159,14 +159,19 @@ def load_available(
         The loaded models in order, and the reason for each one left out, to be recorded as *not tested*.
 
     Raises:
-        InputError: a source is malformed or damaged (that is a mistake, not an absence).
+        InputError: a source is malformed or damaged (that is a mistake, not an absence), or there is no source at all.
+        UnavailableError: none of them can be fetched.
     """
+    require(bool(sources), "a notebook must have a model", "none", "name one in its models or extra_models")
     loaded, missing = [], {}
     for name, source in sources.items():
         try:
             loaded.append(load(source, name=name, dtype=dtype, device=device))
         except lookup.UnavailableError as error:
             missing[name] = str(error)
+    if not loaded:
+        name, reason = next(iter(missing.items()))
+        raise lookup.UnavailableError(f"{name} or another model of the notebook must be at hand: {reason}")
     return loaded, missing
 
 

@@ -45,7 +45,7 @@ EVIDENCE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "02": (
         ("*-temporal-variance", "paper_quantities", "centroid_paths"),
         ("*-spatial-variance", "paper_quantities", "variance_by_layer"),
-        ("heads-*", "head_quantities", "overlap_by_distance"),
+        ("heads-*", "overlap", "overlap_by_distance"),
         ("noise-*", "noise", "noise"),
         ("blocking-*", "blocking", "dose_response"),
     ),

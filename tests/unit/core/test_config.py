@@ -170,8 +170,8 @@ def test_a_model_may_be_added_or_moved() -> None:
         ({"sink_traces.block_length": 30}, ["block_length must divide"]),
         ({"sink_traces.block_length": 16, "sink_traces.steps": 50}, ["number of blocks must divide steps"]),
         (
-            {"sink_traces.top_k": 20, "sink_traces.positions": 20, "sink_traces.prompt_tokens": 8, "sink_traces.steps": 4},
-            ["below"],
+            {"sink_traces.top_k": 12, "sink_traces.positions": 20, "sink_traces.prompt_tokens": 8, "sink_traces.steps": 4},
+            ["top_k must be at most the 11 tokens of the first step, got 12"],
         ),
         ({"seed": "[1"}, ["must be YAML", "'[1'"]),
         ({"profile": "full"}, ["profile"]),
@@ -212,6 +212,13 @@ def load_variance(changes: dict[str, object]) -> config.VarianceAnalysis:
         ({"other_prompt_tokens": [130, 16]}, "positions must be above every prompt, got 128"),
         ({"temperature": 0.0}, "seeds must be 1 at temperature 0, got 2"),
         ({"top_k": 32}, "top_k must be below prompt_tokens, got 32"),
+        (
+            {"positions": 96, "tokens_per_step": 64, "block_lengths": [], "other_prompt_tokens": [], "other_tokens_per_step": []},
+            "every generation must take at least 2 steps, got 1",
+        ),
+        ({"other_tokens_per_step": [1, 96]}, "other_tokens_per_step must be in [1, 64], got 96"),
+        ({"positions": 80, "other_tokens_per_step": [48], "block_lengths": []}, "every generation must take at least 2 steps"),
+        ({"other_prompt_tokens": [126]}, "every generation must take at least 2 steps, got 1"),
         ({"factor_prompts": 9}, "factor_prompts must be at most prompts, got 9"),
         ({"mask_ratios": []}, "mask_ratios must hold a value, got none"),
         ({"blocked_keys": []}, "blocked_keys must hold a value, got none"),
@@ -229,13 +236,18 @@ def test_settings_that_do_not_fit_each_other_are_refused(changes: dict[str, obje
     assert "\n" not in str(caught.value)
 
 
+def test_as_many_largest_keys_as_the_first_step_has_are_accepted() -> None:
+    few = {"prompt_tokens": 1, "positions": 29, "steps": 7, "top_k": 5}
+    assert config.load("quick", overrides={f"sink_traces.{name}": value for name, value in few.items()}).sink_traces.top_k == 5
+
+
 def test_settings_at_the_border_are_accepted() -> None:
     loaded = load_variance({
         "temperature": 0, "seeds": 1, "top_k": 31, "factor_prompts": 8, "block_lengths": [96, 2], "mask_ratios": "[0.01, 0.99]",
-        "other_prompt_tokens": [126], "other_tokens_per_step": [],
+        "other_prompt_tokens": [124], "other_tokens_per_step": [48],
     })  # fmt: skip
     assert loaded.mask_ratios == (0.01, 0.99) and loaded.block_lengths == (96, 2)
-    assert loaded.other_tokens_per_step == () and loaded.temperature == 0.0
+    assert loaded.other_tokens_per_step == (48,) and loaded.temperature == 0.0
 
 
 @pytest.mark.parametrize(

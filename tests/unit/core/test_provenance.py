@@ -113,6 +113,38 @@ def test_extra_models_count(project: Path) -> None:
     assert fingerprint(project, first=settings) != before
 
 
+def test_a_model_counts_that_lies_where_the_command_was_typed(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = tmp_path / "typed"
+    typed.mkdir()
+    monkeypatch.setenv("SINKS_CWD", str(typed))
+    (typed / "mine").mkdir()
+    (typed / "mine" / "weights").write_bytes(b"1")
+    chosen: list[dict[str, object]] = [
+        {"first": {"prompts": 1, "extra_models": ["mine"]}}, {"models": {"a": {"source": "mine"}}}
+    ]  # fmt: skip
+    before = [fingerprint(project, **settings) for settings in chosen]
+    (typed / "mine" / "weights").write_bytes(b"2")
+    assert all(fingerprint(project, **settings) != old for settings, old in zip(chosen, before, strict=True))
+
+
+def test_a_model_of_links_counts_by_what_they_lead_to(project: Path, tmp_path: Path) -> None:
+    """As the hub's cache keeps a checkpoint, and as somebody who shares weights between folders does."""
+    blob, folder = tmp_path / "blobs" / "1f", tmp_path / "snapshots" / "abc"
+    for made in (blob, folder / "weights"):
+        made.parent.mkdir(parents=True)
+    blob.write_bytes(b"1")
+    (folder / "weights").symlink_to(blob)
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        settings = {"prompts": 1, "extra_models": [str(path)]}
+        blob.write_bytes(b"1")
+        before = fingerprint(project, first=settings)
+        blob.write_bytes(b"2")
+        assert fingerprint(project, first=settings) != before
+
+
 def test_notebook_outputs_do_not_count_but_tags_do(tmp_path: Path) -> None:
     path = tmp_path / "01_a.ipynb"
     plain = provenance.notebook_source_hash(write_notebook(path, "x = 1"))

@@ -1,5 +1,7 @@
 """Traces of models that write block after block: masses by viewer, regions apart, movement within the block."""
 
+import copy
+import itertools
 from dataclasses import replace
 from typing import cast
 
@@ -15,6 +17,7 @@ from lib.models import visibility
 from lib.models.language_model import LanguageModel
 from lib.studies.traces import tables, views
 from lib.studies.variance import noise_match, statistics
+from lib.studies.variance import tables as variance_tables
 from tests import tiny
 
 PROMPT, POSITIONS, STEPS = 6, 20, 10
@@ -167,3 +170,40 @@ def test_maps_of_a_step_are_read_under_its_mask(model: LanguageModel, trace: Sin
 def test_single_heads_of_any_step_are_those_of_the_trace(model: LanguageModel, trace: SinkTrace) -> None:
     heads = views.head_masses(model, trace, prompt=1, steps=list(trace.mark_steps))
     torch.testing.assert_close(heads, trace.head_mass[1], rtol=1e-4, atol=1e-5)
+
+
+def test_tables_by_place_count_the_blocks_so_far_alone(trace: SinkTrace) -> None:
+    """The text behind the block that is written has no keys yet: its masses of 0 are none."""
+    table = tables.mass_by_state(trace)
+    counts = {"frontier": 0, "other masks": 0, "all": 0}
+    for row, step in itertools.product(range(2), range(STEPS)):
+        masked, keys = trace.is_masked[row, step].tolist(), int(trace.keys[step])
+        for place in range(keys):
+            beside = [masked[other] for other in (place - 1, place + 1) if 0 <= other < POSITIONS]
+            is_border = (not masked[place]) in beside
+            counts["all"] += 1
+            counts["frontier"] += is_border
+            counts["other masks"] += masked[place] and not is_border
+    for mark, step in enumerate(trace.mark_steps):
+        keys = int(trace.keys[step])
+        mass, masked = trace.mass[:, step, :keys], trace.is_masked[:, step, :keys]
+        states = table.loc[mark, ["written", "mask beside written", "other masks"]].astype(float)
+        assert states["written"] == pytest.approx(float(mass[~masked].mean()))
+        hidden = {float(value) for value in mass[masked]}
+        assert all(min(hidden) <= value <= max(hidden) for value in states[1:].dropna())
+    shares = variance_tables.places_table(trace, k=2).set_index("positions").loc["all positions"]
+    for name in ("frontier", "other masks"):
+        assert shares[f"{name}, %"] == pytest.approx(100 * counts[name] / counts["all"])
+
+
+def test_without_preference_a_trace_is_what_its_own_mask_gives(model: LanguageModel) -> None:
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            weight.mul_(0.0 if "q_proj" in name else 1.0)
+    silent = replace(model, network=network)
+    trace = traces.trace(silent, tiny.ids(2, PROMPT), positions=POSITIONS, steps=STEPS)
+    share, spread = tables.concentration_without_preference(trace, k=3), statistics.spatial_without_preference(trace)
+    assert tables.concentration(trace, k=3).tolist() == pytest.approx([share] * 2, rel=1e-4)
+    assert statistics.spatial(trace).tolist() == pytest.approx([spread] * 2, rel=1e-3)
+    assert share > 1.2 * 3 / POSITIONS and spread > 0.02  # what full attention would give is 3 / POSITIONS and 0

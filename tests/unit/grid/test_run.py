@@ -140,6 +140,17 @@ def test_where_weights_and_states_lie_changes_no_result(files: Path, output: Pat
     assert records(files, **chosen, **how) == records(files, **chosen)
 
 
+def test_runs_with_settings_of_their_own_share_kept_weights(
+    files: Path, output: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the launcher sets it for --set grid.keep_weights=true, which is a setting of one's own."""
+    shared = tmp_path_factory.mktemp("project")
+    monkeypatch.setenv("SINKS_CELLS", str(shared))
+    loaded = tiny_grid(files, references={}, task_names=(), keep_weights=True)
+    kept = {Path(group.shared["place"]["kept"]).parent for group in run.groups(loaded, run.settings(loaded))}
+    assert kept == {shared / "runs" / "rehearsal" / "weights"} and output not in (shared, *shared.parents)
+
+
 def test_kept_weights_have_a_card_and_hashes(files: Path, output: Path) -> None:
     loaded = tiny_grid(files, references={}, task_names=(), keep_weights=True)
     made = {one["shared"]["variant"]["method"] + " " + one["shared"]["variant"]["pattern"]: one for one in map(vars, run.groups(

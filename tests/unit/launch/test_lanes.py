@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from lib.core.environment import ROOT
 from lib.core.errors import InputError
-from lib.launch import execution, lanes
+from lib.launch import batch, execution, lanes
 from lib.launch.execution import Job, NotebookError, Outcome, Running
 from lib.launch.lanes import Peak
 
@@ -150,3 +151,25 @@ def test_lanes_follow_the_machine(count: int, threads: int, has_gpu: bool, expec
 def test_threads_are_those_of_the_environment(text: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert lanes.threads_given() == threads
+
+
+@pytest.mark.parametrize(
+    ("numbers", "at_once", "threads", "said"),
+    [
+        (["01"], 4, {"01": 8}, "8 threads"),
+        (["01", "06"], None, {"01": 8, "06": 8}, "8 threads"),
+        (["01", "02", "06"], 6, {"01": 4, "02": 4, "06": 8}, "2 notebooks at one time, 8 threads together"),
+    ],
+)
+def test_lanes_that_stay_empty_hold_no_threads(
+    numbers: list[str], at_once: int | None, threads: dict[str, int], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    fake, lines = Fake(monkeypatch, seconds=0.01), []
+    monkeypatch.setattr(batch, "_build_report", lambda _: "page")
+    monkeypatch.setattr(batch, "_has_gpu", lambda _: False)
+    chosen = [replace(job, output=tmp_path) for job in jobs(*numbers)]
+    monkeypatch.setattr(batch, "_wrote", lambda _: "")
+    batch.run(chosen, say=lines.append, at_once=at_once)
+    assert {number: given for what, number, given in fake.events if what == "begun"} == threads
+    assert f"; {said}, Python" in lines[0]

@@ -23,6 +23,8 @@ from lib.core.errors import InputError
 from lib.grid import cells
 from lib.launch import batch, execution
 from lib.launch import command as launcher
+from tests import tiny
+from tests.unit.checkpoints import test_adapters
 from tests.unit.launch.test_command import make_project, wait_until
 from tests.unit.launch.test_command import variables as environ_of
 
@@ -103,6 +105,16 @@ def test_a_checkpoint_of_the_hub_that_is_there_needs_no_network(tmp_path: Path, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))  # half of one
     with pytest.raises(UnavailableError, match="a/b@0f2787f must be cached"):
         lookup.check_obtainable(ModelSource("a/b", "0f2787f"))
+
+
+def test_an_adapter_counts_with_its_base(tmp_path: Path) -> None:
+    matrices = test_adapters.pair(test_adapters.Q, test_adapters.RANK, test_adapters.SHAPES[test_adapters.Q])
+    folder = test_adapters.write(tmp_path / "lora", tiny.folder(tmp_path / "base"), matrices)
+    settings = config.load("quick", overrides={"sink_traces.extra_models": [str(folder)]})
+    named = config.notebooks()["01"], settings, config.to_dict(settings)
+    before = batch._fingerprint(*named)
+    tiny.folder(tmp_path / "base", seed=4)
+    assert batch._fingerprint(*named) != before
 
 
 def test_a_link_to_the_script_starts_the_project(project: Path, tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_every_verdict_of_the_committed_results_rests_on_a_table_that_is_there()
         assert not without, "say in EVIDENCE where the numbers stand"
 
 
+def test_the_verdict_about_heads_leads_to_the_overlaps_that_it_is_of() -> None:
+    (result,) = [found for found in load_results("full", root=config.ROOT) if found["number"] == "02"]
+    (claim,) = [claim for claim in result["claims"] if claim["key"] == "heads-as-unstable"]
+    name = evidence_of(result, claim)["table"]
+    (file,) = [table["file"] for table in result["tables"] if table["name"] == name]
+    table = pd.read_csv(config.ROOT / file).set_index(["model", "level", "kind"])["mean"]
+    head, aggregate = (table[claim["model"], level, "beyond chance"] for level in ("head", "aggregate"))
+    assert claim["estimate"] == pytest.approx(head - aggregate, abs=1e-5)
+
+
 @pytest.mark.parametrize("number", list(EVIDENCE))
 def test_tables_and_figures_that_verdicts_lead_to_are_made_by_the_notebook(number: str) -> None:
     """A name that no cell writes would be a link to nothing, in silence. A figure of a model bears its name behind its own."""

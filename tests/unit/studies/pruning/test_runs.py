@@ -482,7 +482,8 @@ def test_each_speed_up_is_the_dense_time_over_that_of_its_own_model(noisy: Bench
     speeds = runs.speed_ups(found, PLAIN, sparsities=(0.3, 0.5), repeats=7)
     assert next(iter(outputs)) == "dense"
     assert [value[0] for value in speeds.values()] == pytest.approx([1.0, 2.0, 3.0, 4.0])
-    variants = [noisy.model, *(runs.pruned_copy(found, PLAIN, Target(sparsity)) for sparsity in (0.3, 0.5))]
+    exact = [pruner.exact_target(noisy.model, sparsity) for sparsity in (0.3, 0.5)]
+    variants = [noisy.model, *(runs.pruned_copy(found, PLAIN, target) for target in exact)]
     variants += [runs.shrunk(found, PLAIN, sparsity=sparsity) for sparsity in (0.3, 0.5)]
     for variant, output in zip(variants, outputs.values(), strict=True):
         with torch.no_grad():

@@ -19,7 +19,7 @@ CLAIM: dict[str, Any] = {
     "statement": "Sinks move.", "rule": "reproduced if the interval lies above 1", "model": "dlm", "estimate": 2.0,
     "interval": (1.5, 2.5), "n": 8, "unit": "positions", "verdict": "reproduced", "source": "paper, abstract",
 }  # fmt: skip
-MODEL = {"name": "dlm", "source": "models/reference/dlm", "revision": None, "fingerprint": "ab12", "parameters": 9_000_000}
+MODEL = {"name": "dlm", "source": "models/mine/dlm", "revision": None, "fingerprint": "ab12", "parameters": 9_000_000}
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **options: Any) -> report.Run:

@@ -52,6 +52,7 @@ def run(chosen: argparse.Namespace) -> None:
         told = {"exact": len(done.exact), "tokenizer_mismatch": rate}
     else:
         _official(model, path, chosen.form)
+    _keep_card(model, path, chosen.form)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     facts = {"model": session.facts_of(model), "output": str(path), "form": chosen.form, "bytes": size, "codes": len(codes)}
     session.finish(chosen, facts | told, [f"wrote {path} (as {chosen.form}, {size / 1e6:.1f} MB{note})"], begun=begun)
@@ -67,6 +68,17 @@ def _official(model: "LanguageModel", path: Path, form: str) -> None:
         official.save_as_read(model, path)
     else:
         official.save_as(model, path, layout="llada" if form == "llada" else "dream")
+
+
+def _keep_card(model: "LanguageModel", path: Path, form: str) -> None:
+    """Put the card of what was exported into the new folder, with a word on what the folder is; a GGUF is a file and has none."""
+    from lib.checkpoints import lookup
+    from lib.core.provenance import write_text
+
+    card, own = lookup.resolve(model.source) / "README.md", path / "README.md"
+    if path.is_dir() and card.is_file() and not own.exists():
+        text = card.read_text(encoding="utf-8", errors="replace").rstrip()
+        write_text(own, f"{text}\n\n## This copy\n\nWritten by `sinks export --as {form}`; the card above is of what was exported.\n")
 
 
 def _mismatch(model: "LanguageModel", path: Path) -> float | None:

@@ -43,8 +43,13 @@ def headline_block(*, root: Path | None = None) -> str:
         for result in load_results(PROFILE, root=root)
         for claim in result["claims"]
     }
-    rows = [_headline_row(*found[key]) for key in HEADLINES if key in found]
-    return _markdown_table(HEADLINE_HEADER, rows) if rows else _nothing_yet()
+    chosen = [found[key] for key in HEADLINES if key in found]
+    if not chosen:
+        return _nothing_yet()
+    table = _markdown_table(HEADLINE_HEADER, [_headline_row(*each) for each in chosen])
+    names = {name for claim, result in chosen for name in replaced(result, root=root) if name == claim["model"]}
+    said = f"\n\nOf models since replaced by others of the same name: {', '.join(sorted(names))}." if names else ""
+    return table + said
 
 
 def verdict_block(*, root: Path | None = None) -> str:
@@ -64,7 +69,7 @@ def verdict_block(*, root: Path | None = None) -> str:
         return _nothing_yet()
     rows = [_claim_row(claim, result["number"]) for result in results for claim in result["claims"]]
     table = _markdown_table(HEADER, rows) if rows else "No claim has been tested yet."
-    return table + "\n\n" + "\n".join(_notebook_line(result, root or config.output_root()) for result in results)
+    return table + "\n\n" + "\n".join(_notebook_line(result, root) for result in results)
 
 
 def models_block(*, root: Path | None = None) -> str:
@@ -94,9 +99,33 @@ def found_block(notebook: str, *, root: Path | None = None) -> str:
     for result in load_results(PROFILE, root=root):
         if result["notebook"] == notebook:
             models = ", ".join(map(in_words, result["models"]))
-            where = f"commit {result['commit']}; models: {models}; rules and notes: [verdicts](../docs/verdicts.md)"
-            return f"**What the {PROFILE} run found** ({where})\n\n{cells.sentences(result['claims'])}"
+            where = f"commit {result['commit']}; models: {models}{_replaced_words(result, root)}"
+            rules = "rules and notes: [verdicts](../docs/verdicts.md)"
+            return f"**What the {PROFILE} run found** ({where}; {rules})\n\n{cells.sentences(result['claims'])}"
     return _nothing_yet()
+
+
+def replaced(result: Mapping[str, Any], *, root: Path | None = None) -> list[str]:
+    """Name the embedded models of a run whose folders hold other weights by now.
+
+    Args:
+        result: the result file of a notebook.
+        root: folder that holds `models/`; the repository when None.
+    """
+    found = []
+    for model in result["models"]:
+        path = (root or config.ROOT) / str(model.get("source") or "-") / "evaluation.json"
+        if path.is_file():
+            now = str(json.loads(path.read_text(encoding="utf-8")).get("fingerprint", ""))
+            if not now.startswith(str(model["fingerprint"])):
+                found.append(str(model["name"]))
+    return found
+
+
+def _replaced_words(result: Mapping[str, Any], root: Path | None) -> str:
+    """Say after a run's models which of them were replaced, "" when none was."""
+    names = replaced(result, root=root)
+    return f", since replaced by others of the same name: {', '.join(names)}" if names else ""
 
 
 BLOCKS: dict[tuple[str, str], Callable[..., str]] = {
@@ -229,22 +258,23 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _dense_losses(result: dict[str, Any], root: Path) -> str:
+def _dense_losses(result: dict[str, Any], root: Path | None) -> str:
     """Say the losses that gains in nats are measured from, "" where no table holds them."""
     for table in result["tables"]:
         if {"model", "method", "loss"} <= set(table["columns"]):
-            with (root / table["file"]).open(encoding="utf-8", newline="") as file:
+            with ((root or config.output_root()) / table["file"]).open(encoding="utf-8", newline="") as file:
                 found = {row["model"]: row["loss"] for row in csv.DictReader(file) if row["method"] == "dense"}
             said = ", ".join(f"`{model}` {significant(float(loss))}" for model, loss in found.items())
             return f"; loss of the dense models, nats per token: {said}" if found else ""
     return ""
 
 
-def _notebook_line(result: dict[str, Any], root: Path) -> str:
+def _notebook_line(result: dict[str, Any], root: Path | None) -> str:
     name = result["notebook"]
     counts = ", ".join(
         f"{len(result[kind])} {kind if len(result[kind]) != 1 else kind[:-1]}" for kind in ("tables", "figures", "claims")
     )
+    old = _replaced_words(result, root).replace(", since", "; models since", 1)
     links = f"[numbers](../results/{PROFILE}/{name}.json), [figures](../figures/{PROFILE})"
-    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}{_dense_losses(result, root)}"
+    made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}{_dense_losses(result, root)}{old}"
     return f"- [Notebook {result['number']}](../notebooks/{name}.ipynb), {result['title']} ({made})"

@@ -175,10 +175,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("members", nargs="*", default=MEMBERS, metavar="MEMBER", help="which (default: all that are there)")
     parser.add_argument("--hardware", required=True, help="what they were trained on, for the card")
+    parser.add_argument("--limit", type=int, help="documents of each task, at most (default: all)")
+    parser.add_argument("--models", type=Path, default=REFERENCE, help="folder of the members' folders")
     args = parser.parse_args()
     use_processor()
-    for folder in (REFERENCE / name for name in args.members if (REFERENCE / name).is_dir()):
-        measured = measure(folder)
+    for folder in (args.models / name for name in args.members if (args.models / name).is_dir()):
+        measured = measure(folder, limit=args.limit)
         write_json(folder / "evaluation.json", measured)
         figure, _ = training.sinks_along_training(training.training_table([loading.load(folder, name=folder.name)]))
         write_bytes(folder / "training.png", png_bytes(figure, dpi=120))

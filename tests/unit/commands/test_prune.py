@@ -131,3 +131,5 @@ def test_a_pruned_model_stays_what_it_is_in_every_form(
     answer(capsys, "export", "pruned", "--as", form, "-o", form)
     first, second = loading.load(tmp_path / "pruned"), loading.load(tmp_path / form)
     assert all(torch.equal(a.module.weight, b.module.weight) for a, b in zip(first.layers, second.layers, strict=True))
+    cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("pruned", form)]
+    assert cards[1].startswith(cards[0].rstrip()) and f"--as {form}" in cards[1]

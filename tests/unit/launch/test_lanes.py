@@ -147,7 +147,7 @@ def test_lanes_follow_the_machine(count: int, threads: int, has_gpu: bool, expec
     assert lanes.lanes_for(count, threads=threads, has_gpu=has_gpu) == expected
 
 
-@pytest.mark.parametrize(("text", "threads"), [("3", 3), ("0", 1), ("many", 1), ("", 1)])
+@pytest.mark.parametrize(("text", "threads"), [("3", 3), ("4,1", 4), ("0", 1), ("many", 1), ("", 1)])
 def test_threads_are_those_of_the_environment(text: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert lanes.threads_given() == threads

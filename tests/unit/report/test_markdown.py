@@ -121,6 +121,25 @@ def test_a_notebook_says_under_its_title_what_the_full_run_found(pages: Path) ->
     assert after == before
 
 
+def test_pages_say_which_models_of_a_run_were_replaced_since(
+    monkeypatch: pytest.MonkeyPatch, pages: Path, tmp_path: Path
+) -> None:
+    """Results of weights that a folder no longer holds are shown as what they are; a run records the start of a fingerprint."""
+    folder = tmp_path / "models" / "mine" / "dlm"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(markdown, "HEADLINES", (("01", "sinks-move", "dlm"),))
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    said = []
+    for fingerprint in ("ab12cd34", "ab99cd34"):
+        (folder / "evaluation.json").write_text(json.dumps({"fingerprint": fingerprint, "parameters": 1}))
+        blocks = markdown.found_block(NAME), markdown.verdict_block(), markdown.headline_block()
+        said.append(["replaced by others of the same name" in block for block in blocks])
+        assert markdown.replaced(markdown.load_results("full")[0]) == ["dlm"] * (fingerprint == "ab99cd34")
+    assert said == [[False] * 3, [True] * 3]
+    assert markdown.found_block(NAME).startswith("**What the full run found** (commit ")
+    assert "models: dlm (9 M), since replaced by others of the same name: dlm; rules" in markdown.found_block(NAME)
+
+
 def test_every_notebook_is_stored_as_the_block_is_written() -> None:
     """Else an update would change bytes that it has nothing to do with."""
     for path in config.notebooks().values():

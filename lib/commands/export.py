@@ -78,7 +78,8 @@ def _keep_card(model: "LanguageModel", path: Path, form: str) -> None:
     card, own = lookup.resolve(model.source) / "README.md", path / "README.md"
     if path.is_dir() and card.is_file() and not own.exists():
         text = card.read_text(encoding="utf-8", errors="replace").rstrip()
-        write_text(own, f"{text}\n\n## This copy\n\nWritten by `sinks export --as {form}`; the card above is of what was exported.\n")
+        said = f"Written by `sinks export --as {form}`; the card above is of what was exported."
+        write_text(own, f"{text}\n\n## This copy\n\n{said}\n")
 
 
 def _mismatch(model: "LanguageModel", path: Path) -> float | None:

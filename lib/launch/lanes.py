@@ -71,7 +71,7 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
 
 
 def threads_given() -> int:
-    """Return the number of threads that the launcher, or the user, put into OMP_NUM_THREADS (of `4,1` that of the first level)."""
+    """Return the number of threads that the launcher, or the user, put into OMP_NUM_THREADS (of `4,1` the first)."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(text) if text.isdigit() and int(text) > 0 else 1
 

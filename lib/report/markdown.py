@@ -99,7 +99,7 @@ def found_block(notebook: str, *, root: Path | None = None) -> str:
     for result in load_results(PROFILE, root=root):
         if result["notebook"] == notebook:
             models = ", ".join(map(in_words, result["models"]))
-            where = f"commit {result['commit']}; models: {models}{_replaced_words(result, root)}"
+            where = f"commit {result['commit']}; models: {models}{_replaced_words(result, root, before=', ')}"
             rules = "rules and notes: [verdicts](../docs/verdicts.md)"
             return f"**What the {PROFILE} run found** ({where}; {rules})\n\n{cells.sentences(result['claims'])}"
     return _nothing_yet()
@@ -117,15 +117,15 @@ def replaced(result: Mapping[str, Any], *, root: Path | None = None) -> list[str
         path = (root or config.ROOT) / str(model.get("source") or "-") / "evaluation.json"
         if path.is_file():
             now = str(json.loads(path.read_text(encoding="utf-8")).get("fingerprint", ""))
-            if not now.startswith(str(model["fingerprint"])):
+            if not now.startswith(str(model.get("fingerprint") or "")):
                 found.append(str(model["name"]))
     return found
 
 
-def _replaced_words(result: Mapping[str, Any], root: Path | None) -> str:
-    """Say after a run's models which of them were replaced, "" when none was."""
+def _replaced_words(result: Mapping[str, Any], root: Path | None, *, before: str) -> str:
+    """Say which of a run's models were replaced, behind other words; "" when none was."""
     names = replaced(result, root=root)
-    return f", since replaced by others of the same name: {', '.join(names)}" if names else ""
+    return f"{before}since replaced by others of the same name: {', '.join(names)}" if names else ""
 
 
 BLOCKS: dict[tuple[str, str], Callable[..., str]] = {
@@ -274,7 +274,7 @@ def _notebook_line(result: dict[str, Any], root: Path | None) -> str:
     counts = ", ".join(
         f"{len(result[kind])} {kind if len(result[kind]) != 1 else kind[:-1]}" for kind in ("tables", "figures", "claims")
     )
-    old = _replaced_words(result, root).replace(", since", "; models since", 1)
+    old = _replaced_words(result, root, before="; models ")
     links = f"[numbers](../results/{PROFILE}/{name}.json), [figures](../figures/{PROFILE})"
     made = f"{PROFILE}, commit {result['commit']}: {counts}; {links}{_dense_losses(result, root)}{old}"
     return f"- [Notebook {result['number']}](../notebooks/{name}.ipynb), {result['title']} ({made})"

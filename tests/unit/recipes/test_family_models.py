@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lib.core.config import ROOT
+from lib.models import loading
 from recipes.family.objectives import MEMBERS
 
 FAMILY = [folder for name in MEMBERS if (folder := ROOT / "models" / "family" / name).is_dir()]
@@ -30,6 +31,13 @@ def test_members_differ_in_noise_and_attention_alone(folder: Path) -> None:
     assert {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)} <= OWN
     assert (folder / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     assert read(folder, "recipe.json") | {"seconds": 0} == read(first, "recipe.json") | {"seconds": 0}
+
+
+@each_member
+def test_a_folder_tells_what_it_is(folder: Path) -> None:
+    model = loading.load(folder)
+    assert model.is_causal == (folder.name == "ar") == (model.mask_token_id is None)
+    assert 8e6 < model.num_parameters < 17e6
 
 
 @each_member

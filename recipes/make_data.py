@@ -31,7 +31,7 @@ def main() -> None:
     evaluation = corpus.split_articles(articles, "evaluation")
     write_rows(args.out / "articles_evaluation.jsonl", evaluation)
     write_rows(args.out / "articles_calibration.jsonl", calibration_articles(articles))
-    write_rows(args.out / "sums_test.jsonl", corpus.sums(200, seed=SUMS_SEED, held_out=True))
+    write_rows(args.out / "sums_test.jsonl", corpus.sums(200, seed=SUMS_SEED))
     make_tasks.write_tasks(args.out / "tasks", articles=evaluation)
 
 

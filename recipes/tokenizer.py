@@ -1,11 +1,7 @@
-"""The byte-level BPE tokenizer of the reference pair."""
-
-from pathlib import Path
+"""The byte-level BPE tokenizer of the embedded family."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from recipes import corpus
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "mask_token": "<|mask|>"}
 
@@ -25,11 +21,3 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
     bos = SPECIAL["bos_token"]
     core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **SPECIAL)
-
-
-def load_or_train(folder: Path, articles: list[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer kept in `folder`, training it on the training split when it is not there yet."""
-    if not (folder / "tokenizer.json").exists():
-        texts = corpus.training_documents(articles, seed=0, epoch=0)
-        train_tokenizer(texts, vocab_size=vocab_size).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)

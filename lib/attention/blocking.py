@@ -57,11 +57,14 @@ class KeyBlocker:
         generator: CPU generator of the random rule.
         step_before: choose from the masses of the pass before, as in a generation, instead of those of the same pass. The first
             pass after `reset` then blocks nothing.
+        copies: of the text in a pass, behind each other (the bound of a model by blocks reads a noised and a clean one). The keys
+            of one position are one key: chosen by their mean mass, blocked together.
     """
 
     rule: Rule
     generator: torch.Generator
     step_before: bool = False
+    copies: int = 1
     _before: dict[int, Tensor] = field(default_factory=dict)
     _keys: float = 0.0
     _removed: float = 0.0
@@ -76,11 +79,12 @@ class KeyBlocker:
             if earlier is None:
                 return None
             basis = earlier
-        blocked = self.rule(basis, self.generator)
+        blocked = self.rule(basis.unflatten(-1, (self.copies, -1)).mean(-2), self.generator)
+        self._keys += float(blocked.sum())
+        blocked = blocked.repeat(*[1] * (blocked.dim() - 1), self.copies)
         # a causal model has more keys than at the step before: the new ones are not blocked
         blocked = torch.nn.functional.pad(blocked, (0, mass.shape[-1] - blocked.shape[-1]))
         self._rows += mass.shape[:-1].numel()
-        self._keys += float(blocked.sum())
         self._removed += float((mass * blocked).sum() / mass.sum() * mass.shape[:-1].numel())
         return blocked
 

@@ -84,6 +84,7 @@ class Config(Section):
             "pruning_baselines.stronger_models": self.pruning_baselines.stronger_models,
             "sink_aware_pruning.models": self.sink_aware_pruning.models,
             "sink_aware_pruning.stronger_models": self.sink_aware_pruning.stronger_models,
+            "sink_aware_pruning.deciding_only": self.sink_aware_pruning.deciding_only,
             "joint_quantization.models": self.joint_quantization.models,
             "joint_quantization.stronger_models": self.joint_quantization.stronger_models,
             "timing.models": self.timing.models,

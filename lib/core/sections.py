@@ -1,6 +1,6 @@
 """The settings of each notebook, with their ranges and what must hold between them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -101,7 +101,8 @@ class VarianceAnalysis(Section):
     windows: Annotated[StrictInt, between(2, 4096)]
     draws: Annotated[StrictInt, between(2, 4096)]
     blocked_keys: tuple[Annotated[StrictInt, between(1, 1024)], ...]
-    sums: Annotated[StrictInt, between(2, 200)]
+    questions: Literal["tiny_sums", "tiny_add"]
+    sums: Annotated[StrictInt, between(2, 4000)]
     digest_thresholds: tuple[Annotated[StrictFloat, between(0.0, 0.999)], ...]
     digest_steps: Annotated[StrictInt, between(2, 1024)]
     answering_models: tuple[str, ...]
@@ -182,6 +183,7 @@ class SinkAwarePruning(Compression):
     levels: Annotated[StrictInt, between(2, 1000)]
     decisive_windows: Annotated[StrictInt, between(2, 4096)]
     decisive_seeds: Annotated[StrictInt, between(1, 64)]
+    deciding_only: tuple[str, ...]
     control_seeds: Annotated[StrictInt, between(1, 64)]
     dose_seeds: Annotated[StrictInt, between(1, 64)]
     task_seeds: Annotated[StrictInt, between(1, 64)]

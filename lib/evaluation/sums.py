@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,10 +19,30 @@ from lib.texts.encoding import encode, encode_pair
 ANSWER_TOKENS = 6  # a space, a sign, three digits, the end of the document
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Where questions are, and how an answer follows its question.
+
+    Attributes:
+        file: in `data/`, without `.jsonl`.
+        between: text between question and answer.
+        new_tokens: of the longest answer and the end of the document, in the embedded models' tokens.
+    """
+
+    file: str
+    between: str = " "
+    new_tokens: int = ANSWER_TOKENS
+
+
+SUMS = Questions("sums_test")  # `23 - 60 =`, which any model may know
+QUESTIONS = {"tiny_sums": SUMS, "tiny_add": Questions("tasks/tiny_add", "", 5)}  # the second one is in the family's training
+
+
 def answer_sums(
     model: LanguageModel,
     rows: Sequence[dict[str, str]],
     *,
+    kind: Questions = SUMS,
     use_cache: bool = True,
     on_batch: Callable[[], None] | None = None,
 ) -> list[str]:
@@ -30,6 +51,7 @@ def answer_sums(
     Args:
         model: diffusion or autoregressive.
         rows: questions, as in `data/sums_test.jsonl`.
+        kind: of the questions.
         use_cache: False for an autoregressive model whose keys are blocked.
         on_batch: called before each batch of questions of equal length.
 
@@ -44,9 +66,9 @@ def answer_sums(
         if on_batch is not None:
             on_batch()
         if model.is_causal:
-            ids = sampler.continue_text(model, batch, new_tokens=ANSWER_TOKENS, use_cache=use_cache)
+            ids = sampler.continue_text(model, batch, new_tokens=kind.new_tokens, use_cache=use_cache)
         else:
-            ids = sampler.sample(model, batch, new_tokens=ANSWER_TOKENS, steps=ANSWER_TOKENS)
+            ids = sampler.sample(model, batch, new_tokens=kind.new_tokens, steps=kind.new_tokens)
         for index, row in zip(picked, ids[:, length:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             answers[index] = cast(str, tokenizer.decode(row[:end])).strip()
@@ -58,7 +80,9 @@ def is_correct(answers: Sequence[str], rows: Sequence[dict[str, str]]) -> list[b
     return [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
 
 
-def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: int, seed: int) -> Float[Tensor, "row"]:
+def answer_loss(
+    model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: int, seed: int, kind: Questions = SUMS
+) -> Float[Tensor, "row"]:
     """Return the negative log-likelihood of each right answer given its question, in nats for the whole answer.
 
     Args:
@@ -67,13 +91,14 @@ def answer_loss(model: LanguageModel, rows: Sequence[dict[str, str]], *, draws: 
             it or not. Which tokens are the answer's says `encode_pair`.
         draws: masks per question, for a diffusion model.
         seed: of the masks, which depend on it and the question's index alone: all variants of a model see the same ones.
+        kind: of the questions.
 
     Source: LLaDA (arXiv 2502.09992), Eq. 6, for the bound.
     """
     tokenizer = tokenizer_of(model)
     losses = []
     for index, row in enumerate(rows):
-        question, answer = encode_pair(tokenizer, row["question"], f" {row['answer']}")
+        question, answer = encode_pair(tokenizer, row["question"], kind.between + row["answer"])
         ids = torch.tensor([*question, *answer, cast(int, tokenizer.eos_token_id)], device=model.device)
         scored = torch.arange(len(ids), device=model.device) >= len(question)
         if model.is_causal:

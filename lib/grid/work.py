@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from filelock import FileLock
 
 from lib.calibration import one_shot, sets
 from lib.calibration.hidden_states import States
@@ -130,7 +131,7 @@ def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageMode
 
 
 def _keep(model: LanguageModel, variant: Variant, place: Place, *, found: Mapping[str, Any]) -> None:
-    """Write pruned weights with their card and hashes; `MEASURED` comes last and says that all is there."""
+    """Write pruned weights with their card and hashes, unless another run has; `MEASURED` comes last and says that all is there."""
     text, method, folder = variant.calibration, cast(Method, variant.options), cast(Path, place.kept)
     is_cut = variant.pattern == STRUCTURED_PATTERN
     target = Target(variant.sparsity) if is_cut else Target(variant.sparsity, variant.pattern)
@@ -138,14 +139,17 @@ def _keep(model: LanguageModel, variant: Variant, place: Place, *, found: Mappin
     if text is not None:
         read = f"local rows in place of {text.corpus}" if place.rows else corpora.identity(cast(corpora.Corpus, text.corpus))
         reading = model_card.Reading(read, text.windows, text.positions, variant.seed)
-    shutil.rmtree(folder, ignore_errors=True)  # of a worker killed before it had written MEASURED
-    streaming.save(model, folder)
-    if model.tokenizer is not None:
-        model_card.write(
-            folder, model=model, method=method, target=target, reading=reading, cut=found["sparsity"] if is_cut else None
-        )
-    integrity.write_hashes(folder)
-    write_json(folder / MEASURED, {**found, "variant": to_plain(variant)})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / MEASURED).exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker killed before it had written MEASURED
+        streaming.save(model, folder)
+        if model.tokenizer is not None:
+            cut = found["sparsity"] if is_cut else None
+            model_card.write(folder, model=model, method=method, target=target, reading=reading, cut=cut)
+        integrity.write_hashes(folder)
+        write_json(folder / MEASURED, {**found, "variant": to_plain(variant)})
 
 
 def pruned(model: LanguageModel, variant: Variant, place: Place, *, batch_size: int) -> tuple[LanguageModel, int]:

@@ -103,7 +103,9 @@ class LanguageModel:
     @property
     def kind(self) -> str:
         """What kind of model it is, in words."""
-        return "autoregressive" if self.is_causal else f"{self.noise} diffusion"
+        if self.is_causal:
+            return "autoregressive"
+        return f"{self.noise} diffusion" + (" in blocks" if self.goes_by_blocks else "")
 
     def describe(self) -> dict[str, object]:
         """Return what a result file records about the model."""

@@ -80,6 +80,18 @@ def order_label(recipe: Recipe) -> str:
     return recipe.order if recipe.prunes and recipe.grid.rounds else ONE_STEP
 
 
+def _read_by(method: Method, *, levels: int, causal: bool) -> Method:
+    """Return a method that reads as many noise levels as the profile says, or clean text where a model reads nothing else."""
+    if causal:
+        return without_noise(method)
+    inputs, weighting = method.inputs, method.weighting
+    return replace(
+        method,
+        inputs=inputs if inputs.kind == "clean" else replace(inputs, levels=levels),
+        weighting=weighting if weighting is None else replace(weighting, levels=levels),
+    )
+
+
 def grid(
     names: Iterable[str],
     targets: Iterable[Target],
@@ -87,6 +99,7 @@ def grid(
     *,
     rounded: Iterable[int],
     group_size: int | None,
+    levels: int,
     causal: bool,
 ) -> list[tuple[str, Recipe]]:
     """List sparsity x bits x order for some families: pruning alone and rounding alone once each, both in every order.
@@ -97,6 +110,7 @@ def grid(
         bits: of a weight, without 16, with and without pruning.
         rounded: bits without pruning only: rivals of equal size.
         group_size: neighbours that share a scale; None for a row.
+        levels: noise levels of the noised text.
         causal: True to read clean text, as an autoregressive model must.
 
     Returns:
@@ -110,7 +124,7 @@ def grid(
     pairs = [(Target(0.0), width) for width in dict.fromkeys([*bits, *rounded])] + list(product(targets, [DENSE_BITS, *bits]))
     for name, (target, width) in product(names, pairs):
         own = FAMILIES[name]
-        method = without_noise(own.method) if causal else own.method
+        method = _read_by(own.method, levels=levels, causal=causal)
         form = Grid(width) if width == DENSE_BITS else Grid(width, group_size, own.scale_rule)
         orders = own.orders if width < DENSE_BITS and target.sparsity else own.orders[:1]
         found += [(name, Recipe(form, target, method, order, own.rounding)) for order in orders]
@@ -144,8 +158,7 @@ def hessians(bits: Iterable[int], *, group_size: int | None, levels: int, causal
     for width, (name, method) in product(bits, HESSIANS.items()):
         if causal and method.inputs.kind == "noised":
             continue
-        own = without_noise(method) if causal else method
-        own = own if own.inputs.kind == "clean" else replace(own, inputs=replace(own.inputs, levels=levels))
+        own = _read_by(method, levels=levels, causal=causal)
         found.append((name, Recipe(Grid(width, group_size, "search"), method=own)))
     return found
 

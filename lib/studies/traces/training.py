@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from lib.checkpoints import lookup
 from lib.models.language_model import LanguageModel
@@ -28,6 +28,7 @@ QUANTITIES = {
     "top_share_by_head": ("attention to the top key of a head, %", 100.0),
     "value_norm_ratio": ("value norm of the top key / others", 1.0),
 }
+CROWDED = 8.0  # times from the least to the largest value: beyond that, labels at every digit would touch each other
 LINES = {"clean": "--", "noised": "-"}
 WEIGHED = {"sinks": "sinks weighed down", "random": "random positions weighed down"}
 STRENGTH, SHARE = "attention to the top key, times that without preference", "share of Wanda's damage recovered, %"
@@ -79,7 +80,7 @@ def sinks_along_training(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for ax in axes[1]:
         ax.set_xlabel("training tokens (millions)")
     handles, labels = axes[0, 1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=3.5)
     return figure, table.loc[:, ["model", "text", TOKENS, *drawn]]
 
 
@@ -97,6 +98,8 @@ def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
     ax.set_ylabel(column)
     if column.endswith("%"):
         ax.set_yscale("log")
+        if table[column].max() > CROWDED * table[column].min():
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid(alpha=0.3)

@@ -49,7 +49,7 @@ def variance_by_layer(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             figures.band(ax, rows["depth"], rows["mean"], rows["low"], rows["high"], style=styles[str(name)], label=str(name))
         ax.set(xlabel="depth (0 = first layer, 1 = last)", ylabel=label, title=quantity)
         ax.set_yscale("log" if quantity == "spatial variance" else "symlog", **_linear_below(quantity))
-    axes[0].legend()
+    panels.legend_beside(axes[-1])
     return figure, table
 
 

@@ -56,6 +56,11 @@ def _conditions(counts: Sequence[int]) -> list[tuple[str, int, blocking.Rule]]:
     return [(name, k, rule) for k in counts for name, rule in blocking.rules(k).items()]
 
 
+def _copies(model: LanguageModel) -> int:
+    """Return how many copies of a text a pass of the bound reads: noised blocks are read beside the clean ones before them."""
+    return 2 if model.goes_by_blocks else 1
+
+
 def window_effects(
     model: LanguageModel, windows: Int[Tensor, "window position"], *, counts: Sequence[int], draws: int, seed: int
 ) -> list[Effect]:
@@ -75,7 +80,7 @@ def window_effects(
     """
     effects = [Effect(model.name, NOTHING, 0, text_loss(model, windows, draws=draws, seed=seed), (), 0.0, 0.0)]
     for name, k, rule in _conditions(counts):
-        blocker = KeyBlocker(rule, generator(seed, "blocked", name, k))
+        blocker = KeyBlocker(rule, generator(seed, "blocked", name, k), copies=_copies(model))
         with attention.blocking(model, blocker):
             loss = text_loss(model, windows, draws=draws, seed=seed)
         effects.append(Effect(model.name, name, k, loss, (), blocker.keys_per_head, blocker.removed_share))
@@ -83,7 +88,13 @@ def window_effects(
 
 
 def sum_effects(
-    model: LanguageModel, rows: Sequence[dict[str, str]], *, counts: Sequence[int], draws: int, seed: int
+    model: LanguageModel,
+    rows: Sequence[dict[str, str]],
+    *,
+    counts: Sequence[int],
+    draws: int,
+    seed: int,
+    kind: sums.Questions = sums.SUMS,
 ) -> list[Effect]:
     """Measure exact answers and the likelihood of the right answer on sums with keys blocked.
 
@@ -93,6 +104,7 @@ def sum_effects(
         counts: numbers of keys to block in every head.
         draws: masks per answer, for a diffusion model.
         seed: of the masks and of the random keys.
+        kind: of the questions.
 
     Returns:
         The dense model first, then every condition. Answers are generated with the keys chosen at the step before, as in Rulli et
@@ -101,12 +113,12 @@ def sum_effects(
     effects = []
     for name, k, rule in [(NOTHING, 0, None), *_conditions(counts)]:
         steps = None if rule is None else KeyBlocker(rule, generator(seed, "blocked answers", name, k), step_before=True)
-        scored = None if rule is None else KeyBlocker(rule, generator(seed, "blocked scores", name, k))
+        scored = None if rule is None else KeyBlocker(rule, generator(seed, "blocked scores", name, k), copies=_copies(model))
         with nullcontext() if steps is None else attention.blocking(model, steps):
             reset = None if steps is None else steps.reset
-            answers = sums.answer_sums(model, rows, use_cache=steps is None, on_batch=reset)
+            answers = sums.answer_sums(model, rows, kind=kind, use_cache=steps is None, on_batch=reset)
         with nullcontext() if scored is None else attention.blocking(model, scored):
-            loss = sums.answer_loss(model, rows, draws=draws, seed=seed)
+            loss = sums.answer_loss(model, rows, draws=draws, seed=seed, kind=kind)
         correct = tuple(sums.is_correct(answers, rows))
         keys, removed = (steps.keys_per_head, steps.removed_share) if steps else (0.0, 0.0)
         effects.append(Effect(model.name, name, k, loss, correct, keys, removed))

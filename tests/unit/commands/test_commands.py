@@ -230,7 +230,7 @@ WRONG = [
     (["prune", "dlm", "-o", "x", "--method", "wandb"], "--method must be one of sink-wanda, "),
     (["prune", "dlm", "-o", "x", "--pattern", "4"], "it must be N:M with 0 < N < M, got '4', such as 2:4"),
     (["prune", "dlm", "-o", "x", "--pattern", "2:4", "--sparsity", "0.7"], "--sparsity must be 0.5 as 2:4 says, got 0.7"),
-    (["prune", "nowhere", "-o", "x"], "a model must be a folder, HUB/ID@REVISION, or one of dlm, ar, "),
+    (["prune", "nowhere", "-o", "x"], "a model must be a folder, HUB/ID@REVISION, or one of dlm, udlm, bd, ar, "),
     (["prune", "GSAI-ML/LLaDA-8B-Base", "-o", "x"], "a hub id must have a pinned revision"),
     (["prune", "GSAI-ML/none@0f2787f", "-o", "x"], "GSAI-ML/none@0f2787f must be cached or reachable"),
     (["prune", "dlm", "-o", "."], "the output must be a new folder or file, got "),

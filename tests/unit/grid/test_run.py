@@ -134,6 +134,23 @@ def test_kept_weights_are_read_again_and_give_the_same(files: Path, output: Path
     assert records(files) == first and (half / "measured.json").exists()
 
 
+def test_weights_that_another_run_has_kept_meanwhile_stay(files: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = records(files)
+    measured = min((output / "runs" / "rehearsal" / "weights").glob("*/measured.json"))
+    known, written = measured.read_bytes(), next(measured.parent.glob("*.safetensors")).stat().st_mtime_ns
+    measured.unlink()
+    prune = work.pruned
+
+    def beaten(*given: Any, **options: Any) -> Any:
+        found = prune(*given, **options)
+        measured.write_bytes(known)  # the other run ends first; someone may be reading its weights by now
+        return found
+
+    monkeypatch.setattr(work, "pruned", beaten)
+    assert records(files) == first
+    assert next(measured.parent.glob("*.safetensors")).stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("how", [{"weights": "streamed", "states": "disk"}, {"weights": "spread"}, {"states": "cpu"}], ids=str)
 def test_where_weights_and_states_lie_changes_no_result(files: Path, output: Path, how: dict[str, Any]) -> None:
     chosen: dict[str, Any] = {"methods": ("SparseGPT", "sink-aware (Wanda)"), "references": {}, "keep_weights": False}

@@ -20,7 +20,7 @@ from lib.decoding.by_attention.commit import Independent
 from lib.decoding.decoder import DecodingPlan, decode
 from lib.decoding.remask import Edit, WhereFutureAgrees
 from lib.decoding.systems import fast_plan
-from lib.diffusion import block_sampler, sampler
+from lib.diffusion import block_reader, block_sampler, sampler
 from lib.diffusion.block_rules import BlockRule
 from lib.evaluation.harness import HarnessModel
 from lib.evaluation.scoring import EvaluationSettings
@@ -303,3 +303,31 @@ def test_the_harness_generates_by_blocks(model: LanguageModel) -> None:
     got = harness._generate([tiny.ids(1, 5)[0].tolist()], 8)  # pyright: ignore[reportPrivateUsage]
     expected = sampler.sample(own, tiny.ids(1, 5), new_tokens=8, steps=8)[:, 5:]
     assert got.tolist() == expected.tolist()
+
+
+def test_a_key_is_blocked_in_both_copies_of_a_text(model: LanguageModel) -> None:
+    """The bound reads noised blocks beside clean ones; a position is one key of both, as in a pass for each block alone."""
+    window = tiny.ids(1, SIZE)
+    noisy = window.clone()
+    hidden = torch.arange(SIZE)[None] % 3 == 1
+    noisy[hidden] = tiny.MASK
+
+    def first(mass: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        assert mass.shape[-1] in (4, 8, SIZE)  # one key a position
+        return torch.arange(mass.shape[-1]).expand(mass.shape) == 0
+
+    both, alone = (KeyBlocker(first, torch.Generator(), copies=copies) for copies in (2, 1))
+    with masses.blocking(model, both):
+        found = block_reader.block_logits(model, window, noisy, hidden)
+    wanted = []
+    with masses.blocking(model, alone):
+        for start in range(0, SIZE, 4):
+            ids = torch.cat([window[:, :start], noisy[:, start : start + 4]], 1)
+            where = torch.zeros_like(ids, dtype=torch.bool)
+            where[:, start:] = hidden[:, start : start + 4]
+            wanted.append(language_model.logits_at(model, ids, where))
+    assert torch.allclose(found, torch.cat(wanted), atol=1e-4)
+    assert both.keys_per_head == 1
+    one_of_two = KeyBlocker(lambda mass, _: torch.arange(mass.shape[-1]).expand(mass.shape) == 0, torch.Generator())
+    with masses.blocking(model, one_of_two):
+        assert not torch.allclose(block_reader.block_logits(model, window, noisy, hidden), found, atol=1e-2)

@@ -1,4 +1,4 @@
-"""The members of the family that are trained so far differ in noise and attention alone."""
+"""The shipped family: its members differ in noise and attention alone, and their cards say what was measured on these weights."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from lib.checkpoints import lookup
 from lib.core.config import ROOT
+from lib.evaluation import sums
 from lib.models import loading
+from lib.texts import articles
 from recipes.family.objectives import MEMBERS
 
-FAMILY = [folder for name in MEMBERS if (folder := ROOT / "models" / "family" / name).is_dir()]
+FAMILY = [folder for name in MEMBERS if (folder := ROOT / "models" / "reference" / name).is_dir()]
 OWN = {"is_causal", "mask_token_id", "attention_kind", "block_length", "block_origin", "noise"}
+KINDS = {"ar": "autoregressive", "bd": "masked diffusion in blocks", "dlm": "masked diffusion", "udlm": "uniform diffusion"}
 each_member = pytest.mark.parametrize("folder", FAMILY, ids=lambda folder: folder.name)
 
 
@@ -20,7 +24,7 @@ def read(folder: Path, name: str) -> Any:
 
 
 def test_members_are_there_and_small() -> None:
-    assert {folder.name for folder in FAMILY} >= {"ar", "dlm"}
+    assert {folder.name for folder in FAMILY} == {"ar", "bd", "dlm", "udlm"}
     assert all((folder / "model.safetensors").stat().st_size <= 40e6 for folder in FAMILY)
 
 
@@ -36,7 +40,8 @@ def test_members_differ_in_noise_and_attention_alone(folder: Path) -> None:
 @each_member
 def test_a_folder_tells_what_it_is(folder: Path) -> None:
     model = loading.load(folder)
-    assert model.is_causal == (folder.name == "ar") == (model.mask_token_id is None)
+    assert model.kind == KINDS[folder.name]
+    assert (model.mask_token_id is None) == (folder.name in ("ar", "udlm"))
     assert 8e6 < model.num_parameters < 17e6
 
 
@@ -47,3 +52,28 @@ def test_training_went_to_its_end_and_is_on_record(folder: Path) -> None:
     losses = [line["held_out"]["encyclopaedia"] for line in log]
     assert losses[-1] <= min(losses) + 0.05 and losses[-1] < losses[0] - 3
     assert all({"clean_first_token", "clean_top_share", "clean_value_norm_ratio"} <= line["sinks"].keys() for line in log)
+
+
+@each_member
+def test_the_evaluation_is_of_these_weights_and_the_card_is_of_the_evaluation(folder: Path) -> None:
+    measured, card = read(folder, "evaluation.json"), (folder / "README.md").read_text(encoding="utf-8")
+    assert measured["fingerprint"] == lookup.fingerprint(folder)
+    assert f"**{measured['held_out_nats']:.3f} ± {measured['held_out_standard_error']:.3f}**" in card
+    for name, row in measured["tasks"].items():
+        assert f"| `{name}` | {row['correct']} of {row['documents']} |" in card
+        assert row["interval"] == pytest.approx(sums.share_interval(row["correct"], row["documents"]), abs=1e-4)
+    assert f"seed | {read(folder, 'recipe.json')['seed']} |" in card
+
+
+def test_sums_are_answered_in_their_own_order_and_cut_at_the_end_of_the_document() -> None:
+    kind = sums.QUESTIONS["tiny_add"]
+    rows = sorted(articles.read_rows(kind.file)[:40], key=lambda row: row["answer"])
+    answers = sums.answer_sums(loading.load(ROOT / "models" / "reference" / "ar"), rows, kind=kind)
+    assert sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) > 30
+
+
+def test_wilson_interval_against_published_values() -> None:
+    # Newcombe (1998), method 3: 81 of 263 and 15 of 148; then the bound at no success, z^2 / (n + z^2)
+    assert sums.share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert sums.share_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert sums.share_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)

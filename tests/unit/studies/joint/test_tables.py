@@ -119,7 +119,7 @@ def test_increases_by_noise_are_paired_with_dense() -> None:
 def test_the_grid_has_every_combination_once() -> None:
     targets = [Target(0.25), pattern_target("2:4")]
     recipes = comparisons.grid(
-        [comparisons.SPARSEGPT, comparisons.WANDA], targets, [4, 3], rounded=[3, 2], group_size=8, causal=False
+        [comparisons.SPARSEGPT, comparisons.WANDA], targets, [4, 3], rounded=[3, 2], group_size=8, levels=2, causal=False
     )
     counts = Counter(name for name, _ in recipes)
     assert counts[comparisons.SPARSEGPT] == 3 + 2 * (1 + 2 * 3) and counts[comparisons.WANDA] == 3 + 2 * (1 + 2 * 2)
@@ -130,13 +130,19 @@ def test_the_grid_has_every_combination_once() -> None:
 
 
 def test_an_autoregressive_model_reads_clean_text_only() -> None:
-    options = {"rounded": [3], "group_size": 8, "causal": True}
-    recipes = comparisons.grid([comparisons.SINK_AWARE], [HALF], [4], **options) + comparisons.hessians(
-        [3], group_size=8, levels=2, causal=True
-    )
+    options = {"group_size": 8, "levels": 2, "causal": True}
+    recipes = comparisons.grid([comparisons.SINK_AWARE], [HALF], [4], rounded=[3], **options) + comparisons.hessians([3], **options)
     assert all(recipe.method.inputs.kind == "clean" for _, recipe in recipes)
     assert all(recipe.method.weighting is None or not recipe.method.weighting.averaged for _, recipe in recipes)
     assert recipes[0][1].method.weighting is not None
+
+
+def test_noise_levels_are_those_of_the_profile_wherever_noised_text_is_read() -> None:
+    options = {"group_size": 8, "levels": 2, "causal": False}
+    recipes = [*comparisons.grid(comparisons.FAMILIES, [HALF], [4], rounded=[3], **options), *comparisons.hessians([3], **options)]
+    read = [found.method for _, found in recipes]
+    assert {method.inputs.levels for method in read if method.inputs.kind != "clean"} == {2}
+    assert {method.weighting.levels for method in read if method.weighting is not None} == {2}
 
 
 def test_hessians_differ_in_one_thing_from_row_to_row() -> None:
@@ -157,6 +163,6 @@ def test_ways_of_rounding_are_what_they_are_called() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match=r"families must be among SparseGPT \+ GPTQ, .* got 'SparseGTP'"):
-        comparisons.grid(["SparseGTP"], [HALF], [4], rounded=[], group_size=8, causal=False)
+        comparisons.grid(["SparseGTP"], [HALF], [4], rounded=[], group_size=8, levels=2, causal=False)
     with pytest.raises(InputError, match=r"ways must be among nearest, absmax, .* got 'best'"):
         comparisons.quantization(["best"], [4], [8])

@@ -131,7 +131,7 @@ def _loaded(source: ModelSource, variant: Variant, place: Place) -> LanguageMode
 
 
 def _keep(model: LanguageModel, variant: Variant, place: Place, *, found: Mapping[str, Any]) -> None:
-    """Write pruned weights with their card and hashes, unless another run has; `MEASURED` comes last and says that all is there."""
+    """Write pruned weights with card and hashes, unless another run has; `MEASURED` comes last and says that all is there."""
     text, method, folder = variant.calibration, cast(Method, variant.options), cast(Path, place.kept)
     is_cut = variant.pattern == STRUCTURED_PATTERN
     target = Target(variant.sparsity) if is_cut else Target(variant.sparsity, variant.pattern)

@@ -176,7 +176,9 @@ def main() -> None:
     parser.add_argument("members", nargs="*", default=MEMBERS, metavar="MEMBER", help="which (default: all that are there)")
     parser.add_argument("--hardware", required=True, help="what they were trained on, for the card")
     parser.add_argument("--limit", type=int, help="documents of each task, at most (default: all)")
-    parser.add_argument("--measured", action="store_true", help="measure nothing: write the cards of the evaluations that are there")
+    parser.add_argument(
+        "--measured", action="store_true", help="measure nothing: write the cards of the evaluations that are there"
+    )
     parser.add_argument("--models", type=Path, default=REFERENCE, help="folder of the members' folders")
     args = parser.parse_args()
     use_processor()

@@ -344,7 +344,9 @@ def test_notebooks_are_found_by_number(tmp_path: Path) -> None:
 
 
 def test_answering_models_must_be_models_of_the_settings() -> None:
-    with pytest.raises(InputError, match=r"answering_models must be among dlm, udlm, bd, ar, smollm2, got \['dlmm'\]: .*extra_models"):
+    with pytest.raises(
+        InputError, match=r"answering_models must be among dlm, udlm, bd, ar, smollm2, got \['dlmm'\]: .*extra_models"
+    ):
         config.load("quick", overrides={"variance_analysis.answering_models": "[dlmm]"})
     none = config.load("quick", overrides={"variance_analysis.answering_models": "[]"})
     assert none.variance_analysis.answering_models == ()

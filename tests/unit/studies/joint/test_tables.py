@@ -131,7 +131,9 @@ def test_the_grid_has_every_combination_once() -> None:
 
 def test_an_autoregressive_model_reads_clean_text_only() -> None:
     options = {"group_size": 8, "levels": 2, "causal": True}
-    recipes = comparisons.grid([comparisons.SINK_AWARE], [HALF], [4], rounded=[3], **options) + comparisons.hessians([3], **options)
+    recipes = comparisons.grid([comparisons.SINK_AWARE], [HALF], [4], rounded=[3], **options) + comparisons.hessians(
+        [3], **options
+    )
     assert all(recipe.method.inputs.kind == "clean" for _, recipe in recipes)
     assert all(recipe.method.weighting is None or not recipe.method.weighting.averaged for _, recipe in recipes)
     assert recipes[0][1].method.weighting is not None
@@ -139,7 +141,10 @@ def test_an_autoregressive_model_reads_clean_text_only() -> None:
 
 def test_noise_levels_are_those_of_the_profile_wherever_noised_text_is_read() -> None:
     options = {"group_size": 8, "levels": 2, "causal": False}
-    recipes = [*comparisons.grid(comparisons.FAMILIES, [HALF], [4], rounded=[3], **options), *comparisons.hessians([3], **options)]
+    recipes = [
+        *comparisons.grid(comparisons.FAMILIES, [HALF], [4], rounded=[3], **options),
+        *comparisons.hessians([3], **options),
+    ]
     read = [found.method for _, found in recipes]
     assert {method.inputs.levels for method in read if method.inputs.kind != "clean"} == {2}
     assert {method.weighting.levels for method in read if method.weighting is not None} == {2}

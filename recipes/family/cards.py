@@ -30,6 +30,7 @@ SCALING = REFERENCE / "scaling.json"
 TASKS = ("tiny_add", "tiny_sort", "tiny_sudoku", "tiny_recall", "tiny_facts", "tiny_description", "tiny_topic")
 LENGTH = 256
 DRAWS = 16  # masks of a held-out window
+CHOICE_DRAWS = 4  # masks of an answer to choose from
 SINK_WINDOWS, SINK_DRAWS = 32, 4
 KINDS = {
     "ar": ("autoregressive language model", "causal", "none", "exact negative log-likelihood"),
@@ -61,7 +62,7 @@ def held_out(model: LanguageModel) -> dict[str, float]:
 
 def answers(model: LanguageModel, *, limit: int | None) -> dict[str, dict[str, Any]]:
     """Return accuracies with Wilson intervals, by task."""
-    found = evaluate(model, TASKS, settings=EvaluationSettings(batch_size=128), limit=limit)
+    found = evaluate(model, TASKS, settings=EvaluationSettings(batch_size=128, draws=CHOICE_DRAWS), limit=limit)
     return {
         name: {
             "correct": sum(result.correct),

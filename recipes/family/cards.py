@@ -123,6 +123,7 @@ def measure(folder: Path, *, limit: int | None = None) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         **held_out(model),
         **sink_numbers(model, windows, last=training.read_log(model)[-1]["sinks"]),
+        "choice_draws": CHOICE_DRAWS,
         "tasks": answers(model, limit=limit),
     }
 

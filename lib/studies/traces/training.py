@@ -98,7 +98,8 @@ def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
     ax.set_ylabel(column)
     if column.endswith("%"):
         ax.set_yscale("log")
-        if float(table[column].max()) > CROWDED * float(table[column].min()):
+        shares = table[column].to_numpy(dtype=float)
+        if shares.max() > CROWDED * shares.min():
             ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

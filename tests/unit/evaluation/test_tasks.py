@@ -376,7 +376,7 @@ def test_sums_are_answered_as_notebook_02_does(kind: str) -> None:
     rows = data.read_rows(asked.file)[:24]
     expected = sums.is_correct(sums.answer_sums(model, rows, kind=asked), rows)
     assert list(got) == expected
-    assert any(expected) or kind == "dlm"
+    assert any(expected)
 
 
 def test_local_data_files_are_small_json_lines() -> None:

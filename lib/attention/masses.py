@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lib.attention import sinks
-from lib.attention.recorder import QUERY_CHUNK, Extra, MassRecorder, probabilities
+from lib.attention.recorder import QUERY_CHUNK, Extra, MassRecorder
 from lib.core.errors import InputError
 from lib.models import visibility
 from lib.models.language_model import LanguageModel, network_body, own_mask
+from lib.models.layers import attention
+from lib.models.layers.attention import probabilities
 
 __all__ = ["MassRecorder", "blocking", "per_viewer", "probabilities", "read_prefixes", "record", "sink_mass"]
 
@@ -58,7 +59,7 @@ def _recording_attention(
         blocked = choose(int(module.layer_idx), own.pop()[0, :, :, 0])  # type: ignore[arg-type]
         if blocked is not None:
             attention_mask = allowed_keys(attention_mask, blocked, queries=query.shape[2], is_causal=is_causal)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attention.attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _recording_attention)
@@ -68,7 +69,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def _recording_network(model: LanguageModel) -> Iterator[None]:
     """Let the network use the registered function inside the context."""
-    before = model.network.config._attn_implementation or "sdpa"
+    before = model.network.config._attn_implementation or attention.NAME
     model.network.set_attn_implementation(NAME)
     try:
         yield

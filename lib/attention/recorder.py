@@ -3,7 +3,7 @@
 All layers' sums lie on the device of the first layer's, whatever devices a model is spread over.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,10 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib.core.errors import InputError
+from lib.models.layers.attention import ALL, attended, probabilities, share_of, shares
 
 QUERY_CHUNK = 128  # fastest of 64, 128 and 256 on the CPU at 2048 positions, by head
-SHARE = 2**18  # probabilities of a chunk on the CPU: 1 MiB stays in the processor's cache until they are read again
-ALL = slice(None)
 Extra = Literal["map", "argmax", "value_norm"]
 
 
@@ -84,9 +83,9 @@ class MassRecorder:
         output = None if value is None else query.new_empty((*query.shape[:3], value.shape[3]))
         key, value = key.contiguous(), None if value is None else value.contiguous()  # each chunk reads all of them
         whole = query.device.type != "cpu" or not {"map", "argmax"}.isdisjoint(self.keep)  # these are means over all heads
-        for rows, heads, kv_heads in [(ALL, ALL, ALL)] if whole else _shares(query, key, chunk=self.query_chunk):
+        for rows, heads, kv_heads in [(ALL, ALL, ALL)] if whole else shares(query, key, chunk=self.query_chunk):
             self._add_share(
-                _Scores(query[rows, heads], key[rows, kv_heads], _share_of(mask, rows, heads), scaling, is_causal),
+                _Scores(query[rows, heads], key[rows, kv_heads], share_of(mask, rows, heads), scaling, is_causal),
                 marks,
                 real=None if self.query_is_real is None else self.query_is_real[rows],
                 value=None if value is None else value[rows, kv_heads],
@@ -161,26 +160,6 @@ class _Scores:
         return probabilities(self.query, self.key, self.mask, rows=rows, scaling=self.scaling, is_causal=self.is_causal)
 
 
-def _shares(query: Tensor, key: Tensor, *, chunk: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a layer into rows, heads and kv heads whose probabilities of one chunk of queries fit into the cache."""
-    rows, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
-    group = heads // kv_heads
-    one = min(chunk, query.shape[2]) * key.shape[2] * group
-    kv_step = min(max(1, SHARE // one), kv_heads)
-    row_step = max(1, SHARE // (one * kv_step))
-    for row in range(0, rows, row_step):
-        for kv in range(0, kv_heads, kv_step):
-            kv_end = min(kv + kv_step, kv_heads)
-            yield slice(row, row + row_step), slice(kv * group, kv_end * group), slice(kv, kv_end)
-
-
-def _share_of(mask: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
-    """Return a mask's part for some rows and heads; a dimension of size 1 stands for all of them."""
-    if mask is None:
-        return None
-    return mask[rows if mask.shape[0] > 1 else ALL, heads if mask.shape[1] > 1 else ALL]
-
-
 def _append(parts: list[Tensor], value: Tensor) -> None:
     """Add a layer's part on the device of the first one: they are stacked."""
     parts.append(value.to(parts[0].device) if parts else value)
@@ -193,52 +172,3 @@ def _emptied(parts: list[Tensor], what: str) -> list[Tensor]:
     taken = parts.copy()
     parts.clear()
     return taken
-
-
-def probabilities(
-    query: Float[Tensor, "batch head query dim"],
-    key: Float[Tensor, "batch kv_head key dim"],
-    mask: Tensor | None,
-    *,
-    rows: tuple[int, int],
-    scaling: float,
-    is_causal: bool,
-) -> Float[Tensor, "batch head chunk seen"]:
-    """Return float32 attention probabilities of the queries `rows[0]:rows[1]`.
-
-    Args:
-        query: queries of all heads after the rotary embedding.
-        key: keys; query head h reads key head h // (heads / kv_heads).
-        mask: what SDPA received: boolean (True = may attend) or additive, broadcastable to `[batch, head, query, key]`, or None.
-        rows: first query and the one after the last.
-        scaling: factor on the scores.
-        is_causal: apply the causal mask when `mask` is None.
-
-    Returns:
-        Rows that sum to 1. Under the causal mask keys after the last query are left out: `seen` = `rows[1]`.
-    """
-    start, stop = rows
-    batch, heads, total, width = query.shape
-    causal = is_causal and mask is None and total > 1
-    seen = stop if causal else key.shape[2]
-    kv_heads = key.shape[1]
-    chunk = query[:, :, start:stop].float() * scaling
-    grouped = chunk.reshape(batch, kv_heads, heads // kv_heads * (stop - start), width)
-    scores = (grouped @ key[:, :, :seen].float().transpose(2, 3)).view(batch, heads, stop - start, seen)
-    if causal:
-        later = torch.ones((stop - start, stop - start), dtype=torch.bool, device=scores.device).triu(1)
-        scores[..., start:].masked_fill_(later, float("-inf"))
-    elif mask is not None:
-        part = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-        scores = scores.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else scores.add_(part)
-    # In place: memory traffic, not arithmetic, decides the time of this step.
-    return torch.softmax(scores, dim=-1, out=scores)
-
-
-def attended(
-    probs: Float[Tensor, "batch head chunk seen"], value: Float[Tensor, "batch kv_head key dim"]
-) -> Float[Tensor, "batch head chunk dim"]:
-    """Return the values that queries attend to; query head h reads value head h // (heads / kv_heads)."""
-    batch, heads, chunk, seen = probs.shape
-    grouped = probs.view(batch, value.shape[1], heads // value.shape[1] * chunk, seen)
-    return (grouped @ value[:, :, :seen].to(probs.dtype)).view(batch, heads, chunk, -1)

@@ -19,6 +19,7 @@ from lib.core.config import ModelSource
 from lib.core.errors import InputError, require
 from lib.models import experts, spread
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers import attention
 from lib.models.layers.anatomy import anatomy_of, number_attention_, require_decoder
 
 
@@ -187,7 +188,7 @@ def _assemble(found: Opened, dtype: torch.dtype) -> PreTrainedModel:
     weights = _joined(made, stored)
     with _quiet_loading():
         loaded = found.network.from_pretrained(
-            None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+            None, config=found.config, state_dict=weights, dtype=dtype, attn_implementation=attention.NAME
         )
     return number_attention_(experts.as_linears_(cast(PreTrainedModel, loaded)))
 

@@ -25,6 +25,7 @@ from lib.core.errors import require
 from lib.core.provenance import write_json
 from lib.models import experts, export, loading
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers import attention
 from lib.models.layers.anatomy import require_decoder
 from lib.models.weight_store import StoredTensor, StreamedLinear, WeightStore, mapped, read
 
@@ -112,7 +113,7 @@ def _network(
 ) -> PreTrainedModel:
     """Build the network without weights, read those that stay, and let the others be fetched."""
     with init_empty_weights(include_buffers=False), loading.buildable(config):
-        network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+        network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME))
         experts.as_linears_(network)
     network.eval().requires_grad_(False)
     loading.check_shapes(network, {name: place.shape for name, place in stored.items()})

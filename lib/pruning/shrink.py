@@ -12,6 +12,7 @@ from torch import Tensor
 from lib.core.errors import InputError, require
 from lib.models import experts
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers import attention
 from lib.models.layers.anatomy import is_encoder
 from lib.pruning import structured
 from lib.pruning.importances import check_finite
@@ -165,7 +166,7 @@ def rebuilt(model: LanguageModel, config: Any, weights: Mapping[str, Any]) -> La
         parameter.data = parameter.data.to(model.network.dtype)
     absent = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("proj.bias") and name not in weights}
     network.load_state_dict({**weights, **{name: torch.zeros_like(tensor) for name, tensor in absent.items()}})
-    network.set_attn_implementation("sdpa")
+    network.set_attn_implementation(attention.NAME)
     return replace(model, network=network, layers=linear_layers(network), fingerprint="")
 
 

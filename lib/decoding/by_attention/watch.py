@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib.attention.recorder import probabilities
 from lib.models.language_model import LanguageModel
+from lib.models.layers import attention
+from lib.models.layers.attention import probabilities
 
 NAME = "decoding"
 Watcher = Callable[[int, Tensor, Tensor], None]  # (layer, query [row, head, query, dim], key [row, kv head, key, dim])
@@ -27,7 +27,7 @@ def _attention(
     """SDPA, after telling all who watch."""
     for watcher in _WATCHERS.get():
         watcher(cast(int, module.layer_idx), query, key)
-    return cast(tuple[Tensor, None], sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs))
+    return attention.attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -43,7 +43,7 @@ def watched(model: LanguageModel, watcher: Watcher) -> Iterator[None]:
         watcher: what to call; in a pass over some places the keys are all that are kept.
     """
     token = _WATCHERS.set((*_WATCHERS.get(), watcher))
-    before = model.network.config._attn_implementation or "sdpa"
+    before = model.network.config._attn_implementation or attention.NAME
     if before != NAME:
         model.network.set_attn_implementation(NAME)
     try:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from lib.models import experts
 from lib.models.export import QuantizedWeight
 from lib.models.language_model import LanguageModel, linear_layers
+from lib.models.layers import attention
 from lib.pruning import pruner
 from lib.studies.joint import runs
 from lib.studies.joint.runs import Recipe
@@ -75,5 +76,6 @@ def reloads(model: LanguageModel, folder: Path | str, ids: Tensor) -> bool:
             logging.enable_progress_bar()
     experts.as_linears_(loaded)
     loaded.to(model.device)
-    found, wanted = (network(input_ids=ids.to(model.device), use_cache=False).logits for network in (loaded, model.network))
+    with attention.without_products(model.network):
+        found, wanted = (network(input_ids=ids.to(model.device), use_cache=False).logits for network in (loaded, model.network))
     return torch.equal(found, wanted)

@@ -13,6 +13,7 @@ from lib.attention.blocking import KeyBlocker
 from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.models.language_model import LanguageModel, network_body
+from lib.models.layers import attention
 from tests import tiny
 from tests.unit import slow_variance as slow
 
@@ -75,7 +76,7 @@ def eager(model: LanguageModel, ids: Tensor, masks: Sequence[Tensor | None]) -> 
         with torch.inference_mode(), layer_masks(model, masks):
             out = network_body(model)(input_ids=ids, output_attentions=True, use_cache=False)
     finally:
-        model.network.set_attn_implementation("sdpa")
+        model.network.set_attn_implementation(attention.NAME)
     return out.last_hidden_state, torch.stack(out.attentions)
 
 
@@ -162,7 +163,7 @@ def test_the_network_is_as_before_after_the_context_and_after_an_error(model: La
 
     with pytest.raises(RuntimeError, match="inside"), masses.blocking(model, fail):
         hidden(model, ids)
-    assert model.network.config._attn_implementation == "sdpa"
+    assert model.network.config._attn_implementation == attention.NAME
     assert masses._CHOOSER.get() is None
     assert torch.equal(hidden(model, ids), plain)
 
@@ -184,7 +185,7 @@ def test_recorded_masses_are_those_without_the_block_of_their_own_layer(model: L
         with masses.blocking(model, choose), masses.record(model) as recorder:
             hidden(model, ids)
             mass = recorder.pop()[:, :, :, 0]
-    assert model.network.config._attn_implementation == "sdpa"
+    assert model.network.config._attn_implementation == attention.NAME
     first = eager(model, ids, [None, None])[1][0].sum(2)
     # what layer 1 sees depends on the block of layer 0, but its own is not there yet
     second = eager(model, ids, [slow_mask(blocked[0], is_causal=model.is_causal), None])[1][1].sum(2)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib.attention import masses
 from lib.core.errors import InputError
 from lib.models.language_model import LanguageModel, network_body
+from lib.models.layers import attention
 from tests import tiny
 
 ATOL = 1e-5  # float32 against float64 or against another order of summation, masses up to about 20
@@ -27,7 +28,7 @@ def eager_maps(model: LanguageModel, ids: Tensor, attention_mask: Tensor | None 
     try:
         out = network_body(model)(input_ids=ids, attention_mask=attention_mask, output_attentions=True, use_cache=False)
     finally:
-        model.network.set_attn_implementation("sdpa")
+        model.network.set_attn_implementation(attention.NAME)
     return torch.stack(out.attentions)
 
 
@@ -172,7 +173,7 @@ def test_the_attention_implementation_is_restored_after_an_error(model: Language
     with pytest.raises(RuntimeError, match="inside"), masses.record(model):
         assert model.network.config._attn_implementation == masses.NAME
         raise RuntimeError("inside")
-    assert model.network.config._attn_implementation == "sdpa"
+    assert model.network.config._attn_implementation == attention.NAME
     assert masses._ACTIVE.get() is None
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.attention import recorder
 from lib.attention.recorder import MassRecorder
+from lib.models.layers import attention as layer_attention
 
 ROWS, HEADS, KV_HEADS, QUERIES, KEYS, DIM = 3, 6, 2, 11, 13, 4
 
@@ -33,7 +33,7 @@ def masks() -> dict[str, Tensor | None]:
 def recorded(
     share: int, monkeypatch: pytest.MonkeyPatch, *, mask: Tensor | None, is_causal: bool, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    monkeypatch.setattr(recorder, "SHARE", share)
+    monkeypatch.setattr(layer_attention, "SHARE", share)
     sums = MassRecorder(query_chunk=4, **options)
     keys = QUERIES if is_causal else KEYS
     query, key, value = (
@@ -74,9 +74,9 @@ def test_parts_of_a_causal_layer_keep_the_marks(share: int, monkeypatch: pytest.
 def test_shares_cover_each_head_of_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.zeros(5, 12, 8, 2), torch.zeros(5, 4, 16, 2)
     for share in (1, 8 * 16 * 3, 8 * 16 * 3 * 3, 8 * 16 * 12, 8 * 16 * 12 * 2, 10**9):
-        monkeypatch.setattr(recorder, "SHARE", share)
+        monkeypatch.setattr(layer_attention, "SHARE", share)
         seen = torch.zeros(5, 12)
-        for rows, heads, kv_heads in recorder._shares(query, key, chunk=64):
+        for rows, heads, kv_heads in layer_attention.shares(query, key, chunk=64):
             seen[rows, heads] += 1
             assert (heads.start, heads.stop) == (3 * kv_heads.start, 3 * kv_heads.stop)
             held = query[rows, heads].shape[0] * query[rows, heads].shape[1] * 8 * 16

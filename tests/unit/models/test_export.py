@@ -25,6 +25,7 @@ from lib.core.errors import InputError
 from lib.models import containers, export, loading
 from lib.models.export import Kept, QuantizedWeight
 from lib.models.language_model import LanguageModel
+from lib.models.layers import attention
 from lib.pruning import shrink
 from lib.quantization import rounding
 from tests import tiny
@@ -66,7 +67,7 @@ def rounded(
 
 
 def logits(model: LanguageModel) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), attention.without_products(model.network):
         return model.network(input_ids=tiny.ids(2, 10)).logits
 
 

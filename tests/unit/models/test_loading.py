@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lib.core.errors import InputError
 from lib.models import language_model, loading
 from lib.models.language_model import ROLES
+from lib.models.layers import attention
 from tests import tiny
 
 ROLE_ORDER = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -105,7 +106,7 @@ def test_a_loaded_model_is_ready_to_evaluate(tmp_path: Path) -> None:
     loaded = tiny.model(tmp_path)
     assert not loaded.network.training
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
-    assert loaded.network.config._attn_implementation == "sdpa"
+    assert loaded.network.config._attn_implementation == attention.NAME
     assert loaded.num_parameters == sum(value.numel() for value in load_file(tmp_path / "model.safetensors").values())
 
 

@@ -23,6 +23,7 @@ from lib.core.errors import InputError
 from lib.diffusion import likelihood
 from lib.models import export, loading, streaming, weight_store
 from lib.models.language_model import LanguageModel
+from lib.models.layers import attention
 from lib.models.weight_store import StreamedLinear, WeightStore
 from lib.pruning import pruner
 from lib.pruning.methods import METHODS, RELEASE, Method, Target
@@ -98,7 +99,7 @@ def test_a_streamed_model_is_the_one_in_memory(pair: tuple[LanguageModel, Langua
     )
     assert not streamed.network.training and not any(value.requires_grad for value in streamed.network.parameters())
     settings = [{**each.network.config.to_dict(), "_name_or_path": ""} for each in pair]
-    assert settings[0] == settings[1] and streamed.network.config._attn_implementation == "sdpa"
+    assert settings[0] == settings[1] and streamed.network.config._attn_implementation == attention.NAME
     assert same_weights(whole, streamed)
 
 

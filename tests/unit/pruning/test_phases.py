@@ -18,6 +18,7 @@ from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion import likelihood, sampler
 from lib.models.language_model import LanguageModel, linear_layers, logits_at
+from lib.models.layers import attention
 from lib.pruning import importances, phases
 from tests import tiny
 
@@ -212,9 +213,9 @@ def test_masses_of_a_batch_of_one_phase_are_those_of_the_plain_model(
         assert got.shape == (2, 2, 4, 10)
         assert torch.equal(got, masses.sink_mass(plain[phase], ids))
     networks = (model, dense, *plain)
-    assert [one.network.config._attn_implementation for one in networks] == ["sdpa"] * 5
+    assert [one.network.config._attn_implementation for one in networks] == [attention.NAME] * 5
     with masses.record(model):  # the given models are not switched along
-        assert [one.network.config._attn_implementation for one in networks[1:]] == ["sdpa"] * 4
+        assert [one.network.config._attn_implementation for one in networks[1:]] == [attention.NAME] * 4
 
 
 def test_masses_along_a_trajectory_come_from_the_phase_of_the_step(model: LanguageModel, plain: list[LanguageModel]) -> None:

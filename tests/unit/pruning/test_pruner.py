@@ -20,6 +20,7 @@ from lib.calibration.token_weights import Weighting
 from lib.core.errors import InputError
 from lib.models import loading
 from lib.models.language_model import LanguageModel
+from lib.models.layers import attention
 from lib.pruning import allocation, methods, pruner, sparsegpt
 from lib.pruning import importances as pruning
 from lib.pruning.methods import METHODS, RELEASE, SINKS, Method, Target
@@ -196,7 +197,7 @@ def test_only_the_prunable_matrices_change(model: LanguageModel, name: str) -> N
         for parameter in prunable:
             kept = after[parameter] != 0
             assert torch.equal(after[parameter][kept], before[parameter][kept])
-    assert model.network.config._attn_implementation == "sdpa"
+    assert model.network.config._attn_implementation == attention.NAME
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.network.modules())
 
 

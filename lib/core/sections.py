@@ -182,6 +182,7 @@ class SinkAwarePruning(Compression):
     alps: StrictBool
     levels: Annotated[StrictInt, between(2, 1000)]
     decisive_windows: Annotated[StrictInt, between(2, 4096)]
+    decisive_draws: Annotated[StrictInt, between(1, 64)]
     decisive_seeds: Annotated[StrictInt, between(1, 64)]
     deciding_only: tuple[str, ...]
     control_seeds: Annotated[StrictInt, between(1, 64)]

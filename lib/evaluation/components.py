@@ -30,7 +30,7 @@ class Components:
     masks: float
     rest: float
 
-    def variance(self, *, calibrations: int, windows: int, draws: int, own_masks: bool = False) -> float:
+    def variance(self, *, calibrations: int, windows: int, draws: float, own_masks: bool = False) -> float:
         """Return the variance of the mean of so many; parts below 0 count as 0.
 
         Args:

@@ -53,13 +53,16 @@ def losses_by_masks(
     return {DENSE: dense.expand(len(seeds), -1, -1), **{name: torch.stack(rows) for name, rows in found.items()}}
 
 
-def table(differences: Mapping[str, Float[Tensor, "calibration window set"]], *, calibrations: int, windows: int) -> pd.DataFrame:
+def table(
+    differences: Mapping[str, Float[Tensor, "calibration window set"]], *, calibrations: int, windows: int, sets: float = 1
+) -> pd.DataFrame:
     """Tabulate variance components of differences, and the standard errors that they promise.
 
     Args:
         differences: by name, in nats per token.
         calibrations: that are to be measured.
-        windows: held-out windows that each of them is to be measured on, with one set of masks each.
+        windows: held-out windows that each of them is to be measured on.
+        sets: of masks on each of them; a fraction where they are to have fewer masks than a set has here.
 
     Returns:
         One row a difference: its mean; the share of each component in the variance of a single value, in per cent; the standard
@@ -72,7 +75,8 @@ def table(differences: Mapping[str, Float[Tensor, "calibration window set"]], *,
         parts = {label: max(getattr(found, part), 0.0) for part, label in COMPONENTS.items()}
         whole = sum(parts.values())
         shared, own = (
-            math.sqrt(found.variance(calibrations=calibrations, windows=windows, draws=1, own_masks=own)) for own in (False, True)
+            math.sqrt(found.variance(calibrations=calibrations, windows=windows, draws=sets, own_masks=own))
+            for own in (False, True)
         )
         rows.append({
             "difference": name, "mean": float(values.mean()),

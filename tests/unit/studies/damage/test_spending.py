@@ -56,6 +56,9 @@ def test_planted_components_come_back_and_promise_the_right_errors() -> None:
     assert row["standard error, same masks"] == pytest.approx(shared, rel=0.2)
     assert row["standard error, own masks"] == pytest.approx(own, rel=0.2)
     assert row["times narrower"] == pytest.approx(row["standard error, same masks"] / row["standard error, own masks"])
+    more = spending.table({"x": values}, calibrations=4, windows=9, sets=5).iloc[0]
+    assert more["standard error, same masks"] == pytest.approx(math.sqrt(1 / 4 + 4 / 9 + 9 / 45 + 0.25 / 180), rel=0.2)
+    assert more["standard error, own masks"] == pytest.approx(math.sqrt(1 / 4 + 4 / 9 + 9 / 180 + 0.25 / 180), rel=0.2)
 
 
 def test_no_variance_at_all_has_no_shares() -> None:

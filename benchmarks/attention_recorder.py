@@ -1,9 +1,9 @@
 """Time and peak memory of the mass recorder: `python -m benchmarks.attention_recorder`.
 
-Runs a network of the reference model's shape with random weights, without its LM head, in three ways: plain (SDPA), with the mass
-recorder, and with `output_attentions=True` (eager, which keeps every attention matrix). Repeats are interleaved and the median is
-printed, so that other work on the machine disturbs all three alike. Memory is the highest sum of live tensors above the start of
-the pass, from torch's profiler on a CPU and from the allocator's counter on a GPU.
+Runs a network of the reference model's shape with random weights, without its LM head, in four ways: plain (as loaders leave it),
+with SDPA alone, with the mass recorder, and with `output_attentions=True` (eager, which keeps every attention matrix). Repeats
+are interleaved and the median is printed, so that other work on the machine disturbs all alike. Memory is the highest sum of live
+tensors above the start of the pass, from torch's profiler on a CPU and from the allocator's counter on a GPU.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.attention import masses
+from lib.core import runtime
 from lib.core.config import ModelSource
 from lib.models.language_model import LanguageModel, linear_layers, network_body
+from lib.models.layers import attention
 
 MIB = 2**20
 
@@ -49,7 +51,7 @@ def build(*, layers: int, width: int, heads: int, mlp: int, positions: int, caus
         max_position_embeddings=positions,
         use_cache=False,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention.NAME
     config.is_causal = causal
     torch.manual_seed(0)
     network = LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -68,10 +70,14 @@ def build(*, layers: int, width: int, heads: int, mlp: int, positions: int, caus
 
 
 def ways(model: LanguageModel, ids: Tensor, *, query_chunk: int) -> dict[str, Callable[[], None]]:
-    """Return the three forward passes by name."""
+    """Return the forward passes by name."""
 
     def plain() -> None:
         network_body(model)(input_ids=ids, use_cache=False)
+
+    def sdpa() -> None:
+        with attention.without_products(model.network):
+            plain()
 
     def recorder() -> None:
         masses.sink_mass(model, ids, query_chunk=query_chunk)
@@ -81,9 +87,9 @@ def ways(model: LanguageModel, ids: Tensor, *, query_chunk: int) -> dict[str, Ca
         try:
             network_body(model)(input_ids=ids, use_cache=False, output_attentions=True)
         finally:
-            model.network.set_attn_implementation("sdpa")
+            model.network.set_attn_implementation(attention.NAME)
 
-    return {"plain": plain, "recorder": recorder, "output_attentions": output_attentions}
+    return {"plain": plain, "SDPA": sdpa, "recorder": recorder, "output_attentions": output_attentions}
 
 
 def seconds(function: Callable[[], object], *, device: str) -> float:
@@ -116,7 +122,7 @@ def peak_bytes(function: Callable[[], object], *, device: str) -> int:
 
 @torch.inference_mode()
 def measure(model: LanguageModel, *, lengths: Sequence[int], repeats: int, query_chunk: int, device: str) -> list[Row]:
-    """Measure the three ways at every length.
+    """Measure all ways at every length.
 
     Args:
         model: network to run.
@@ -168,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in (("layers", 8), ("width", 256), ("heads", 8), ("mlp", 768)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of the network (default {default})")
     args = parser.parse_args(arguments)
+    print(runtime.use_processor().reason)
     model = build(
         layers=args.layers,
         width=args.width,

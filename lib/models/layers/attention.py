@@ -1,7 +1,8 @@
-"""How attention is computed: by SDPA, but for short float32 texts on a CPU by two products and a softmax, a share at a time.
+"""How attention is computed: by SDPA, but where oneDNN multiplies, short texts by two products and a softmax, a share at a time.
 
-torch's SDPA kernel for CPUs cuts a head into blocks whose products are tiny: at 128 positions and heads of 32 to 64 it takes two
-to nine times as long as plain products of all queries that share a key head, at 512 positions about as long, beyond that less.
+torch's SDPA kernel for CPUs cuts a head into blocks whose products are tiny. MKL does not mind; with oneDNN's kernels, which
+`core.processor` chooses where they are faster otherwise, it takes three times as long at 128 positions and heads of 32 to 64 as
+plain products of all queries that share a key head (and these a little less than SDPA by MKL), at 512 positions as long.
 """
 
 from collections.abc import Iterator
@@ -40,6 +41,11 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def is_onednn() -> bool:
+    """Tell whether float32 matrices on a CPU are multiplied by oneDNN's kernels, see `core.processor.use_products`."""
+    return torch.get_float32_matmul_precision() == "medium"
+
+
 @contextmanager
 def without_products(network: PreTrainedModel) -> Iterator[None]:
     """Let a network attend by SDPA alone inside the context: to the bit what transformers computes without this project."""
@@ -54,7 +60,7 @@ def without_products(network: PreTrainedModel) -> Iterator[None]:
 def _is_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> bool:
     """Tell whether products are faster and give the same: float32 on a CPU, no gradient, every query with something to see."""
     queries, keys = query.shape[2], key.shape[2]
-    if query.device.type != "cpu" or queries < QUERIES or keys > KEYS or torch.is_autocast_enabled("cpu"):
+    if query.device.type != "cpu" or queries < QUERIES or keys > KEYS or torch.is_autocast_enabled("cpu") or not is_onednn():
         return False
     if any(each.dtype != torch.float32 or each.requires_grad for each in (query, key, value)) or (is_causal and queries != keys):
         return False

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.core import processor
 from lib.models.layers import attention
 
+CHOICE = attention.is_onednn
 ROWS, HEADS, KV_HEADS, QUERIES, DIM = 3, 6, 2, 9, 4
 
 
@@ -33,6 +35,12 @@ def module(**attributes: Any) -> torch.nn.Module:
     for name, value in {"num_key_value_groups": HEADS // KV_HEADS, **attributes}.items():
         setattr(made, name, value)
     return made
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say that oneDNN multiplies; whatever does, products give the same."""
+    monkeypatch.setattr(attention, "is_onednn", lambda: True)
 
 
 @pytest.fixture(params=["as it is", "shares of a row", "chunks of two queries"])
@@ -103,6 +111,20 @@ def left_to_sdpa() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], Tensor | No
         "added mask": ((query, key, value), added, {}),
         "dropout": ((query, key, value), None, {"dropout": 0.5}),
     }
+
+
+def test_products_go_with_the_processors_choice() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert (processor.use_products().kernels == "oneDNN") == CHOICE()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_where_mkl_multiplies_sdpa_is_as_fast(by_sdpa: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_onednn", lambda: False)
+    attention.attention(module(is_causal=False), *inputs(), None)
+    assert by_sdpa
 
 
 @pytest.mark.parametrize("case", list(left_to_sdpa()))

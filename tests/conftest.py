@@ -15,11 +15,20 @@ os.environ.pop("SINKS_CWD", None)
 import jaxtyping
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 import tests.typecheck  # noqa: F401  (the hook looks the checker up by name)
 
 # Before the first import of lib: only modules imported after it are checked.
 jaxtyping.install_import_hook("lib", "tests.typecheck.checked")
+
+
+@pytest.fixture(autouse=True)
+def products() -> Iterator[None]:
+    """Leave the kernels of float32 products as they were: a test that chooses them would round those behind it otherwise."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -1,18 +1,9 @@
 """The choice of float32 kernels: by what the processor is, and never one that rounds."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from lib.core import config, processor, runtime
-
-
-@pytest.fixture(autouse=True)
-def before() -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(precision)
 
 
 def pretend(

@@ -114,11 +114,7 @@ def left_to_sdpa() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], Tensor | No
 
 
 def test_products_go_with_the_processors_choice() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        assert (processor.use_products().kernels == "oneDNN") == CHOICE()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert (processor.use_products().kernels == "oneDNN") == CHOICE()
 
 
 def test_where_mkl_multiplies_sdpa_is_as_fast(by_sdpa: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

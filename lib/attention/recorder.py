@@ -25,7 +25,8 @@ class MassRecorder:
     Attributes:
         query_chunk: queries whose probabilities exist at one time.
         marks: prefix lengths; a mass is kept for the queries before each mark. None means all queries.
-        query_is_real: `[batch, query]`, False for padding, whose attention is not counted. None means all are real.
+        query_is_real: `[batch, query]`, False for padding, whose attention is not counted; one row stands for all. None means all
+            are real.
         keep: what else to keep: `"map"`, the attention matrix averaged over layers and heads (`query x key` floats for each row
             of the batch); `"argmax"`, which keys are some query's favourite; `"value_norm"`, the norms of the value vectors.
     """
@@ -87,7 +88,7 @@ class MassRecorder:
             self._add_share(
                 _Scores(query[rows, heads], key[rows, kv_heads], share_of(mask, rows, heads), scaling, is_causal),
                 marks,
-                real=None if self.query_is_real is None else self.query_is_real[rows],
+                real=None if self.query_is_real is None else self.query_is_real[rows if len(self.query_is_real) > 1 else ALL],
                 value=None if value is None else value[rows, kv_heads],
                 sums=sums[rows, heads],
                 output=None if output is None else output[rows, heads],

@@ -63,6 +63,16 @@ def test_parts_of_a_layer_sum_to_the_whole(share: int, mask: str, monkeypatch: p
     torch.testing.assert_close(sums, recorded(10**9, monkeypatch, **options)[0])
 
 
+@pytest.mark.parametrize("share", [1, 400, 700, 10**9])
+def test_one_row_of_real_queries_stands_for_all(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ready mask of a model's own has one row for the whole batch."""
+    real = (torch.arange(QUERIES) < 7)[None]
+    options = {"mask": masks()["one for all"], "is_causal": False}
+    sums, _ = recorded(share, monkeypatch, query_is_real=real, **options)
+    monkeypatch.undo()
+    torch.testing.assert_close(sums, recorded(10**9, monkeypatch, query_is_real=real.expand(ROWS, -1), **options)[0])
+
+
 @pytest.mark.parametrize("share", [1, 300, 10**9])
 def test_parts_of_a_causal_layer_keep_the_marks(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sums, _ = recorded(share, monkeypatch, mask=None, is_causal=True, marks=(3, 8))

@@ -15,6 +15,7 @@ from lib.core import runtime
 from lib.core.errors import InputError
 from lib.diffusion import noise
 from lib.models.language_model import LanguageModel
+from lib.models.layers import attention
 from tests import tiny
 
 
@@ -177,7 +178,7 @@ def test_building_leaves_the_model_and_the_windows_alone(model: LanguageModel) -
         sets.build(model, windows, inputs=inputs, weighting=Weighting("sinks_up"), seed=0)
     assert torch.equal(windows, WINDOWS)
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
-    assert model.network.config._attn_implementation == "sdpa"
+    assert model.network.config._attn_implementation == attention.NAME
 
 
 # --- drawing windows -----------------------------------------------------------------------------------------------------

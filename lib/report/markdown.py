@@ -47,8 +47,9 @@ def headline_block(*, root: Path | None = None) -> str:
     if not chosen:
         return _nothing_yet()
     table = _markdown_table(HEADLINE_HEADER, [_headline_row(*each) for each in chosen])
-    names = {name for claim, result in chosen for name in replaced(result, root=root) if name == claim["model"]}
-    said = f"\n\nOf models since replaced by others of the same name: {', '.join(sorted(names))}." if names else ""
+    old = {(claim["model"], result["number"]) for claim, result in chosen if claim["model"] in replaced(result, root=root)}
+    names = [f"{name} (in {', '.join(sorted(at for of, at in old if of == name))})" for name in sorted({name for name, _ in old})]
+    said = f"\n\nOf models since replaced by others of the same name: {', '.join(names)}." if names else ""
     return table + said
 
 

@@ -24,7 +24,6 @@ SHARE = 2**18  # probabilities at one time: 1 MiB stays in the processor's cache
 ALL = slice(None)
 
 
-@torch.compiler.disable
 def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -49,7 +48,7 @@ def is_onednn() -> bool:
 @contextmanager
 def without_products(network: PreTrainedModel) -> Iterator[None]:
     """Let a network attend by SDPA alone inside the context: to the bit what transformers computes without this project."""
-    before = network.config._attn_implementation
+    before = network.config._attn_implementation or NAME
     network.set_attn_implementation("sdpa")
     try:
         yield

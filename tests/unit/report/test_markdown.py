@@ -138,6 +138,7 @@ def test_pages_say_which_models_of_a_run_were_replaced_since(
     assert said == [[False] * 3, [True] * 3]
     assert markdown.found_block(NAME).startswith("**What the full run found** (commit ")
     assert "models: dlm (9 M), since replaced by others of the same name: dlm; rules" in markdown.found_block(NAME)
+    assert markdown.headline_block().endswith("Of models since replaced by others of the same name: dlm (in 01).")
 
 
 def test_every_notebook_is_stored_as_the_block_is_written() -> None:

@@ -85,8 +85,10 @@ def cell_seconds(executed: Path) -> dict[str, float]:
 def documented(profile: str, number: str) -> str:
     """Return what the page of profiles says a notebook takes.
 
-    >>> documented("full", "01")
-    '3 min, 1.8 GB, by docs/profiles.md'
+    >>> documented("full", "01").endswith(", by docs/profiles.md")
+    True
+    >>> documented("no such profile", "01")
+    'not known'
     """
     text = (config.ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
     row = re.search(rf"^\| `{profile}` \|(.*)\|$", text, re.MULTILINE)

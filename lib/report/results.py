@@ -58,7 +58,6 @@ EVIDENCE: Mapping[str, tuple[tuple[str, str, str], ...]] = {
         ("*-give-half", "shares", "shares"),
         ("sinks-beat-random", "shares", "shares"),
         ("due-to-the-sinks", "factorial_effects", "attribution"),
-        ("sinks-not-random", "controls_against_random", "controls"),
         ("keeping-sinks-*", "released", ""),
         ("*", "released", "gain_by_sparsity"),
     ),

@@ -94,13 +94,14 @@ class Run:
             fig: a figure made with `figures.subplots`.
             data: what is plotted.
             caption: what the figure shows; also its text for those who cannot see it.
-            models: models named in the footer; all of the run when None, none when empty (a worked example).
+            models: models named in the footer; when None those of the column `model`, or all of the run without one; none when
+                empty (a worked example).
 
         Raises:
             InputError: a bad name, no caption, or no room for the labels.
         """
         path = self._path("figures", name, ".png", caption)
-        canvas.add_footer(fig, self._footer(models))
+        canvas.add_footer(fig, self._footer(self._shown(data) if models is None else models))
         self._write(path.with_suffix(".csv"), csv_text(data).encode())
         drawn = canvas.png_bytes(fig)
         plt.close(fig)
@@ -267,6 +268,11 @@ class Run:
     def _where(self) -> str:
         """Say what ran, and where its commit is written: in the notebook it would change with every commit."""
         return f"profile {self.profile}, seed {self.seed}; its commit stands in `{self._relative(self._result)}`"
+
+    def _shown(self, data: pd.DataFrame) -> list[str] | None:
+        """Return those of the run's models that the data speak of, if they name any."""
+        seen = set(data["model"].astype(str)) if "model" in data else set()
+        return [name for name in (str(entry["name"]) for entry in self._models) if name in seen] or None
 
     def _footer(self, models: Sequence[str] | None) -> str:
         words = {str(entry["name"]): in_words(entry) for entry in self._models}

@@ -345,6 +345,19 @@ def test_footer_names_profile_seed_models_and_changes(monkeypatch: pytest.Monkey
     assert "model" not in fig.texts[0].get_text()
 
 
+def test_footer_names_the_models_that_the_data_speak_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    run.models_used([{**MODEL, "name": name} for name in ("dlm", "bd", "ar")])
+    for name, shown, wanted in (
+        ("some", ["ar", "dlm"], "models dlm (9 M), ar (9 M)"),
+        ("one", ["bd", "bd"], "model bd (9 M)"),
+        ("others", ["planted", "random"], "models dlm (9 M), bd (9 M), ar (9 M)"),
+    ):
+        fig, data = line_figure(width=9)
+        run.figure(name, fig, data.iloc[:2].assign(model=shown), caption="Mass.")
+        assert fig.texts[0].get_text().split("  |  ")[-1] == wanted
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"profile": "fast"}, "profile must be one of"), ({"overrides": {"sink_traces.promts": 4}}, "did you mean 'prompts'")],

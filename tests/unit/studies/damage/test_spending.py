@@ -27,7 +27,9 @@ def test_losses_are_those_of_every_calibration_under_every_set_of_masks(tmp_path
     bench = Bench(tiny.model(tmp_path, causal=False), tiny.ids(8, 12), tiny.ids(3, 12, seed=1), 3, 2, 5, own_masks=True)
     recipe = replace(methods.RELEASE["sink_wanda"], inputs=Inputs("noised", levels=2))
     chosen = {"Wanda": methods.RELEASE["wanda"], "recipe": recipe}
-    found = spending.losses_by_masks(bench, chosen, Target(0.5), seeds=[2, 8], sets=2)
+    measured = spending.losses_by_masks(bench, chosen, Target(0.5), seeds=[2, 8], sets=2)
+    found = measured.losses
+    assert measured.calibrating > 0 and measured.reading > 0
     assert {name: tuple(values.shape) for name, values in found.items()} == dict.fromkeys(("dense", "Wanda", "recipe"), (2, 3, 2))
     for name, method in chosen.items():
         for row, seed in enumerate((2, 8)):
@@ -59,6 +61,18 @@ def test_planted_components_come_back_and_promise_the_right_errors() -> None:
     more = spending.table({"x": values}, calibrations=4, windows=9, sets=5).iloc[0]
     assert more["standard error, same masks"] == pytest.approx(math.sqrt(1 / 4 + 4 / 9 + 9 / 45 + 0.25 / 180), rel=0.2)
     assert more["standard error, own masks"] == pytest.approx(math.sqrt(1 / 4 + 4 / 9 + 9 / 180 + 0.25 / 180), rel=0.2)
+
+
+def test_the_best_spending_costs_what_the_plan_costs_and_errs_less() -> None:
+    """Where calibrations make the variance and cost little, the best has more of them; where they cost much, fewer."""
+    values = 1.0 * noise(40, 1, 1, seed=1) + 1.0 * noise(1, 60, 1, seed=2) + 2.0 * noise(1, 60, 20, seed=3)
+    planned = {"calibrations": 4, "windows": 30, "sets": 3, "draws": 2}
+    cheap, dear = (spending.table({"x": values}, **planned, per_calibration=cost).iloc[0] for cost in (1.0, 200.0))
+    for row, cost in ((cheap, 1.0), (dear, 200.0)):
+        spent = row["best calibrations"] * (cost + row["best windows"] * row["best masks"])
+        assert spent <= 4 * (cost + 30 * 3 * 2) and row["best windows"] <= 30
+        assert row["standard error, best"] <= row["standard error, own masks"]
+    assert cheap["best calibrations"] > dear["best calibrations"] > 4 and cheap["best masks"] == 2
 
 
 def test_no_variance_at_all_has_no_shares() -> None:

@@ -1,6 +1,33 @@
-"""The checker that jaxtyping puts on every function of lib under pytest."""
+"""The checks that every function of lib gets under pytest: types by beartype, shapes by jaxtyping where arrays are annotated."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
 from beartype import BeartypeConf, beartype
+
+ARRAYS = re.compile(r"jaxtyping|\b(?:Bool|Complex|Float|Inexact|Int|Integer|Num|Real|Shaped|UInt8)\[")
+thorough = jaxtyping.jaxtyped
 
 # As type checkers do, an int passes where a float is asked for.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Decorate as `jaxtyping.jaxtyped` does, but leave out what costs half of the time of a test run and finds next to nothing.
+
+    Shapes are bound for every call of a function, whether it takes arrays or not; here only where its annotations name some. A
+    function within a function would be taken apart anew for every call of the outer one, which is checked itself.
+    """
+
+    def decorate(made: Any) -> Any:
+        if isinstance(made, type):
+            return thorough(made, typechecker=typechecker)
+        if "<locals>" in made.__qualname__:
+            return made
+        if any(ARRAYS.search(repr(annotation)) for annotation in made.__annotations__.values()):
+            return thorough(typechecker(made), typechecker=None)
+        return typechecker(made)
+
+    return decorate

@@ -209,7 +209,7 @@ def _increases(
             ax.plot(rows[amount], rows["increase"], color=style.color, linewidth=1.2)
             panels.points(ax, rows, rows[amount].tolist(), value="increase", style=style, horizontal=False, label=blocked)
         ax.axhline(0.0, color="black", linewidth=0.8)
-        ax.set(title=name, xticks=sorted(table.loc[table["blocked"].isin([*looks, *start]), amount].unique()))
+        ax.set(title=name, xticks=sorted(table.loc[table["blocked"].isin(list(looks)), amount].unique()))
     return figure, axes
 
 

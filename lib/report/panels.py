@@ -2,12 +2,13 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -18,7 +19,7 @@ from lib.report.figures import Style
 INCREASE = "increase of the loss\n(nats per token)"
 DIFFERENCE = Style("#000000", "o")
 LINEAR_BELOW = 0.01  # nats per token: smaller differences are drawn on a linear scale
-NEAREST_TICKS = 0.07  # of the axis: closer numbers would touch
+NEAREST_TICKS = {"x": 0.09, "y": 0.07}  # of the axis: closer numbers would touch
 
 
 def select(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
@@ -132,38 +133,42 @@ def name_rows(ax: Axes, labels: Sequence[str], *, size: float = 8.5) -> None:
     ax.set_axisbelow(True)
 
 
-def loss_axis(ax: Axes, values: Float[np.ndarray, "row column"]) -> None:
-    """Make a y axis of loss differences fit for 0.01 and 5 alike; call it when all panels are drawn.
+def loss_axis(ax: Axes, values: Float[np.ndarray, "row column"], *, axis: Literal["x", "y"] = "y") -> None:
+    """Make an axis of loss differences fit for 0.01 and 5 alike; call it when all panels are drawn.
 
     The axis is logarithmic on both sides of a linear part around 0, with plain numbers; it stays linear when all is small.
 
     Args:
         ax: one of the axes that share it.
         values: estimates and ends of intervals; those that are not finite do not count.
+        axis: that shows them.
     """
     finite = np.append(values[np.isfinite(values)], 0.0)
     low, high = float(finite.min()), float(finite.max())
     if max(-low, high) <= 5 * LINEAR_BELOW:
         return
-    ax.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
     ends = (1.35 * low - 0.2 * LINEAR_BELOW, 1.35 * high + 0.2 * LINEAR_BELOW)
-    ticks = _readable_ticks(ax, ends)
-    ax.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    scale, number, limit = (
+        (ax.set_xscale, ax.set_xticks, ax.set_xlim) if axis == "x" else (ax.set_yscale, ax.set_yticks, ax.set_ylim)
+    )
+    scale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
+    ticks = _readable_ticks(ax.xaxis if axis == "x" else ax.yaxis, ends, nearest=NEAREST_TICKS[axis])
+    number(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
     ax.minorticks_off()
-    ax.set_ylim(*ends)
+    limit(*ends)
 
 
-def _readable_ticks(ax: Axes, ends: tuple[float, float]) -> list[float]:
+def _readable_ticks(shown: Axis, ends: tuple[float, float], *, nearest: float) -> list[float]:
     """Choose 0, then powers of ten, then fives and twos, as many as fit between the ends."""
     decades = [10.0**power for power in range(-2, 4)]
     wishes = [0.0, *(sign * lead * decade for lead in (1, 5, 2) for decade in decades for sign in (1, -1))]
-    transform = ax.yaxis.get_transform().transform
+    transform = shown.get_transform().transform
     bottom, top = transform(np.asarray(ends))
     chosen: list[float] = []
     places: list[float] = []
     for wish in wishes:
         place = float(transform(np.asarray([wish]))[0])
-        apart = all(abs(place - other) >= NEAREST_TICKS * (top - bottom) for other in places)
+        apart = all(abs(place - other) >= nearest * (top - bottom) for other in places)
         if bottom <= place <= top and apart:
             chosen.append(float(f"{wish:g}"))
             places.append(place)

@@ -184,6 +184,7 @@ def allocations(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         panels.points(axes[1], rows, places, value="measured", style=style)
     for ax, title in zip(axes, ("predicted: sum over units", "measured"), strict=True):
         panels.difference_axis(ax)
+        panels.loss_axis(ax, panels.numbers(table, "predicted", "measured", "low", "high"), axis="x")
         panels.name_rows(ax, budgets)
         ax.set_title(title, fontsize=10)
     figure.supxlabel("increase of the loss (nats per token)", fontsize="medium")

@@ -175,6 +175,8 @@ def task_accuracy(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             for level in set(rows[name].dropna()):
                 ax.axvline(level, color="black", linewidth=0.8, linestyle=line, zorder=1)
         name_rows(ax, labels, size=8)
+        ax.set_visible(len(rows) > 0)  # a model may be at chance on a task that another one can do
+        ax.tick_params(labelleft=model == min(unique(select(shown, task=task), "model"), key=models.index))  # it names the rows
         ax.set_title(f"{task}, {model}", fontsize=10)
     figure.supxlabel("accuracy (% of documents)", fontsize="medium")
     handles = [Line2D([], [], linestyle=line, label=name, color="black", linewidth=0.8) for name, line in LEVELS.items()]

@@ -103,6 +103,7 @@ def test_allocations_show_every_strategy_predicted_and_measured() -> None:
     rows_of = [{round(y, 6) for x, y in predicted if round(x, 6) == round(0.1 * i, 6)} for i in (3, 4)]
     assert rows_of[0] == rows_of[1] == {0.06, 1.06}  # random draws share a line of their own
     assert len({round(y, 6) for _, y in predicted}) == 2 * 6
+    assert {ax.get_xscale() for ax in figure.axes} == {"symlog"}  # one bad draw must not press the others into a point
 
 
 def test_an_empty_table_is_refused() -> None:

@@ -236,6 +236,17 @@ def test_task_accuracy(models: list[str], bounded: bool) -> None:
         assert levels == pytest.approx({"-": 0.6 + 0.1 * index} | ({"--": 0.25} if task == "cloze" else {}))
 
 
+def test_task_accuracy_has_no_panel_without_answers_and_names_its_rows_beside_the_first() -> None:
+    table = pd.DataFrame([
+        {"model": name, "task": task, "method": "Wanda", "sparsity": 0.5, "chance": 0.1, "dense": 0.6}
+        | interval("accuracy", 0.3, width=0.04, bounded=True)
+        for name, task in (("dlm", "add"), ("ar", "facts"), ("ar", "add"))
+    ])  # fmt: skip
+    figure, _ = cast(tuple[Any, Any], pruning_figures.task_accuracy(table))
+    shown = {ax.get_title(): ax.yaxis.get_tick_params()["labelleft"] for ax in figure.axes if ax.get_visible()}
+    assert shown == {"add, dlm": True, "add, ar": False, "facts, ar": True}
+
+
 def effect_table(scale: float, *, bounded: bool) -> Any:
     """Effects of all orders; every other one is significant."""
     names = [(order, " × ".join(group)) for order in (1, 2, 3, 4) for group in combinations(CHANGES, order)]

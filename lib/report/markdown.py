@@ -29,6 +29,8 @@ HEADLINES = (
 HEADLINE_HEADER = ("claim", "verdict", "estimate [95 % interval]", "model", "notebook")
 COUNTED = {"points": "documents", "share of documents": "documents", "times": "repeats", "ratio": "repeats"}  # by unit
 LOSSES = ("03", "04", "05")  # notebooks whose claims are about held-out windows
+DIGEST = "digest"  # the source of claims of a blog post that contradicts the paper, which stand apart
+OF_THE_DIGEST = "**Claims of the digest**, a blog post that contradicts the paper:"
 HEADER = ("claim", "verdict", "estimate [95 % interval]", "n", "model", "source", "rule", "note")
 
 
@@ -54,7 +56,7 @@ def headline_block(*, root: Path | None = None) -> str:
 
 
 def verdict_block(*, root: Path | None = None) -> str:
-    """Write the table of all claims and one line a notebook, from the `full` results, with their commits.
+    """Write the table of all claims, those of the digest in one of their own, and one line a notebook, from the `full` results.
 
     Args:
         root: folder that holds `results/`; the output folder when None.
@@ -68,9 +70,13 @@ def verdict_block(*, root: Path | None = None) -> str:
     results = load_results(PROFILE, root=root)
     if not results:
         return _nothing_yet()
-    rows = [_claim_row(claim, result["number"]) for result in results for claim in result["claims"]]
-    table = _markdown_table(HEADER, rows) if rows else "No claim has been tested yet."
-    return table + "\n\n" + "\n".join(_notebook_line(result, root) for result in results)
+    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    for result in results:
+        for claim in result["claims"]:
+            rows[claim["source"].startswith(DIGEST)].append(_claim_row(claim, result["number"]))
+    parts = [_markdown_table(HEADER, rows[False]) if rows[False] else "No claim has been tested yet."]
+    parts += [f"{OF_THE_DIGEST}\n\n{_markdown_table(HEADER, rows[True])}"] if rows[True] else []
+    return "\n\n".join([*parts, "\n".join(_notebook_line(result, root) for result in results)])
 
 
 def models_block(*, root: Path | None = None) -> str:

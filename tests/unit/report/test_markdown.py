@@ -51,6 +51,18 @@ def test_losses_of_the_dense_models_stand_where_gains_in_nats_do(tmp_path: Path,
     ]  # fmt: skip
 
 
+def test_claims_of_the_digest_stand_apart() -> None:
+    block = markdown.verdict_block(root=config.ROOT)
+    first, second = block.split(markdown.OF_THE_DIGEST)
+    source = markdown.HEADER.index("source") + 1
+    of_first, of_second = (
+        [line.split(" | ")[source - 1] for line in part.splitlines() if line.startswith("| ") and "---" not in line][1:]
+        for part in (first, second)
+    )
+    assert of_second and set(of_second) == {"digest"}
+    assert of_first and not any(name.startswith("digest") for name in of_first)
+
+
 def test_headlines_are_the_chosen_claims_that_were_run(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (("02", "none-such", "dlm"), ("01", "sinks-move", "dlm"))
     monkeypatch.setattr(markdown, "HEADLINES", asked)

@@ -8,6 +8,7 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 ARRAYS = re.compile(r"jaxtyping|\b(?:Bool|Complex|Float|Inexact|Int|Integer|Num|Real|Shaped|UInt8)\[")
+QUOTED = re.compile(r"^'|\['|ForwardRef")  # names that are imported for type checkers alone, which beartype would look for
 thorough = jaxtyping.jaxtyped
 
 # As type checkers do, an int passes where a float is asked for.
@@ -22,12 +23,11 @@ def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
     """
 
     def decorate(made: Any) -> Any:
-        if isinstance(made, type):
+        said = [] if isinstance(made, type) else [repr(annotation) for annotation in made.__annotations__.values()]
+        if isinstance(made, type) or any(map(QUOTED.search, said)):
             return thorough(made, typechecker=typechecker)
         if "<locals>" in made.__qualname__:
             return made
-        if any(ARRAYS.search(repr(annotation)) for annotation in made.__annotations__.values()):
-            return thorough(typechecker(made), typechecker=None)
-        return typechecker(made)
+        return thorough(typechecker(made), typechecker=None) if any(map(ARRAYS.search, said)) else typechecker(made)
 
     return decorate

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="to be continued")
     parser.add_argument(
-        "--decoder", default="threshold", metavar="DECODER", help="see below (default threshold, without a cache)"
+        "--decoder", metavar="DECODER", help="see below (default threshold, without a cache); of diffusion models"
     )
     parser.add_argument("--tokens", type=whole(1), default=64, metavar="N", help="new tokens (default 64)")
     parser.add_argument("--block", type=whole(1), metavar="N", help="tokens of a block (default at most 16, or the model's own)")
@@ -38,13 +38,18 @@ def run(chosen: argparse.Namespace) -> None:
     from lib.models.language_model import check_length, tokenizer_of
     from lib.texts.encoding import encode
 
-    begun, plan = time.monotonic(), plan_of(chosen.decoder)
+    decoder = chosen.decoder or "threshold"
+    begun, plan = time.monotonic(), plan_of(decoder)
     model = session.open_model(chosen.model, chosen)
     tokenizer = tokenizer_of(model)
     ids = encode(tokenizer, chosen.prompt)
     if not ids:
         raise UsageError("--prompt must have a token, got an empty text: write some words")
     check_length(model, len(ids) + chosen.tokens)  # an autoregressive model would find out at its last position
+    given = [name for name, value in (("--decoder", chosen.decoder), ("--block", chosen.block)) if value is not None]
+    if model.is_causal and given:
+        rule, instead = f"{' and '.join(given)} must be left out for an autoregressive model", "one that writes a token a pass"
+        raise UsageError(f"{rule}, got {model.name}, {instead}: try a diffusion model")
     prompt, started = torch.tensor([ids]), time.monotonic()
     with session.blocks_counted(model, "decoding", passes=chosen.tokens):
         if model.is_causal:
@@ -60,7 +65,7 @@ def run(chosen: argparse.Namespace) -> None:
     facts = {
         "model": session.facts_of(model), "prompt": chosen.prompt, "text": text, "forwards": forwards,
         "tokens": chosen.tokens, "tokens_per_second": chosen.tokens / seconds,
-        "decoder": "greedy, one token a pass" if model.is_causal else chosen.decoder,
+        "decoder": "greedy, one token a pass" if model.is_causal else decoder,
     }  # fmt: skip
     speed = f"{chosen.tokens} tokens in {forwards} passes, {chosen.tokens / seconds:.1f} tokens/s ({facts['decoder']})"
     session.finish(chosen, facts, [chosen.prompt + text, speed], begun=begun)

@@ -258,6 +258,8 @@ WRONG = [
     (["decode", "dlm", "--prompt", "a", "--tokens", "63", "--block", "16"], "block_length must divide new_tokens"),
     (["decode", "dlm", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions"),
     (["decode", "ar", "--prompt", "a", "--tokens", "9999"], "must have at most 256 positions, got 1000"),  # before any token
+    (["decode", "ar", "--prompt", "a", "--decoder", "dual"], "--decoder must be left out for an autoregressive model, got ar"),
+    (["decode", "ar", "--prompt", "a", "--decoder", "none", "--block", "4"], "--decoder and --block must be left out"),
     (["trace", "dlm", "--prompt", "a", "--articles", "2"], "not allowed with argument --prompt"),
     (["trace", "dlm", "--prompt", "water " * 300], "--prompt must have 1 to 254 tokens for dlm, got "),
     (["prune", "dlm", "-o", "x", "--calibration", NO_RESULT, "--loss-text", NO_RESULT], "--loss-text must be another text than"),

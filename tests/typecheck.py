@@ -1,5 +1,6 @@
 """The checks that every function of lib gets under pytest: types by beartype, shapes by jaxtyping where arrays are annotated."""
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,8 @@ def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
 
     def decorate(made: Any) -> Any:
         said = [] if isinstance(made, type) else [repr(annotation) for annotation in made.__annotations__.values()]
-        if isinstance(made, type) or any(map(QUOTED.search, said)):
+        late = not isinstance(made, type) and inspect.isgeneratorfunction(made)  # its body runs after the call, shapes and all
+        if isinstance(made, type) or late or any(map(QUOTED.search, said)):
             return thorough(made, typechecker=typechecker)
         if "<locals>" in made.__qualname__:
             return made

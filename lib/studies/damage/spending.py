@@ -95,8 +95,8 @@ def table(
     Returns:
         One row a difference: its mean; the share of each component in the variance of a single value, in per cent; the standard
         error of the planned mean with the same masks for all calibrations and with masks of their own, in nats per token, and
-        how much narrower the second is; then the best that as many passes could be spent on, masks of their own, no more
-        windows than planned: calibrations, windows, masks of each, and the standard error of that.
+        how much narrower the second is; then what a calibration takes and the best that as many passes could be spent on, masks
+        of their own, no more windows than planned: calibrations, windows, masks of each, and the standard error of that.
     """
     rows, fewest = [], min(2, calibrations)
     budget = calibrations * per_calibration + max(calibrations * windows * sets, fewest) * draws
@@ -115,7 +115,8 @@ def table(
             **{f"{label}, %": 100 * part / whole if whole else math.nan for label, part in parts.items()},
             "standard error, same masks": shared, "standard error, own masks": own,
             "times narrower": shared / own if own else math.nan,
-            "best calibrations": best.calibrations, "best windows": best.windows, "best masks": best.draws * draws,
+            "passes of a calibration": per_calibration, "best calibrations": best.calibrations,
+            "best windows": best.windows, "best masks": best.draws * draws,
             "standard error, best": best.standard_error,
         })  # fmt: skip
     return pd.DataFrame(rows)

@@ -17,10 +17,9 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Decorate as `jaxtyping.jaxtyped` does, but leave out what costs half of the time of a test run and finds next to nothing.
+    """Decorate as `jaxtyping.jaxtyped` does, but bind shapes only where annotations name arrays, and once a call.
 
-    Shapes are bound for every call of a function, whether it takes arrays or not; here only where its annotations name some. A
-    function within a function would be taken apart anew for every call of the outer one, which is checked itself.
+    A function within a function that takes none is left alone: it would be taken apart anew for every call of the outer one.
     """
 
     def decorate(made: Any) -> Any:
@@ -28,8 +27,8 @@ def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
         late = not isinstance(made, type) and inspect.isgeneratorfunction(made)  # its body runs after the call, shapes and all
         if isinstance(made, type) or late or any(map(QUOTED.search, said)):
             return thorough(made, typechecker=typechecker)
-        if "<locals>" in made.__qualname__:
-            return made
-        return thorough(typechecker(made), typechecker=None) if any(map(ARRAYS.search, said)) else typechecker(made)
+        if any(map(ARRAYS.search, said)):
+            return thorough(typechecker(made), typechecker=None)
+        return made if "<locals>" in made.__qualname__ else typechecker(made)
 
     return decorate

@@ -138,7 +138,7 @@ def value_norms(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set(xscale="log", title=name)
         ax.set_xlim(left=1e-2)
-    axes[-1].legend(markerscale=3)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper center", ncols=2, markerscale=3)
     return figure, points
 
 
@@ -160,7 +160,7 @@ def noise_agreement(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figures.mask_ratio_axis(ax)
         ax.set(title=name, ylim=(min(0.0, float(masses["mass, low"].to_numpy().min())), 1.0))
     axes[0, 0].set_ylabel("rank correlation of sink masses")
-    axes[0, -1].legend(loc="best")
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure, masses
 
 
@@ -190,7 +190,7 @@ def unstable_blocking(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     figure, axes = _increases(table, READINGS, amount="threshold", height=3.6, x_label="blocked above this frequency variance")
     for ax in axes:
-        ax.tick_params(axis="x", labelsize=7)
+        ax.tick_params(axis="x", labelsize=8, rotation=60)
     _loss_axis(axes[0], table)
     panels.legend_beside(axes[-1])
     return figure, table

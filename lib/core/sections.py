@@ -185,6 +185,7 @@ class SinkAwarePruning(Compression):
     decisive_draws: Annotated[StrictInt, between(1, 64)]
     decisive_seeds: Annotated[StrictInt, between(1, 64)]
     deciding_only: tuple[str, ...]
+    deciding_only_seeds: Annotated[StrictInt, between(1, 64)]
     control_seeds: Annotated[StrictInt, between(1, 64)]
     dose_seeds: Annotated[StrictInt, between(1, 64)]
     task_seeds: Annotated[StrictInt, between(1, 64)]
@@ -198,6 +199,7 @@ class SinkAwarePruning(Compression):
 
     def __post_init__(self) -> None:
         self._at_most("seeds", "control_seeds", "dose_seeds", "task_seeds")
+        self._at_most("decisive_seeds", "deciding_only_seeds")
         for name in ("layer_spread", "phase_spread"):
             spread = getattr(self, name)
             require(

@@ -13,11 +13,11 @@ import jinja2
 from lib.core import config, provenance
 from lib.core.errors import InputError
 from lib.report import animation
+from lib.report.markdown import DIGEST, counted
 from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, evidence_of, in_words, interval_text, load_results
 from lib.report.tables import NO_ROWS, significant
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-# A second channel beside the colour of a badge; the words follow it.
 MEDIA = {".png": "image/png", ".gif": "image/gif"}
 MAX_ROWS = 60
 MISSING = "–"  # where a table gives no value
@@ -91,12 +91,12 @@ def _notebook_view(result: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _claim_view(claim: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Add the text of the interval, and the places of the rule, the table and the figure on the page."""
+    """Add the text of the interval, what is counted, whose claim it is, and where rule, table and figure stand on the page."""
     place, number = f"claim-{result['number']}-{claim['key']}-{claim['model']}", result["number"]
     links = {kind: f"n{number}-{kind}-{name}" for kind, name in evidence_of(result, claim).items()}
     return {
-        **claim, "shown": interval_text(claim["estimate"], claim["interval"]), "links": links,
-        "place": re.sub(r"[^a-z0-9]+", "-", place.lower()),
+        **claim, "shown": interval_text(claim["estimate"], claim["interval"]), "counted": counted(claim, number), "links": links,
+        "of_the_digest": claim["source"].startswith(DIGEST), "place": re.sub(r"[^a-z0-9]+", "-", place.lower()),
     }  # fmt: skip
 
 

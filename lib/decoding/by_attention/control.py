@@ -1,10 +1,11 @@
 """The control: what a rule that ranks places by attention does when sinks are forced in or out, or attention is not asked at all.
 
-A rule says how many places it takes; the control only changes which. What follows from the choice, such as filled gaps or
-the passes that the text then needs, may still differ.
+A rule says how many places it takes; the control only changes which. Random numbers and confidence stand in the place of
+attention before the rule pools it over neighbours or spans, so that what is taken is as scattered as the rule's own choice.
+What follows from the choice, such as filled gaps or the passes that the text then needs, may still differ.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
@@ -23,6 +24,12 @@ from lib.models.language_model import LanguageModel
 
 Setting = Literal["as they fall", "sinks in", "sinks out", "random", "confidence"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
+Pooling = Callable[[Tensor], Tensor]
+
+
+def as_it_is(scores: Tensor) -> Tensor:
+    """Return scores that are not pooled."""
+    return scores
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,18 @@ class Control:
         """Open the instruments that the setting needs: only sinks that are forced in or out must be known."""
         return observed(model, view) if "sinks" in self.setting else nullcontext()
 
-    def take(self, scores: Float[Tensor, "one place"], view: View, count: int, *, layer: int = 0) -> Int[Tensor, "taken"]:
+    def take(
+        self, scores: Float[Tensor, "one place"], view: View, count: int, *, layer: int = 0, pooled: Pooling = as_it_is
+    ) -> Int[Tensor, "taken"]:
         """Return the best places, the best one first, and note them.
 
         Args:
-            scores: the rule's own, as `ranked` takes them.
+            scores, pooled: the rule's own, as `ranked` takes them.
             view: of the block.
             count: places to take, at most those that may be chosen.
             layer: for which they are.
         """
-        taken = self.ranked(scores, view, layer=layer)[0].argsort(descending=True, stable=True)[:count]
+        taken = self.ranked(scores, view, layer=layer, pooled=pooled)[0].argsort(descending=True, stable=True)[:count]
         self.note(view, taken, among=scores[0] > float("-inf"))
         return taken
 
@@ -88,26 +97,30 @@ class Control:
             sinks = int((sinks_of(view)[0, : len(among)] & among).sum()) if "sinks" in self.setting else 0
             self.tally.append(Choice(tuple(sorted(taken.tolist())), int(among.sum()), sinks))
 
-    def ranked(self, scores: Float[Tensor, "row place"], view: View, *, layer: int = 0) -> Float[Tensor, "row place"]:
+    def ranked(
+        self, scores: Float[Tensor, "row place"], view: View, *, layer: int = 0, pooled: Pooling = as_it_is
+    ) -> Float[Tensor, "row place"]:
         """Return the scores that are used in the place of a rule's own, larger first.
 
         Args:
             scores: the rule's own; minus infinity for what may not be chosen, which stays so.
             view: of the block, with what `observed` noted.
             layer: for which they are, where layers choose apart.
+            pooled: what the rule does to its scores before it ranks, done to what stands in their place too.
         """
         possible = scores > float("-inf")
+        if self.setting == "random":
+            stream = generator(self.seed, "control", view.block.start, view.step, layer)
+            scores = torch.rand(scores.shape[1], generator=stream).to(scores).expand(scores.shape)
+        elif self.setting == "confidence":
+            scores = seen_confidence(view)[:, : scores.shape[1]].to(scores.dtype)
+        scores = pooled(scores)
         if self.setting in ("sinks in", "sinks out"):
             is_sink = sinks_of(view)[:, : scores.shape[1]]
             # Sinks among themselves, and the others, keep the order that they have, equals too: pooled scores have many.
             behind = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).to(scores.dtype)
             shift = scores.shape[1] if self.setting == "sinks in" else -scores.shape[1]
             scores = shift * is_sink - behind
-        elif self.setting == "random":
-            stream = generator(self.seed, "control", view.block.start, view.step, layer)
-            scores = torch.rand(scores.shape[1], generator=stream).to(scores).expand(scores.shape)
-        elif self.setting == "confidence":
-            scores = seen_confidence(view)[:, : scores.shape[1]].to(scores.dtype)
         return scores.masked_fill(~possible, float("-inf"))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -96,12 +97,18 @@ class Evict(Visible):
         fixed = (view.place >= first) & (view.place < view.block.stop)
         fixed = fixed | (view.place >= view.start) if self.prompt_only else fixed
         candidates = (~fixed).nonzero()[:, 0]
+        count = min(len(candidates), max(1, round(self.keep * len(candidates) / self.span)) * self.span)
+        among = torch.full(view.ids.shape, float("-inf"), dtype=scores.dtype, device=scores.device)
+        among[:, candidates] = scores[:, candidates]
+        taken = self.control.take(among, view, count, layer=layer, pooled=partial(self.pooled, candidates=candidates))
+        return torch.cat([fixed.nonzero()[:, 0], taken]).sort().values[None]
+
+    def pooled(self, scores: Float[Tensor, "one place"], *, candidates: Int[Tensor, "candidate"]) -> Float[Tensor, "one place"]:
+        """Return the scores of candidates pooled over neighbours and spans among themselves, minus infinity elsewhere."""
         values = F.max_pool1d(scores[:, candidates], self.pool, stride=1, padding=self.pool // 2)[0]
         spans = torch.arange(len(values), device=values.device) // self.span
         sums, sizes = (torch.zeros(int(spans[-1]) + 1, dtype=values.dtype).to(values).index_add(0, spans, part)
                        for part in (values, torch.ones_like(values)))  # fmt: skip
-        pooled = torch.full(view.ids.shape, float("-inf"), dtype=values.dtype, device=values.device)
-        pooled[0, candidates] = (sums / sizes)[spans]
-        count = min(len(candidates), max(1, round(self.keep * len(candidates) / self.span)) * self.span)
-        taken = self.control.take(pooled, view, count, layer=layer)
-        return torch.cat([fixed.nonzero()[:, 0], taken]).sort().values[None]
+        found = torch.full_like(scores, float("-inf"))
+        found[0, candidates] = (sums / sizes)[spans]
+        return found

@@ -207,6 +207,26 @@ def test_spans_stay_together() -> None:
     assert Evict(keep=0.25, pool=1, span=2).kept(model, view, scores, 0)[0].tolist() == [2, 3, *BLOCK]
 
 
+def test_random_keys_and_confident_ones_are_pooled_as_attention_is() -> None:
+    """Else a rule that keeps neighbours together would be compared with scattered keys, and scatter would pass for attention."""
+    model = tiny.stub(lambda ids: ids, vocab=4, mask_token_id=tiny.MASK)
+    view, scores = opened(text()), torch.zeros(1, SIZE)
+    outside = [place for place in range(SIZE) if place not in BLOCK]
+    spans = [set(outside[at : at + 2]) for at in range(0, len(outside), 2)]
+    for seed in range(6):
+        rule = Evict(keep=0.5, pool=1, span=2, control=Control("random", seed=seed))
+        kept = set(rule.kept(model, view, scores, 0)[0].tolist())
+        assert all(span <= kept or not span & kept for span in spans)
+    # The mean of a span decides: 0 and 1 have .45, 2 and 3 .5, though no place is surer than 0.
+    view.memory["seen confidence"] = torch.zeros(1, SIZE).index_copy(1, torch.arange(4), torch.tensor([[0.9, 0.0, 0.5, 0.5]]))
+    assert Evict(keep=0.25, pool=1, span=2, control=Control("confidence")).kept(model, view, scores, 0)[0].tolist() == [
+        2,
+        3,
+        *BLOCK,
+    ]
+    assert Evict(keep=0.4, pool=3, control=Control("confidence")).kept(model, view, scores, 0)[0].tolist() == [0, 1, 2, *BLOCK]
+
+
 def test_an_evicted_key_is_not_seen(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a pass in which a mask hides keys from the block, and keys and values outside are those of a plain pass."""
     first = PROMPT - model.logit_shift

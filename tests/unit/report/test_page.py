@@ -95,6 +95,17 @@ def test_a_verdict_leads_to_its_rule_table_and_figure(monkeypatch: pytest.Monkey
     assert len(ids) == len(set(ids)) and {lead[1:] for lead in leads} <= set(ids)
 
 
+def test_claims_of_the_digest_stand_apart_and_n_says_what_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = begin(monkeypatch, tmp_path)
+    run.claim("fixed-sinks", **{**CLAIM, "statement": "A rule of a blog.", "source": "digest, section 2"})
+    run.claim("sinks-move", **CLAIM)
+    run.finish()
+    text = Page(html_report.build("quick").read_text(encoding="utf-8")).text
+    apart = text.index("Claims of the digest")
+    assert text.index(str(CLAIM["statement"])) < apart < text.index("A rule of a blog.")
+    assert "8 prompts" in text
+
+
 def test_answers_come_before_figures_and_figures_before_tables(page: Page) -> None:
     places = [page.text.index(words) for words in ("What was found", "Figure: line", "Table: top", "Provenance of notebook")]
     assert places == sorted(places)

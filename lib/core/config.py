@@ -81,6 +81,7 @@ class Config(Section):
         named = {
             "variance_analysis.answering_models": self.variance_analysis.answering_models,
             "pruning_baselines.models": self.pruning_baselines.models,
+            "pruning_baselines.decisive_models": self.pruning_baselines.decisive_models,
             "pruning_baselines.stronger_models": self.pruning_baselines.stronger_models,
             "sink_aware_pruning.models": self.sink_aware_pruning.models,
             "sink_aware_pruning.stronger_models": self.sink_aware_pruning.stronger_models,

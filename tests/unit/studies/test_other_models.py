@@ -266,7 +266,8 @@ SMALL = {
                           "windows": 2, "draws": 2, "blocked_keys": "[1]", "sums": 2, "block_lengths": "[14]",
                           "other_tokens_per_step": "[4]", "other_prompt_tokens": "[8]", "digest_steps": 4,
                           "mask_ratios": "[0.9, 0.5]"},
-    "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]"},
+    "pruning_baselines": {"calibration_windows": 1, "windows": 2, "draws": 1, "timing_repeats": 3, "stronger": "[ALPS]",
+                          "decisive_models": "[dlm]", "decisive_windows": 3, "decisive_seeds": 2},
     "sink_aware_pruning": {"calibration_windows": 1, "windows": 2, "draws": 1, "levels": 2, "trajectory_states": 2, "swaps": 1,
                            "decisive_windows": 2, "decisive_seeds": 1, "sparsity": 0.3, "sparsities": "[0.3, 0.5]"},
     "joint_quantization": {"calibration_windows": 1, "windows": 2, "draws": 1, "group_size": 8, "group_sizes": "[8]",
@@ -369,7 +370,10 @@ def test_a_notebook_runs_to_its_end(
     assert words in capsys.readouterr().out
     assert {name for name, frame in seen.tables.items() if not len(frame)} == empty
     assert len(seen.figures) >= 3
-    if number == "03":  # methods that compare inside rows and others lose as many weights, whatever is measured
+    if number == "03":
+        gains = seen.tables["gains"].set_index("comparison")
+        assert gains.loc["Wanda over magnitude per row", ["seeds", "windows"]].tolist() == [2, 3]
+        # methods that compare inside rows and others lose as many weights, whatever is measured
         assert all(target.removed is not None or target.pattern != UNSTRUCTURED for target in seen.targets)
     if number == "04":  # its base loses exactly as many weights, whatever is a fraction of a row
         extensions = seen.tables["extensions"].set_index("variant")

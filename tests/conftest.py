@@ -32,12 +32,6 @@ def products() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(autouse=True)
-def first_calls() -> None:
-    """Check every function anew: the calls that are checked are the first ones of a test."""
-    tests.typecheck.calls.clear()
-
-
 @pytest.fixture
 def strict_figures() -> Iterator[None]:
     """Take a warning for a failure, because it would stand in the notebook, and close what was drawn."""

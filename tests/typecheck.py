@@ -1,9 +1,7 @@
 """The checks that every function of lib gets under pytest: types by beartype, shapes by jaxtyping where arrays are annotated."""
 
-import functools
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +11,13 @@ from beartype import BeartypeConf, beartype
 ARRAYS = re.compile(r"jaxtyping|\b(?:Bool|Complex|Float|Inexact|Int|Integer|Num|Real|Shaped|UInt8)\[")
 QUOTED = re.compile(r"^'|\['|ForwardRef")  # names that are imported for type checkers alone, which beartype would look for
 thorough = jaxtyping.jaxtyped
-CALLS = 64  # of a function in a test, whose shapes are bound; what calls it on differs in values, not in shapes
-calls: Counter[int] = Counter()  # by function, emptied before each test
 
 # As type checkers do, an int passes where a float is asked for.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Decorate as `jaxtyping.jaxtyped` does, but bind shapes only where annotations name arrays, once a call, and not in loops.
+    """Decorate as `jaxtyping.jaxtyped` does, but bind shapes only where annotations name arrays, and once a call.
 
     A function within a function that takes none is left alone: it would be taken apart anew for every call of the outer one.
     """
@@ -32,19 +28,7 @@ def sparing(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
         if isinstance(made, type) or late or any(map(QUOTED.search, said)):
             return thorough(made, typechecker=typechecker)
         if any(map(ARRAYS.search, said)):
-            return first_calls(made, thorough(typechecker(made), typechecker=None))
+            return thorough(typechecker(made), typechecker=None)
         return made if "<locals>" in made.__qualname__ else typechecker(made)
 
     return decorate
-
-
-def first_calls(made: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is checked in the first calls of each test."""
-    name = id(made.__code__)
-
-    @functools.wraps(made)
-    def counted(*given: Any, **options: Any) -> Any:
-        calls[name] += 1
-        return (whole if calls[name] <= CALLS else made)(*given, **options)
-
-    return counted

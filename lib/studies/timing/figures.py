@@ -25,6 +25,10 @@ SERIES = tuple(Style(color, marker) for color, marker in zip(
 ))  # fmt: skip
 SPEED_UP = "speed-up over dense (times)"
 DIGEST = (1.4, 1.8)  # what the digest states for 30 % and 50 %
+SURE = 0.05  # of a Holm-adjusted p
+CONTROLLED: Mapping[str, str] = MappingProxyType({
+    "KL": "more KL to exact passes (nats)", "other tokens": "more tokens unlike the plain sampler's (share)",
+})  # fmt: skip
 
 
 def roofline(table: pd.DataFrame, peaks: Peaks, integers: Peaks | None) -> tuple[Figure, pd.DataFrame]:
@@ -182,3 +186,33 @@ def parallelism(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ax.set(xlabel="tokens a forward pass", ylabel="share of right answers")
     panels.legend_beside(ax)
     return figure, table
+
+
+def sink_control(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Draw what each setting of the sink control changes: a column a model and block, a row of panels a measure.
+
+    Args:
+        table: of `systems.control`, without what tests nothing; columns model, block, system, control, measure, difference, low,
+            high and `p Holm`. What is sure after Holm's adjustment has a filled marker.
+    """
+    cases = list(dict.fromkeys(zip(table["model"], table["block"], strict=True)))
+    measures = panels.unique(table, "measure")
+    names = {key: panels.unique(panels.select(table, measure=key).assign(row=_settings), "row") for key in measures}
+    heights = [0.8 + 0.3 * len(names[key]) for key in measures]
+    options = {"sharex": "row", "squeeze": False, "gridspec_kw": {"height_ratios": heights}}
+    figure, axes = figures.subplots(len(measures), len(cases), height=0.6 + sum(heights), **options)
+    for line, key in zip(axes, measures, strict=True):
+        for ax, (model, block) in zip(line, cases, strict=True):
+            own = panels.select(table, measure=key, model=model, block=block).assign(row=_settings)
+            for sure in (True, False):
+                some = own.take(np.flatnonzero(np.asarray(own["p Holm"] < SURE) == sure).tolist())
+                places = [float(names[key].index(name)) for name in some["row"]]
+                panels.points(ax, some, places, value="difference", style=panels.DIFFERENCE, filled=sure)
+            panels.difference_axis(ax, numbers=4)
+            panels.name_rows(ax, names[key] if ax is line[0] else [""] * len(names[key]))
+            ax.set(title=f"{model}, blocks of {block}" if key == measures[0] else "", xlabel=CONTROLLED[key])
+    return figure, table
+
+
+def _settings(table: pd.DataFrame) -> pd.Series:
+    return table["system"] + ", " + table["control"]

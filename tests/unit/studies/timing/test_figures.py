@@ -77,3 +77,24 @@ def test_pairs_on_the_diagonal_multiply() -> None:
     assert {(1.0, 1.0), (3.0, 2.5)} <= drawn(ax)
     diagonal = next(line for line in ax.lines if len(np.asarray(line.get_xdata())) == 2 and line.get_marker() in ("None", ""))
     assert np.asarray(diagonal.get_xdata()).tolist() == pytest.approx(np.asarray(diagonal.get_ydata()).tolist())
+
+
+def test_the_control_has_a_panel_a_measure_and_block_with_sure_rows_filled() -> None:
+    rows = [
+        {"model": "dlm", "block": block, "system": system, "control": control, "measure": measure, "difference": value,
+         "low": value - 0.1, "high": value + 0.1, "p Holm": p}
+        for block in (16, 64)
+        for system, control, measure, value, p in (
+            ("FOCUS", "sinks out", "other tokens", 0.3, 1.0), ("FOCUS", "random", "other tokens", 0.4, 0.01),
+            ("Sparse-dLLM", "random", "KL", 0.02 * block, 0.2),
+        )
+    ]  # fmt: skip
+    figure, shown = figures.sink_control(pd.DataFrame(rows))
+    texts, others, exact, exact_too = figure.axes
+    assert drawn(texts) == drawn(others) == {(0.3, 0.0), (0.4, 1.0)} and len(shown) == 6
+    assert drawn(exact) == {(0.32, 0.0)} and drawn(exact_too) == {(1.28, 0.0)}
+    filled = {str(box.lines[0].get_markerfacecolor()): np.asarray(box.lines[0].get_xdata()).tolist() for box in texts.containers}  # type: ignore[attr-defined]
+    assert filled["white"] == [0.3] and [at for color, at in filled.items() if color != "white"] == [[0.4]]
+    assert [label.get_text() for label in texts.get_yticklabels()] == ["FOCUS, sinks out", "FOCUS, random"]
+    assert (texts.get_title(), others.get_title()) == ("dlm, blocks of 16", "dlm, blocks of 64")
+    assert "nats" in exact.get_xlabel() and "share" in texts.get_xlabel()

@@ -80,20 +80,22 @@ def verdict_block(*, root: Path | None = None) -> str:
 
 
 def models_block(*, root: Path | None = None) -> str:
-    """Write what the embedded models are: their weights and the tokens that they were trained on.
+    """Write what the embedded models are: their weights and the tokens that they were trained on; those alike stand together.
 
     Args:
         root: folder that holds `models/`; the repository when None.
     """
     folder = (root or config.ROOT) / "models" / "reference"
-    lines = []
+    alike: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*/recipe.json")):
         recipe, measured = (json.loads(each.read_text(encoding="utf-8")) for each in (path, path.with_name("evaluation.json")))
         tokens, base = recipe.get("trained_tokens", recipe.get("tokens")) / 1e6, recipe.get("base")
         size = measured["parameters"] / 1e6
-        words = f"`{path.parent.name}` {size:.1f} M parameters, {significant(tokens, 2)} M training tokens"
-        lines.append(words if base is None else f"{words} beyond those of the weights it began with")
-    return "The embedded models: " + "; ".join(lines) + "."
+        words = f"{size:.1f} M parameters, {significant(tokens, 2)} M training tokens"
+        words = words if base is None else f"{words} beyond those of the weights it began with"
+        alike.setdefault(words, []).append(f"`{path.parent.name}`")
+    each = [f"{', '.join(names)} ({words}{' each' if len(names) > 1 else ''})" for words, names in alike.items()]
+    return f"The embedded models: {'; '.join(sorted(each))}."
 
 
 def found_block(notebook: str, *, root: Path | None = None) -> str:

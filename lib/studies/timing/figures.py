@@ -214,5 +214,5 @@ def sink_control(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
-def _settings(table: pd.DataFrame) -> pd.Series:
-    return table["system"] + ", " + table["control"]
+def _settings(table: pd.DataFrame) -> list[str]:
+    return [f"{system}, {control}" for system, control in zip(table["system"], table["control"], strict=True)]

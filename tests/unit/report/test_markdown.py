@@ -97,8 +97,8 @@ def test_the_models_are_read_from_their_folders(tmp_path: Path) -> None:
         (folder / "recipe.json").write_text(json.dumps(recipe))
         (folder / "evaluation.json").write_text(json.dumps({"parameters": parameters}))
     assert markdown.models_block(root=tmp_path) == (
-        "The embedded models: `alpha` (12.0 M parameters, 12 M training tokens); `beta` (65.8 M parameters, 0.92 M training tokens "
-        "beyond those of the weights it began with); `eta`, `zeta` (2.5 M parameters, 3.4 M training tokens each)."
+        "The embedded models: `alpha` (12.0 M parameters, 12 M training tokens); `beta` (65.8 M parameters, 0.92 M training "
+        "tokens beyond those of the weights it began with); `eta`, `zeta` (2.5 M parameters, 3.4 M training tokens each)."
     )
 
 

@@ -73,7 +73,7 @@ def verdict_block(*, root: Path | None = None) -> str:
     rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
     for result in results:
         for claim in result["claims"]:
-            rows[claim["source"].startswith(DIGEST)].append(_claim_row(claim, result["number"]))
+            rows[is_of_the_digest(claim)].append(_claim_row(claim, result["number"]))
     parts = [_markdown_table(HEADER, rows[False]) if rows[False] else "No claim has been tested yet."]
     parts += [f"{OF_THE_DIGEST}\n\n{_markdown_table(HEADER, rows[True])}"] if rows[True] else []
     return "\n\n".join([*parts, "\n".join(_notebook_line(result, root) for result in results)])
@@ -236,6 +236,11 @@ def _claim_row(claim: dict[str, Any], number: str) -> tuple[str, ...]:
         claim["rule"],
         claim["note"],
     )
+
+
+def is_of_the_digest(claim: Mapping[str, Any]) -> bool:
+    """Tell whether a claim is the blog post's."""
+    return claim["source"].startswith(DIGEST)
 
 
 def counted(claim: Mapping[str, Any], number: str) -> str:

@@ -13,7 +13,7 @@ import jinja2
 from lib.core import config, provenance
 from lib.core.errors import InputError
 from lib.report import animation
-from lib.report.markdown import DIGEST, counted
+from lib.report.markdown import counted, is_of_the_digest
 from lib.report.results import MODEL_FIELDS, SIGNS, count_verdicts, evidence_of, in_words, interval_text, load_results
 from lib.report.tables import NO_ROWS, significant
 
@@ -96,7 +96,7 @@ def _claim_view(claim: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
     links = {kind: f"n{number}-{kind}-{name}" for kind, name in evidence_of(result, claim).items()}
     return {
         **claim, "shown": interval_text(claim["estimate"], claim["interval"]), "counted": counted(claim, number), "links": links,
-        "of_the_digest": claim["source"].startswith(DIGEST), "place": re.sub(r"[^a-z0-9]+", "-", place.lower()),
+        "of_the_digest": is_of_the_digest(claim), "place": re.sub(r"[^a-z0-9]+", "-", place.lower()),
     }  # fmt: skip
 
 

@@ -256,7 +256,11 @@ class BatchedHarness(HarnessModel):
 
 
 def denoising_plan(new_tokens: int, settings: EvaluationSettings) -> tuple[int, int, int]:
-    """Fit a request for fewer tokens to the settings: whole blocks, and as many steps per token as `gen_length` gets.
+    """Fit a request for fewer tokens to the settings: equal blocks, and as many steps per token as `gen_length` gets.
+
+    Rounded up to whole blocks, an answer would be written in a longer text than was asked for, and a model may have learnt how
+    long its answers are. So blocks get shorter instead: to the longest that divides the request, if that is more than half as
+    long, or to what leaves the least surplus.
 
     Returns:
         (tokens to denoise, of which the surplus is cut off afterwards; steps; block length).
@@ -264,9 +268,14 @@ def denoising_plan(new_tokens: int, settings: EvaluationSettings) -> tuple[int, 
     >>> denoising_plan(6, EvaluationSettings(gen_length=64, steps=32, block_length=16))
     (6, 3, 6)
     >>> denoising_plan(20, EvaluationSettings(gen_length=64, steps=32, block_length=16))
-    (32, 16, 16)
+    (20, 10, 10)
+    >>> denoising_plan(23, EvaluationSettings(gen_length=64, block_length=16))
+    (24, 24, 12)
     """
-    block = min(settings.block_length, new_tokens)
+    most = min(settings.block_length, new_tokens)
+    dividing = (length for length in range(most, most // 2, -1) if new_tokens % length == 0)
+    even = -(-new_tokens // -(-new_tokens // most))
+    block = next(dividing, even)
     blocks = -(-new_tokens // block)
     per_block = max(1, round(settings.steps * block / settings.gen_length))
     return blocks * block, blocks * per_block, block

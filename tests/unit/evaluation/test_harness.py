@@ -453,7 +453,11 @@ def test_a_plan_fits_the_sampler(new: int, block: int, blocks: int, per_block: i
     options = EvaluationSettings(gen_length=block * blocks, steps=blocks * per_block, block_length=block)
     length, steps, used = denoising_plan(new, options)
     assert length >= new
-    assert length - new < used <= block
+    assert length - new < length // used, "the least surplus of so many equal blocks"
+    assert used <= block
+    most = min(block, new)
+    if any(new % own == 0 for own in range(most // 2 + 1, most + 1)):
+        assert length == new, "an answer is written in as many tokens as it has"
     assert length % used == 0
     assert steps % (length // used) == 0
     assert denoising_plan(block * blocks, options) == (block * blocks, blocks * per_block, block)

@@ -2,17 +2,21 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import torch._dynamo.config
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.core.provenance import replacing
 from recipes.family.objectives import Member, stated
+
+COMPILED_SHAPES = 128  # of rows, of all networks of a process
 
 
 class Course(Protocol):
@@ -104,6 +108,16 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Course) -> list[torch.optim
         torch.optim.Muon(inside, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outside, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+
+
+def compile_body(model: LlamaForCausalLM, *, backend: str | Callable[..., Any] = "inductor") -> Any:
+    """Return the network without its head, compiled for each shape of rows that it reads.
+
+    torch counts the shapes of all networks of a process together, and beyond its limit goes on without compiling, so that a
+    second or third network would quietly be slower: the limit is raised out of the way.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    return torch.compile(model.model, dynamic=False, backend=backend)
 
 
 def learning_rate(step: int, recipe: Course) -> float:

@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lib.core import processor
 from lib.core.config import ROOT
 from lib.core.provenance import write_json
 from lib.core.runtime import use_processor
 from recipes.family import progress
 from recipes.family.batches import Corpus
-from recipes.family.recipe import Recipe, build_model, learning_rate, make_optimizers, update_
+from recipes.family.recipe import Recipe, build_model, compile_body, learning_rate, make_optimizers, update_
 from recipes.family.train import prepare, step_loss
 
 SIZES = {
@@ -40,7 +38,7 @@ def curve(recipe: Recipe, corpus: Corpus, *, seconds: float, compiled: bool = Tr
     """
     model = build_model(recipe, corpus.tok, member="dlm")
     optimizers, probe = make_optimizers(model, recipe), progress.shadow(model)
-    network = torch.compile(model.model, dynamic=False) if compiled else model.model
+    network = compile_body(model) if compiled else model.model
     bf16 = processor.is_bfloat16_faster()
     step_loss("dlm", model, network, corpus, 0, recipe, bf16=bf16)  # compiles; its gradients are dropped
     model.zero_grad()

@@ -27,7 +27,16 @@ from recipes import tokenizer
 from recipes.family import batches, progress, sources, tasks
 from recipes.family.batches import Corpus
 from recipes.family.objectives import MEMBERS, Member, row_losses
-from recipes.family.recipe import Recipe, build_model, learning_rate, load_state, make_optimizers, save_state, update_
+from recipes.family.recipe import (
+    Recipe,
+    build_model,
+    compile_body,
+    learning_rate,
+    load_state,
+    make_optimizers,
+    save_state,
+    update_,
+)
 
 TOKENIZER_TASKS = 4000  # documents of each task that the tokenizer is trained on, beside all text
 SAVE_SECONDS = 200.0
@@ -150,7 +159,7 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
         }
     bf16 = state["bf16"]
     probe = progress.shadow(model)
-    network = torch.compile(model.model, dynamic=False) if pace.compiled else model.model
+    network = compile_body(model) if pace.compiled else model.model
     first, saved = state["step"], time.perf_counter()
     last = min(recipe.steps, first + pace.stop_after) if pace.stop_after else recipe.steps
     for step in tqdm(range(first, last), initial=first, total=recipe.steps, desc=member, mininterval=60):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import attention_recorder, plan_speed, pruning_methods, references, streaming
+from benchmarks import attention_recorder, plan_speed, pruning_methods, references, streaming, training
 from lib.diffusion import sampler
 
 
@@ -89,3 +89,19 @@ def test_the_plans_speed_is_measured_beside_what_is_predicted(capsys: pytest.Cap
         predicted, measured, _, ratio = (float(word) for word in line.split()[-4:])
         assert measured > 0 and ratio == pytest.approx(measured / predicted, rel=0.05, abs=0.01)
     assert lines[-1].startswith("the core with a network of this shape: ") and lines[-1].endswith("as measured")
+
+
+def test_the_training_benchmark_prints_every_way(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.shutil, "which", lambda _: None)  # compiling takes minutes
+    threads = torch.get_num_threads()
+    training.main(["--layers", "1", "--text-rows", "1", "--repeats", "1", "--member", "bd"])
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].strip() for line in lines] == [
+        "a step of bd",
+        "float32",
+        "bfloat16",
+        "not compiled: no C++ com"[:22].strip(),
+    ]
+    assert all(float(value) > 0 for line in lines[1:3] for value in line[22:].split())
+    assert lines[1].endswith("1.00")

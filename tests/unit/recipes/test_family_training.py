@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from lib.checkpoints import facts
 from lib.core.runtime import generator
@@ -441,6 +442,17 @@ def test_a_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
         written = cards.card(member, recipe_, found, hardware="a test")
         assert f"**{found['held_out_nats']:.3f} ± {found['held_out_standard_error']:.3f}**" in written
         assert "| `tiny_add` | 0 of 3 | **0.0%** |" in written and "a test" in written
+
+
+def test_every_shape_of_every_network_is_compiled(tmp_path: Path) -> None:
+    """Beyond torch's limit of eight shapes the third size of a scaling run would go on uncompiled, and look slow."""
+    tok, counter = train.prepare(tmp_path, TOY).tok, CompileCounter()
+    for width in (16, 32, 48):
+        sized = dataclasses.replace(TOY, hidden_size=width)
+        network = recipe.compile_body(recipe.build_model(sized, tok, member="dlm"), backend=counter)
+        for length in range(4, 9):
+            network(input_ids=torch.ones((1, length), dtype=torch.long))
+    assert counter.frame_count == 15
 
 
 def test_a_scaling_run_stops_at_its_time_and_counts_tokens(tmp_path: Path) -> None:

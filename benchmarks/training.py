@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lib.core.config import ROOT
 from lib.core.errors import require
@@ -50,7 +50,7 @@ WAYS = (
 
 def embedded_corpus(recipe: Recipe) -> Corpus:
     """Return training rows of what the repository holds."""
-    tok = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(ROOT / "models" / "reference" / "dlm"))
+    tok = PreTrainedTokenizerFast.from_pretrained(ROOT / "models" / "reference" / "dlm")
     rows = read_rows("articles_calibration")
     ends = cast(int, tok.bos_token_id), cast(int, tok.eos_token_id)
     documents = [[ends[0], *cast(list[int], tok(row["extract"])["input_ids"]), ends[1]] for row in rows]

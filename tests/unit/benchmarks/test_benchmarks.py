@@ -97,11 +97,6 @@ def test_the_training_benchmark_prints_every_way(capsys: pytest.CaptureFixture[s
     training.main(["--layers", "1", "--text-rows", "1", "--repeats", "1", "--member", "bd"])
     torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:22].strip() for line in lines] == [
-        "a step of bd",
-        "float32",
-        "bfloat16",
-        "not compiled: no C++ com"[:22].strip(),
-    ]
+    assert [line[:12].strip() for line in lines] == ["a step of bd", "float32", "bfloat16", "not compiled"]
     assert all(float(value) > 0 for line in lines[1:3] for value in line[22:].split())
     assert lines[1].endswith("1.00")

@@ -172,10 +172,11 @@ def parallelism(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Draw accuracy against tokens a forward pass, one line a commit rule, with the area under each.
 
     Args:
-        table: of `systems.curve`.
+        table: of `answering.curve`, of one task and block.
     """
     figure, ax = figures.subplots(height=4.6)
     first = table.iloc[0]
+    ax.set_title(f"{first['task']}, blocks of {first['block']}")
     for name, style in zip(panels.unique(table, "rule"), cycle(SERIES), strict=False):
         own = panels.select(table, rule=name).sort_values("parallelism")
         x, y = panels.numbers(own, "parallelism")[:, 0].tolist(), panels.numbers(own, "accuracy")[:, 0].tolist()

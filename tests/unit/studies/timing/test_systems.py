@@ -221,6 +221,7 @@ def test_a_curve_counts_tokens_a_pass(model: LanguageModel, monkeypatch: pytest.
     assert table["difference high"].tolist()[0] == 0.0 < table["difference high"].tolist()[2], "one row is compared with itself"
     assert table["area"].tolist() == pytest.approx([200 / 3] * 3)  # the loose point lies below the first by more than five
     figure, drawn = figures.parallelism(table)
+    assert figure.axes[0].get_title() == "tiny_topic_written, blocks of 32"
     figure.savefig(tmp_path / "curve.png")
     plt.close(figure)
     assert len(drawn) == 3

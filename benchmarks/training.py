@@ -52,9 +52,8 @@ def embedded_corpus(recipe: Recipe) -> Corpus:
     """Return training rows of what the repository holds."""
     tok = PreTrainedTokenizerFast.from_pretrained(ROOT / "models" / "reference" / "dlm")
     rows = read_rows("articles_calibration")
-    ends = cast(int, tok.bos_token_id), cast(int, tok.eos_token_id)
-    documents = [[ends[0], *cast(list[int], tok(row["extract"])["input_ids"]), ends[1]] for row in rows]
-    windows = list(batches.pack(documents, length=recipe.length, bos=ends[0]))
+    documents = batches.tokenise(tok, [row["extract"] for row in rows])
+    windows = list(batches.pack(documents, length=recipe.length, bos=cast(int, tok.bos_token_id)))
     return Corpus(tok, np.array(windows, dtype=np.uint16), {}, [row for row in rows if batches.asks_well(tok, row)])
 
 

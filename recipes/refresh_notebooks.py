@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from lib.core import config, provenance, variables
 from lib.launch import lanes
 from lib.report import markdown, results
+from recipes.pages import marks
 
 KEPT_METADATA = ("tags",)
 LANGUAGE = {"name": "python"}
@@ -172,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         changed = refresh(known[chosen[0]])
         sys.stdout.write(f"{known[chosen[0]].name}: {'changed' if changed else 'unchanged'}\n")
-    for page in [] if given.outputs_only else markdown.update(config.ROOT):  # once all are written, or one would undo another
+    # Once all are written, or one would undo another.
+    for page in [] if given.outputs_only else [*markdown.update(config.ROOT), *marks.update(config.ROOT)]:
         sys.stdout.write(f"{page}: changed\n")
     return failed
 

@@ -149,8 +149,12 @@ def begin(job: Job, *, threads: int | None = None, line: int = 0) -> Running:
     return Running(job, subprocess.Popen(command, stdout=said, env=environ), said, started, line)
 
 
-def finish(running: Running) -> Outcome:
+def finish(running: Running, *, peak: int | None = None) -> Outcome:
     """Wait for a notebook and record what it wrote.
+
+    Args:
+        running: the notebook.
+        peak: most bytes that it held, for the record.
 
     Returns:
         What it wrote.
@@ -171,7 +175,7 @@ def finish(running: Running) -> Outcome:
     os.replace(running.partial, job.executed)
     seconds = time.monotonic() - running.started
     files = outputs.read(job.output, job.profile, job.notebook.stem)
-    _record(job, files, seconds)
+    _record(job, files, seconds, peak)
     return Outcome((*files, _relative(job.executed, job)), seconds)
 
 
@@ -196,13 +200,14 @@ def sweep(job: Job) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _record(job: Job, files: Mapping[str, str], seconds: float) -> None:
+def _record(job: Job, files: Mapping[str, str], seconds: float, peak: int | None = None) -> None:
     """Write the record that lets the next run skip this notebook; it comes last, when everything else is in place."""
     record = {
         "fingerprint": job.fingerprint,
         "notebook": job.notebook.name,
         "outputs": dict(files),
         "overrides": dict(job.overrides),
+        "peak_bytes": peak,
         "seconds": round(seconds, 1),
         "seed": job.seed,
         "versions": provenance.versions(),

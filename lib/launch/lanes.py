@@ -17,14 +17,22 @@ RESTS = 20  # times as long as a look takes: pages of large processes take long 
 
 @dataclass
 class Peak:
-    """The most memory that a run and all its processes held at one time, in bytes; shared pages count once."""
+    """The most memory that a run and all its processes held at one time, in bytes; shared pages count once.
+
+    Attributes:
+        bytes: of all together.
+        of: of each notebook with its kernel, by number.
+    """
 
     bytes: int = 0
+    of: dict[str, int] = field(default_factory=dict)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
-    def look(self) -> None:
+    def look(self, running: Sequence[Running] = ()) -> None:
         """Measure now."""
-        self.bytes = max(self.bytes, sum(map(_held, [self._process, *self._process.children(recursive=True)])))
+        now = {each.job.number: _held_by_all(each.process.pid) for each in running}
+        self.of |= {number: max(found, self.of.get(number, 0)) for number, found in now.items()}
+        self.bytes = max(self.bytes, _held(self._process) + sum(now.values()))
 
 
 def lanes_for(jobs: int, *, threads: int, has_gpu: bool) -> int:
@@ -61,7 +69,7 @@ def side_by_side(jobs: Sequence[Job], *, lanes: int, threads: int, peak: Peak) -
             done = _first_done(running, peak)
             running.remove(done)
             try:
-                yield done.job, execution.finish(done)
+                yield done.job, execution.finish(done, peak=peak.of.get(done.job.number))
             except Exception as error:  # also of a full disk: the others may have written what they need
                 failed.append(error)
     finally:
@@ -95,8 +103,18 @@ def _first_done(running: Sequence[Running], peak: Peak) -> Running:
             if each.process.poll() is not None:
                 return each
         started = time.perf_counter()
-        peak.look()
+        peak.look(running)
         time.sleep(max(LOOK_SECONDS, RESTS * (time.perf_counter() - started)))
+
+
+def _held_by_all(pid: int) -> int:
+    """Return the memory of a process and of all that it started, 0 when it has just ended."""
+    try:
+        process = psutil.Process(pid)
+        found = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    return sum(map(_held, found))
 
 
 def _held(process: psutil.Process) -> int:

@@ -179,7 +179,8 @@ def pack(documents: Sequence[list[int]], *, length: int, bos: int) -> Iterator[l
                 window = []
 
 
-def _tokenise(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+def tokenise(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text between BOS and EOS."""
     rows = cast(list[list[int]], tok(texts, add_special_tokens=False)["input_ids"])
     return [[cast(int, tok.bos_token_id), *row, cast(int, tok.eos_token_id)] for row in rows]
 
@@ -198,10 +199,10 @@ def build(
     Returns:
         The windows, and the distinct tokens of each source.
     """
-    plain = [_tokenise(tok, [one.text for one in found if not sources.is_held_out(one.key)]) for found in documents.values()]
+    plain = [tokenise(tok, [one.text for one in found if not sources.is_held_out(one.key)]) for found in documents.values()]
     once = [row for rows in plain for row in rows]
     training = corpus.split_articles(articles, "train")
-    forms = [_tokenise(tok, sources.article_texts(training, last=lambda _, last=last: last)) for last in (False, True)]
+    forms = [tokenise(tok, sources.article_texts(training, last=lambda _, last=last: last)) for last in (False, True)]
     distinct = {name: sum(map(len, rows)) for name, rows in zip(documents, plain, strict=True)}
     distinct["encyclopaedia"] = sum(map(len, forms[0]))
     found: list[np.ndarray] = []
@@ -231,7 +232,7 @@ def held_out_windows(
     texts = {name: [one.text for one in found if sources.is_held_out(one.key)] for name, found in documents.items()}
     texts["encyclopaedia"] = sources.article_texts(corpus.split_articles(articles, "evaluation"), last=lambda _: False)
     bos = cast(int, tok.bos_token_id)
-    packed = {name: list(pack(_tokenise(tok, found), length=length, bos=bos))[:windows] for name, found in texts.items()}
+    packed = {name: list(pack(tokenise(tok, found), length=length, bos=bos))[:windows] for name, found in texts.items()}
     return {name: torch.tensor(found) for name, found in packed.items() if found}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,18 @@ def scaling_words(path: Path = SCALING) -> str:
     return "\n".join(["`dlm` at three sizes for equal time, at the highest learning rate (no decay):", "", *lines])
 
 
+def restart_words(steps: Sequence[int]) -> str:
+    """Say at which steps a run went on from its weights alone; nothing where it never did.
+
+    >>> restart_words([1000, 3400])
+    ', at steps 1,000 and 3,400 from weights in bfloat16 with fresh moments of the optimizers'
+    """
+    if not steps:
+        return ""
+    at = " and ".join(f"{step:,}" for step in steps)
+    return f", at step{'s' if len(steps) > 1 else ''} {at} from weights in bfloat16 with fresh moments of the optimizers"
+
+
 def card(name: str, recipe: dict[str, Any], measured: dict[str, Any], *, hardware: str) -> str:
     """Fill the model card's template for one member."""
     kind, attention, noise, loss_name = KINDS[name]
@@ -168,6 +181,7 @@ def card(name: str, recipe: dict[str, Any], measured: dict[str, Any], *, hardwar
         "million_tokens": recipe["trained_tokens"] / 1e6,
         "tasks": tasks_table(measured["tasks"]),
         "scaling": scaling_words(),
+        "restarted": restart_words(recipe.get("restarts", [])),
     }  # fmt: skip
     return CARD.read_text(encoding="utf-8").format(**{**recipe, **measured, **own})
 

@@ -3,19 +3,22 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 import torch._dynamo.config
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib.core.errors import InputError
 from lib.core.provenance import replacing
 from recipes.family.objectives import Member, stated
 
+# What a configuration says of the member beside its network.
+STATED = ("is_causal", "mask_token_id", "attention_kind", "block_length", "block_origin", "noise")
 COMPILED_SHAPES = 128  # of rows, of all networks of a process
 
 
@@ -120,10 +123,16 @@ def compile_body(model: LlamaForCausalLM, *, backend: str | Callable[..., Any] =
     return torch.compile(model.model, dynamic=False, backend=backend)
 
 
-def learning_rate(step: int, recipe: Course) -> float:
-    """Warm-up, plateau, linear decay to zero: the plateau does not depend on the budget, so a run can be lengthened."""
+def learning_rate(step: int, recipe: Course, *, since: int = 0) -> float:
+    """Warm-up, plateau, linear decay to zero: the plateau does not depend on the budget, so a run can be lengthened.
+
+    Args:
+        step: number of the step, from 0.
+        recipe: whose course it is.
+        since: step at which the optimizers' moments were last empty, so that the rate warms up from there.
+    """
     decay_steps = max(1, math.ceil(recipe.steps * recipe.decay_fraction))
-    return recipe.learning_rate * min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / decay_steps, 1.0)
+    return recipe.learning_rate * min((step + 1 - since) / recipe.warmup_steps, (recipe.steps - step) / decay_steps, 1.0)
 
 
 def update_(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], *, rate: float) -> None:
@@ -163,3 +172,43 @@ def load_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim
                 packed["state"].setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict(packed)
     return json.loads(metadata["state"])
+
+
+def go_on_from(folder: Path, model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, recipe: Recipe) -> dict[str, Any]:
+    """Load the weights of a model that was written along a run or at its end.
+
+    Args:
+        folder: what `recipes.family.train` wrote: weights in bfloat16, configuration, tokenizer, recipe and log.
+        model: of the same member; takes the weights.
+        tok: of the run that goes on.
+        recipe: of that run: the one that the folder names, with more steps.
+
+    Returns:
+        The state to go on with, as a run keeps it: its step is among the `restarts`, at which moments are empty.
+
+    Raises:
+        InputError: the folder is of another member, tokenizer or recipe, or no step is left.
+    """
+    written, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("recipe.json", "config.json"))
+    numbers = {name: value for name, value in asdict(recipe).items() if name != "steps"}
+    said = {name: getattr(model.config, name, None) for name in STATED}
+    for name, value in {**numbers, **said}.items():
+        found = written[name] if name in numbers else config.get(name)
+        if found != value:
+            raise InputError(f"{name} must be {found} as in {folder}, got {value}: go on with the run that wrote it")
+    if PreTrainedTokenizerFast.from_pretrained(folder).get_vocab() != tok.get_vocab():
+        raise InputError(f"the tokenizer must be that of {folder}, got another: its weights mean nothing with other tokens")
+    step = written.get("step", written["steps"])
+    if step >= recipe.steps:
+        raise InputError(f"steps must be more than the {step} of {folder}, got {recipe.steps}: nothing is left to do")
+    weights = load_file(str(folder / "model.safetensors"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return {
+        "step": step,
+        "seconds": written["seconds"],
+        "tokens": written["trained_tokens"],
+        "restarts": [*written.get("restarts", []), step],
+        "log": json.loads((folder / "training_log.json").read_text(encoding="utf-8")),
+    }

@@ -1,7 +1,8 @@
 """Train one member of the embedded family: `python -m recipes.family.train dlm` (or `ar`, `bd`, `udlm`, `xdlm`).
 
 The members differ in noise and attention mask and in nothing else. A run stops and goes on at any time: its state is one file,
-and every random draw is a function of (seed, stream, step).
+and every random draw is a function of (seed, stream, step). Where only a model was kept, `--begin FOLDER` goes on from its
+weights with fresh moments of the optimizers, and the rate warms up anew.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from recipes.family.recipe import (
     Recipe,
     build_model,
     compile_body,
+    go_on_from,
     learning_rate,
     load_state,
     make_optimizers,
@@ -50,7 +52,7 @@ class Pace:
     measure_every: int = 100
     save_seconds: float = SAVE_SECONDS
     stop_after: int = 0  # steps of this call; 0 = all
-    keep_every: int = 0  # steps between the models that are kept along the way, in `step-N` beside the state; 0 = none
+    keep_every: int = 0  # steps between the models that are kept in `step-N` beside the state, and one where it stops; 0 = none
 
 
 def tokenizer_texts(documents: dict[str, list[sources.Document]], articles: list[dict[str, str]]) -> list[str]:
@@ -139,25 +141,35 @@ def measure(member: Member, model: LlamaForCausalLM, corpus: Corpus, recipe: Rec
         }
 
 
-def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace = Pace()) -> None:
-    """Train until all steps are done, resuming from the state in `folder` when there is one; write the model to `out`."""
+def train(
+    member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace = Pace(), begin_from: Path | None = None
+) -> None:
+    """Train until all steps are done, resuming from the state in `folder` when there is one; write the model to `out`.
+
+    Args:
+        member: of the family.
+        recipe: everything that decides the weights.
+        folder: of the corpus, the states and what is kept along the way.
+        out: of the model.
+        pace: how the run goes.
+        begin_from: a model to go on from where no state is there; see `go_on_from`.
+
+    Raises:
+        InputError: `begin_from` is of another run, or has no step left.
+    """
     corpus = prepare(folder, recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(recipe, corpus.tok, member=member)
     torch.nn.Module.to(model, device)
     optimizers = make_optimizers(model, recipe)
     state_file = folder / member / "state.safetensors"
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "restarts": [], "log": []}
     if state_file.exists():
         state = load_state(state_file, model, optimizers)
-    else:
-        state = {
-            "step": 0,
-            "seconds": 0.0,
-            "tokens": 0,
-            "bf16": device.type == "cuda" or processor.is_bfloat16_faster(),
-            "log": [],
-        }
-    bf16 = state["bf16"]
+    elif begin_from is not None:
+        state = go_on_from(begin_from, model, corpus.tok, recipe)
+    bf16 = state.setdefault("bf16", device.type == "cuda" or processor.is_bfloat16_faster())
+    since = max(state["restarts"], default=0)
     probe = progress.shadow(model)
     network = compile_body(model) if pace.compiled else model.model
     first, saved = state["step"], time.perf_counter()
@@ -165,7 +177,7 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
     for step in tqdm(range(first, last), initial=first, total=recipe.steps, desc=member, mininterval=60):
         started = time.process_time()  # of the processor: a run beside other work, or halted, takes no longer
         text, task, tokens = step_loss(member, model, network, corpus, step, recipe, bf16=bf16)
-        update_(model, optimizers, rate=learning_rate(step, recipe))
+        update_(model, optimizers, rate=learning_rate(step, recipe, since=since))
         state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
         state["seconds"] += time.process_time() - started
         done = step + 1 == last
@@ -183,7 +195,7 @@ def train(member: Member, recipe: Recipe, *, folder: Path, out: Path, pace: Pace
         if measured or done or time.perf_counter() - saved > pace.save_seconds:
             save_state(state_file, model, optimizers, state)
             saved = time.perf_counter()
-        if pace.keep_every and (step + 1) % pace.keep_every == 0 and step + 1 < recipe.steps:
+        if pace.keep_every and ((step + 1) % pace.keep_every == 0 or done) and step + 1 < recipe.steps:
             kept = folder / member / f"step-{step + 1}"
             write_model(kept, copy.deepcopy(probe), corpus.tok, state=state, recipe=recipe)
     if state["step"] == recipe.steps:
@@ -199,6 +211,7 @@ def write_model(
     model.save_pretrained(out)
     tok.save_pretrained(out)
     numbers = {"seconds": round(state["seconds"]), "trained_tokens": state["tokens"]}
+    numbers |= {"step": state["step"], "restarts": state["restarts"]}
     write_text(out / "recipe.json", json.dumps({**asdict(recipe), **numbers}, indent=2) + "\n")
     write_json(out / "training_log.json", state["log"])
 
@@ -209,6 +222,7 @@ def main() -> None:
     parser.add_argument("member", choices=MEMBERS)
     parser.add_argument("--folder", type=Path, default=Path(".cache/family"), help="packages, corpus and states")
     parser.add_argument("--out", type=Path, help="model folder (default models/reference/<member>)")
+    parser.add_argument("--begin", type=Path, help="model folder to go on from where the run has no state")
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     parser.add_argument("--measure-every", type=int, default=Pace.measure_every, help="steps between measurements")
     parser.add_argument("--stop-after", type=int, default=0, help="steps of this call (0 = all)")
@@ -216,10 +230,11 @@ def main() -> None:
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     args = vars(parser.parse_args())
-    member, folder, out = (args.pop(key) for key in ("member", "folder", "out"))
+    member, folder, out, begin_from = (args.pop(key) for key in ("member", "folder", "out", "begin"))
     pace = Pace(compiled=args.pop("compile"), **{name: args.pop(name) for name in ("measure_every", "stop_after", "keep_every")})
     use_processor()
-    train(member, Recipe(**args), folder=folder, out=out or Path("models/reference") / member, pace=pace)
+    out = out or Path("models/reference") / member
+    train(member, Recipe(**args), folder=folder, out=out, pace=pace, begin_from=begin_from)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def lines(priced: Priced, *, origin: str) -> list[str]:
     done = len(cells) - sum(len(priced.open(turn)) for turn in turns)
     whole, left = (sum(priced.hours(turn, left=left) for turn in turns) for left in (False, True))
     slowest = sum(priced.hours(turn, drawn=1.0) for turn in turns)
-    gigabytes = (f"{size / 1e9:.0f}" for size in _bytes(priced))
+    gigabytes = (f"{size / 1e9:.0f}" for size in bytes_taken(priced))
     fine = prices.resolution(core, priced.grid, prices.benchmarks(core))
     documents = sum(prices.asked(task, core, priced.grid)[0] for task in prices.benchmarks(core))
     tables = (by_round(priced), by_task(priced), by_variant(priced))
@@ -84,7 +84,7 @@ def lines(priced: Priced, *, origin: str) -> list[str]:
     ]
 
 
-def _bytes(priced: Priced) -> tuple[int, int]:
+def bytes_taken(priced: Priced) -> tuple[int, int]:
     """Return what the dearest variant takes on the device, and what all kept ones take on disk."""
     variants, grid, shape = dict.fromkeys(turn.variant for turn in priced.turns), priced.grid, priced.shape
     how = {"batch_size": grid.batch_size, "weights": grid.weights, "states": grid.states, "itemsize": priced.itemsize}

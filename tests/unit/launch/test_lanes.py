@@ -37,6 +37,7 @@ class Fake:
         self.seconds, self.failing, self.error = seconds, failing, error
         self.events: list[tuple[str, str, int]] = []  # what happened, to which notebook, threads or how many others ran
         self.running: list[Running] = []
+        self.peaks: dict[str, int | None] = {}
         patch.setattr(execution, "begin", self.begin)
         patch.setattr(execution, "finish", self.finish)
 
@@ -48,7 +49,8 @@ class Fake:
         self.running.append(Running(job, subprocess.Popen(words, stdout=said), said, time.monotonic(), line))
         return self.running[-1]
 
-    def finish(self, running: Running) -> Outcome:
+    def finish(self, running: Running, *, peak: int | None) -> Outcome:
+        self.peaks[running.job.number] = peak
         running.process.wait()
         running.said.close()
         self.running.remove(running)
@@ -106,7 +108,7 @@ def test_a_notebook_that_says_more_than_a_pipe_holds_is_not_waited_for_in_vain(
     cells = {"cells": [], "metadata": {"kernelspec": {"name": kernel, "display_name": "", "language": "python"}}}
     (tmp_path / "01_x.ipynb").write_text(json.dumps({**cells, "nbformat": 4, "nbformat_minor": 5}))
 
-    def look(self: Peak) -> None:
+    def look(self: Peak, running: object) -> None:
         assert time.monotonic() < begun + 60, "the process waits for a reader"
 
     monkeypatch.setattr(Peak, "look", look)
@@ -120,7 +122,7 @@ def test_an_interrupt_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     wait = subprocess.Popen.wait
     monkeypatch.setattr(subprocess.Popen, "wait", lambda self, timeout=None: None if timeout else wait(self))  # no grace period
 
-    def interrupt(self: Peak) -> None:
+    def interrupt(self: Peak, running: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Peak, "look", interrupt)
@@ -137,6 +139,7 @@ def test_the_peak_counts_all_processes_together(monkeypatch: pytest.MonkeyPatch)
     list(lanes.side_by_side(jobs("01", "02"), lanes=2, threads=2, peak=peak))
     assert not fake.running
     assert 160 * 2**20 < peak.bytes < own + 2**20 * 400
+    assert fake.peaks == peak.of and all(80 * 2**20 < peak.of[number] < 200 * 2**20 for number in ("01", "02"))
 
 
 @pytest.mark.parametrize(

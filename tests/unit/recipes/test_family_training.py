@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from lib.checkpoints import facts
+from lib.core.errors import InputError
 from lib.core.runtime import generator
 from lib.diffusion import traces
 from lib.diffusion.noise import process_of
@@ -194,9 +195,66 @@ def test_models_are_kept_along_the_way_and_change_nothing(tmp_path: Path) -> Non
     weights = [load_file(folder / "model.safetensors") for folder in (plain, kept)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert sorted(path.name for path in (tmp_path / "kept" / "work" / "dlm").glob("step-*")) == ["step-2", "step-4"]
+    run("dlm", tmp_path / "stopped", pace=Pace(keep_every=4, stop_after=3))
+    assert [path.name for path in (tmp_path / "stopped" / "work" / "dlm").glob("step-*")] == ["step-3"]
     first, second = (load(tmp_path / "kept" / "work" / "dlm" / f"step-{step}").network for step in (2, 4))
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(one, two) for one, two in pairs)
+
+
+@pytest.mark.parametrize("member", ["ar", "bd", "udlm"])
+def test_a_run_goes_on_from_a_model_that_was_kept(member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in bfloat16 and empty moments are all that differ: rows, noise and the rate's decay are those of the whole run."""
+    run(member, tmp_path / "whole", pace=Pace(measure_every=3, keep_every=2))
+    kept = tmp_path / "whole" / "work" / member / "step-4"
+    rates: list[float] = []
+    keep = train.update_
+
+    def watch(model: Any, optimizers: Any, *, rate: float) -> None:
+        rates.append(rate / TOY.learning_rate)
+        keep(model, optimizers, rate=rate)
+
+    monkeypatch.setattr(train, "update_", watch)
+    out = tmp_path / "later" / "model"
+    train.train(member, TOY, folder=tmp_path / "later" / "work", out=out, pace=PACE, begin_from=kept)
+    decaying = [(6 - step) / 3 for step in (4, 5)]  # in the last 35 % of 6 steps, rounded up
+    assert rates == pytest.approx([min(0.5, decaying[0]), min(1.0, decaying[1])])  # warmed up anew in 2 steps
+    numbers, whole = (json.loads((folder / "recipe.json").read_text()) for folder in (out, tmp_path / "whole/models" / member))
+    assert (numbers["step"], numbers["restarts"], whole["restarts"]) == (6, [4], [])
+    assert numbers["trained_tokens"] == whole["trained_tokens"] and numbers["seconds"] >= 0
+    log = json.loads((out / "training_log.json").read_text())
+    assert [line["step"] for line in log] == [1, 3, 6]
+    monkeypatch.undo()
+    first, second = load_file(kept / "model.safetensors"), load_file(out / "model.safetensors")
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) > 0
+
+
+@pytest.mark.parametrize(
+    ("member", "changes", "words"),
+    [
+        ("ar", {"steps": 9}, "is_causal must be False"),
+        ("bd", {"steps": 9}, "attention_kind must be None"),
+        ("udlm", {"steps": 9}, "noise must be None"),
+        ("dlm", {"steps": 9, "learning_rate": 1e-4}, "learning_rate must be 0.003"),
+        ("dlm", {}, "steps must be more than the 6"),
+        ("dlm", {"steps": 9, "vocab_size": 580}, "vocab_size must be 600"),
+    ],
+)
+def test_no_run_goes_on_from_another_one(member: Member, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    begun = run("dlm", tmp_path / "first")
+    toy = dataclasses.replace(TOY, **changes)
+    with pytest.raises(InputError, match=words):
+        train.train(member, toy, folder=tmp_path / "next", out=tmp_path / "out", begin_from=begun)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_run_goes_on_with_another_tokenizer(tmp_path: Path) -> None:
+    begun = run("dlm", tmp_path / "first")
+    other = tokenizer.train_tokenizer([TEXT.format(1) * 3, "another text"], vocab_size=300)
+    other.save_pretrained(begun)
+    toy = dataclasses.replace(TOY, steps=9)
+    with pytest.raises(InputError, match="the tokenizer must be that of"):
+        train.train("dlm", toy, folder=tmp_path / "next", out=tmp_path / "out", begin_from=begun)
 
 
 @pytest.mark.parametrize("member", ["ar", "bd", "udlm"])
@@ -441,7 +499,9 @@ def test_a_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
         recipe_ = json.loads((folder / "recipe.json").read_text())
         written = cards.card(member, recipe_, found, hardware="a test")
         assert f"**{found['held_out_nats']:.3f} ± {found['held_out_standard_error']:.3f}**" in written
-        assert "| `tiny_add` | 0 of 3 | **0.0%** |" in written and "a test" in written
+        assert "| `tiny_add` | 0 of 3 | **0.0%** |" in written and "a test" in written and "(2 steps; a little" in written
+        again = cards.card(member, {**recipe_, "restarts": [1]}, found, hardware="a test")
+        assert "(2 steps, at step 1 from weights in bfloat16 with fresh moments of the optimizers; a little" in again
 
 
 def test_every_shape_of_every_network_is_compiled(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lib.grid import cells, costs, run
 from lib.grid.core import expansion, listing, prices
 from lib.grid.core.prices import Price
 from lib.grid.costs import Shape
+from recipes.pages import values
 
 SHAPE = costs.SHAPES["GSAI-ML/LLaDA-8B-Base"]
 
@@ -134,19 +135,19 @@ def test_the_plan_prices_the_core_first_and_the_rest_behind() -> None:
 
 
 def test_the_page_says_what_the_plan_says() -> None:
-    page = " ".join((config.ROOT / "docs" / "paper.md").read_text(encoding="utf-8").split())
     lines = said()
     hours, slowest = (
         lines[0].split("; ")[1].split()[0],
         next(line for line in lines if line.startswith("priced as if")).split()[-2],
     )
-    assert f"its core is {hours} hours of one GPU at 300 TFLOP/s" in page and f"{slowest} hours if no race ended early" in page
+    assert (values.value("core.hours"), values.value("core.hours_without_races")) == (hours, slowest)
     words = next(line for line in lines if line.startswith("memory: ")).split()
-    assert f"with {words[3]} GB of its memory and {words[8]} GB of disk" in page
-    loaded, grid, core = paper()
-    made = listing.Priced(expansion.turns(loaded), core, grid, SHAPE, teraflops=300.0, itemsize=2, finished=(), code="c")
-    for row in listing.by_round(made).to_dict("records"):
-        assert f"| {row['hours']} | {row['first pair after']} | {row['all after']} |" in page
+    assert (values.value("core.gpu_gigabytes"), values.value("core.disk_gigabytes")) == (words[3], words[8])
+    rest = lines[-1].split(": ")[1].split()
+    assert (values.value("grid.cells"), values.value("grid.hours")) == (rest[0], rest[2])
+    table = [line.split() for line in lines if line.split()[:1] in (["1"], ["2"], ["3"], ["4"])]
+    for number, line in enumerate(table[:4], 1):
+        assert [values.value(f"core.round{number}.{key}") for key in ("hours", "first", "all")] == line[-3:]
 
 
 def test_finished_cells_cost_nothing_more() -> None:

@@ -23,6 +23,7 @@ from lib.grid.cells import DENSE, LOSS
 from lib.models import language_model, loading
 from lib.pruning import pruner
 from recipes import rehearsal
+from recipes.pages import values
 
 KEPT = "wikitext2"
 
@@ -374,9 +375,7 @@ def test_the_page_prices_the_whole_grid_as_the_plan_does() -> None:
     said: list[str] = []
     run.show(config.load("paper", overrides={"grid.teraflops": 300.0, "grid.core": None}), say=said.append)
     count, hours = said[0].split()[0], said[1].split("; ")[1].split()[0]
-    assert (
-        f"the whole grid ({int(count):,} cells) is {hours} hours of one device" in (config.ROOT / "docs" / "paper.md").read_text()
-    )
+    assert (values.value("grid.cells"), values.value("grid.hours")) == (f"{int(count):,}", hours)
 
 
 def test_a_machine_without_a_gpu_prices_large_models_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,9 +400,8 @@ def test_the_page_says_the_plans_memory() -> None:
         plan.by_memory(*priced(**{"grid.limit": None, "grid.states": states}), itemsize=2, gpus=1).set_index("model")
         for states in ("device", "cpu")
     )
-    peaks = [round(float(str(table.loc["llada-8b", "GB on the device"]))) for table in (lean, whole)]
-    text = (config.ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
-    assert "the dearest cell of LLaDA-8B in bfloat16 then takes {} GB of a GPU instead of {} |".format(*peaks) in text
+    peaks = [f"{float(str(table.loc['llada-8b', 'GB on the device'])):.0f}" for table in (lean, whole)]
+    assert [values.value(f"grid.gigabytes_on_{where}") for where in ("disk", "device")] == peaks
 
 
 def test_what_is_to_be_fetched_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,21 @@ RECORD = ROOT / "docs" / "times.json"
 PROFILES = ("quick", "full")
 MINUTE, GIGABYTE = 60.0, 1e9
 NOT_RECORDED = "not recorded"
+# Of each profile its models, what stands for its times where nothing was run, and what it is for.
+ROWS = {
+    "quick": ("embedded family, SmolLM2-135M", "", "a first look; what CI validates"),
+    "full": ("embedded family, SmolLM2-135M, `adapted` in 01 and 02", "", "verdicts"),
+    "laptop": (
+        "Qwen3-0.6B adapted to masked diffusion, and Qwen3-0.6B itself, from the hub",
+        "not measured: gigabytes of weights",
+        "real weights on a small GPU; `--plan` prices its grid",
+    ),
+    "paper": (
+        "LLaDA-8B-Base; Llama-3.1-8B, Qwen2.5-7B and SmolLM2 beside it in 01 and 02",
+        "not measured: a large GPU",
+        "the paper's models",
+    ),
+}
 
 
 def keep(profile: str, *, output: Path, record: Path = RECORD) -> list[str]:
@@ -50,14 +65,24 @@ def keep(profile: str, *, output: Path, record: Path = RECORD) -> list[str]:
 
 @functools.cache
 def times() -> Mapping[str, str]:
-    """Time and memory by profile and notebook, such as `quick.01`, and the machines of a profile."""
-    known, found = _read(RECORD), {}
-    for profile in PROFILES:
+    """The table of time and memory by profile and notebook, and the machines of each profile.
+
+    No mark stands inside the table: a notebook that begins reads its time there.
+    """
+    known = _read(RECORD)
+    numbers = list(config.notebooks())
+    rows = [("profile", "models", *numbers, "for"), ("---",) * (len(numbers) + 3)]
+    for profile, (models, instead, purpose) in ROWS.items():
         lines = known.get(profile, {})
-        for number in config.notebooks():
-            found[f"{profile}.{number}"] = in_words(lines[number]) if number in lines else NOT_RECORDED
-        found[f"{profile}.machine"] = "; ".join(dict.fromkeys(line["machine"] for line in lines.values())) or NOT_RECORDED
-    return found
+        cells = [in_words(lines[number]) if number in lines else instead or NOT_RECORDED for number in numbers]
+        rows.append((f"`{profile}`", models, *cells, purpose))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    machines = {
+        f"{profile}.machine": "; ".join(dict.fromkeys(line["machine"] for line in known.get(profile, {}).values()))
+        or NOT_RECORDED
+        for profile in PROFILES
+    }
+    return {"table": f"\n{table}\n", **machines}
 
 
 def this_machine() -> str:

@@ -90,5 +90,11 @@ def test_times_name_their_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
                  "05": {"seconds": 30, "peak_bytes": None, "machine": "2 cores of B"}},
     })))  # fmt: skip
     found = times.times.__wrapped__()
-    assert (found["full.05"], found["full.06"], found["full.01"]) == ("30 s", "50 min", times.NOT_RECORDED)
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[3:9]]
+        for line in found["table"].strip().splitlines()
+    }
+    assert rows["profile"] == ["01", "02", "03", "04", "05", "06"]
+    assert rows["`full`"] == [times.NOT_RECORDED] * 4 + ["30 s", "50 min"] and rows["`quick`"] == [times.NOT_RECORDED] * 6
+    assert set(rows["`laptop`"]) == {"not measured: gigabytes of weights"} and "<!--" not in found["table"]
     assert found["full.machine"] == "2 cores of A; 2 cores of B" and found["quick.machine"] == times.NOT_RECORDED

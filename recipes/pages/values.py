@@ -22,7 +22,7 @@ from lib.grid.core.racing import Race
 from recipes.pages import times
 
 TOKENS = ROOT / "recipes" / "family" / "tokens.json"  # distinct training tokens by source, which `recipes.family.train` counts
-GIGABYTE, HOUR = 1e9, 3600.0
+GIGABYTE = plan.GIGABYTE
 
 
 def value(name: str) -> str:
@@ -75,6 +75,7 @@ def core_prices() -> Mapping[str, str]:
         "anew_if_rarer": f"{prices.resolution(rarer, grid, names).anew_at_best:.2f}",
         "here": f"{fine.here:.3f}",
         "hellaswag": f"{asked:,} of {whole:,}",
+        "drawn": percent(own.drawn),
         "draws": f"{draws}",
         "looks": _listed(map(str, accumulate(race.batches(draws)))),
         "margin": f"{own.margin:g}",
@@ -101,10 +102,10 @@ def whole_grid() -> Mapping[str, str]:
     made = plan.make(loaded, code="", finished=(), grid=own)
     variants = [variant for variant in cells.groups(cells.expand(loaded)) if variant.model == "llada-8b"]
     shape = costs.SHAPES[own.models["llada-8b"].source]
-    how = {"batch_size": own.batch_size, "weights": own.weights, "itemsize": plan.RELEASED_ITEMSIZE}
 
-    def dearest(states: str) -> str:
-        return f"{max(costs.memory_bytes(one, shape, states=states, **how) for one in variants) / GIGABYTE:.0f}"
+    def dearest(**settings: Any) -> str:
+        table = plan.by_memory(made, replace(own, **settings), itemsize=plan.RELEASED_ITEMSIZE, gpus=1).set_index("model")
+        return f"{float(str(table.loc['llada-8b', 'GB on the device'])):.0f}"
 
     kept = max(costs.kept_bytes(one, shape, itemsize=plan.RELEASED_ITEMSIZE) for one in variants if one.options is not None)
     return {
@@ -113,8 +114,8 @@ def whole_grid() -> Mapping[str, str]:
         "sparsities": _listed([percent(each) for each in own.sparsities]),
         "structured": _listed([percent(each) for each in own.structured_sparsities]),
         "patterns": _listed(own.patterns),
-        "gigabytes_on_device": dearest("device"),
-        "gigabytes_on_disk": dearest("disk"),
+        "gigabytes_on_device": dearest(states="device"),
+        "gigabytes_on_disk": dearest(states="disk"),
         "gigabytes_kept": f"{kept / GIGABYTE:.0f}",
     }
 
